@@ -1,0 +1,1 @@
+"""Tree attention that tunes itself to the device it runs on."""

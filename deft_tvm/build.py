@@ -1,0 +1,186 @@
+"""From a spec and what tuning found to an artifact. Needs the compiler (``deft-tvm[tune]``).
+
+One module holds the partial kernels of all tile classes and the merge. Decisions come from the
+tuning log of the device if there is one, else they are the defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import tvm
+from tvm import IRModule
+
+from deft_tvm import env
+from deft_tvm.device import DeviceProfile, required_features
+from deft_tvm.manifest import (
+    DEFAULT,
+    Kernel,
+    Manifest,
+    TileKernel,
+    cache_directory,
+    installed_versions,
+    write_artifact,
+)
+from deft_tvm.schedules import Decision, KernelTask, schedule
+from deft_tvm.schedules.cuda.lowering import compile_cuda
+from deft_tvm.schedules.tiles import default_tiles
+from deft_tvm.spec import AttentionSpec, TileShape
+from deft_tvm.threads import compile_torch_pool
+
+MERGE = "merge"
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What was decided for each kernel of a module, by kernel name, and where that comes from.
+
+    A kernel is named as in logs: the name of its tile, or ``merge``. Those not named take their
+    schedule's defaults.
+    """
+
+    by_kernel: Mapping[str, Decision] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+def tasks_for(
+    spec: AttentionSpec, device: DeviceProfile, tiles: Sequence[TileShape] | None = None
+) -> tuple[KernelTask, ...]:
+    """The kernels of a module: one partial kernel for each tile class, then the merge."""
+    target, features = device.target(), frozenset(device.features)
+    tiles = default_tiles(spec, target["kind"], features) if tiles is None else tiles
+    partials = (
+        KernelTask("partial", spec, tile, target, features, f"partial_{tile.name}")
+        for tile in tiles
+    )
+    return (*partials, KernelTask("merge", spec, None, target, features, MERGE))
+
+
+def lower(tasks: Sequence[KernelTask], decisions: Decisions | None = None) -> IRModule:
+    """The scheduled kernels of `tasks` in one module, not yet compiled."""
+    decided = (decisions or Decisions()).by_kernel
+    module = IRModule()
+    for task in tasks:
+        module.update(schedule(task, decided.get(task.name, {}))[0].mod)
+    return module
+
+
+def compile_module(module: IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
+    """Compile scheduled kernels for `target`, as `DeviceProfile.target` gives it."""
+    if target["kind"] == "cuda":
+        return compile_cuda(module, str(target["arch"]))
+    return tvm.compile(module, target=tvm.target.Target(dict(target)))
+
+
+def build(
+    spec: AttentionSpec,
+    device: DeviceProfile | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tiles: Sequence[TileShape] | None = None,
+    decisions: Decisions | None = None,
+) -> Path:
+    """Compile and export the module of `spec` for `device`.
+
+    Args:
+        spec: the attention.
+        device: by default this machine's CPU.
+        out: the artifact's folder, by default its place in the user's cache.
+        tiles: tile classes, by default those that suit the spec and the device.
+        decisions: by default the best of the device's tuning log.
+
+    Returns:
+        The artifact's folder, complete.
+
+    Raises:
+        CompilerMissing: there is no C compiler to link with.
+        LogError: the device's tuning log cannot be read.
+        PlanError: a decision is not among its schedule's candidates.
+    """
+    device = device or DeviceProfile.detect()
+    decisions = decisions or logged_decisions(spec, device)
+    tasks = tasks_for(spec, device, tiles)
+    executable = compile_module(lower(tasks, decisions), device.target())
+    directory = cache_directory(spec, device) if out is None else Path(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        module_file = os.path.join(scratch, "module.so")
+        on_cpu = device.kind == "cpu"
+        executable.export_library(
+            module_file, addons=[compile_torch_pool(scratch)] if on_cpu else None
+        )
+        return write_artifact(directory, _manifest(spec, device, tasks, decisions), module_file)
+
+
+def build_default(spec: AttentionSpec, device: DeviceProfile) -> Path:
+    """The module that `artifact.find` makes where it found none: in the user's cache."""
+    return build(spec, device)
+
+
+def logged_decisions(spec: AttentionSpec, device: DeviceProfile) -> Decisions:
+    """The best decisions of the device's log for `spec`; none where nothing was tuned."""
+    from deft_tvm.tuning.log import best, find_log
+
+    log = None if env.UNTUNED.get() else find_log(spec, device)
+    if log is None:
+        return Decisions()
+    winners = best(log)
+    return Decisions(
+        {name: dict(trial.decision) for name, trial in winners.items()},
+        {
+            name: f"{log.directory.parent.name} trial {trial.trial}, {trial.time}"
+            for name, trial in winners.items()
+        },
+    )
+
+
+def _manifest(
+    spec: AttentionSpec,
+    device: DeviceProfile,
+    tasks: Sequence[KernelTask],
+    decisions: Decisions,
+) -> Manifest:
+    target = device.target()
+    *partials, merge = (_kernel(task, decisions) for task in tasks)
+    tiles = tuple(
+        TileKernel(
+            function=kernel.function,
+            decision=kernel.decision,
+            tuned_from=kernel.tuned_from,
+            lane_rows=task.tile.lane_rows,
+            kv_tile=task.tile.kv_tile,
+            operand=task.tile.operand,
+        )
+        for task, kernel in zip(tasks, partials, strict=False)
+        if task.tile is not None
+    )
+    return Manifest(
+        spec=str(spec),
+        tiles=tiles,
+        merge=merge,
+        target=target,
+        required_features=required_features(target),
+        device=device.slug,
+        kind="cpu" if device.kind == "cpu" else _cuda_kind(),
+        versions=installed_versions(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        needs=("torch_pool",) if device.kind == "cpu" else ("tvm_runtime",),
+    )
+
+
+def _kernel(task: KernelTask, decisions: Decisions) -> Kernel:
+    decided = decisions.by_kernel.get(task.name, {})
+    return Kernel(
+        function=task.symbol,
+        decision=dict(decided),
+        tuned_from=decisions.origin.get(task.name, DEFAULT),
+    )
+
+
+def _cuda_kind() -> str:
+    """TVM embeds a cubin where it sees a GPU, else source that is compiled at load."""
+    return "cuda-cubin" if tvm.cuda(0).exist else "cuda-source"

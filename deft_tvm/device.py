@@ -1,0 +1,290 @@
+"""What a plan and a compiler need to know of the machine; a leaf that measures nothing.
+
+Instruction sets are what the kernel says that the processor offers (``/proc/cpuinfo``, elsewhere
+torch), never what LLVM takes the host for, which under virtual machines is often an older one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from deft_tvm.errors import InputError, LogError
+
+_V3 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt")
+_V4 = (*_V3, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
+_BF16 = (*_V4, "avx512vnni", "avx512bf16")
+_BYTES = ("avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq")
+_ZEN4 = (*_BF16, *_BYTES)
+_AMX = (*_ZEN4, "avx512fp16", "avxvnni", "amx-tile", "amx-int8", "amx-bf16")
+_ARM = ("neon", "fullfp16", "dotprod", "bf16", "i8mm", "sve", "sve2")
+
+#: Names of instruction sets that a profile may hold, LLVM's spelling.
+FEATURES = (*_AMX, *_ARM)
+
+
+class _Level(msgspec.Struct, frozen=True):
+    """An LLVM processor, and all that code generated for it may use."""
+
+    tag: str
+    mcpu: str
+    needs: tuple[str, ...]
+    vendor: str = ""
+    rate: float = 0.0  # bfloat16 FLOP/s of one core; float32 is `rate32`
+    rate32: float = 0.0
+
+
+# Best first. Rates are what dense products reached on one core of such machines, to one digit.
+_LEVELS = (
+    _Level("amx", "sapphirerapids", _AMX, rate=1e12, rate32=1.7e11),
+    _Level("avx512bf16", "znver4", _ZEN4, "amd", rate=2e11, rate32=9e10),
+    _Level("avx512bf16", "cooperlake", _BF16, rate=2e11, rate32=9e10),
+    _Level("avx512", "skylake-avx512", _V4, rate=8e10, rate32=9e10),
+    _Level("avx2", "haswell", _V3, rate=4e10, rate32=5e10),
+    _Level("neon-bf16", "generic", ("neon", "bf16"), rate=1e11, rate32=3e10),
+    _Level("neon", "generic", ("neon",), rate=3e10, rate32=3e10),
+    _Level("x86-64", "x86-64", (), rate=1e10, rate32=1e10),
+)
+
+# These two processors have GFNI, which torch does not report: no module may come to need it.
+_UNREPORTED = {"sapphirerapids": ("-gfni",), "znver4": ("-gfni",)}
+
+# Bytes of shared memory that one block may ask for, by compute capability (CUDA C programming
+# guide, table of technical specifications).
+_SHARED_BYTES = {"80": 166912, "86": 101376, "87": 166912, "89": 101376, "120": 101376}
+_SHARED_BYTES_DEFAULT = 232448
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One device: what it can execute and how fast, as a guess or as measured.
+
+    Attributes:
+        slug: vendor, model, best matrix instruction set, cores: the name of its folder of logs.
+        name: as the vendor calls it.
+        kind: ``cpu`` or ``cuda``.
+        cores: threads that torch runs on, or streaming multiprocessors.
+        features: instruction sets in LLVM's spelling, or the ``sm_`` architectures whose
+            binaries a GPU runs, best last.
+        l2_bytes: second-level cache of one core, or of a GPU.
+        l3_bytes: last-level cache that the cores share; 0 where there is none.
+        read_bandwidth: bytes per second from memory, all cores together.
+        matrix_rate: FLOP per second of dense products, all cores together, by operand dtype.
+        launch_seconds: fixed cost of one kernel launch.
+        measured: the rates come from a measurement and not from a table.
+        date: ISO date of the measurement, empty if there was none.
+    """
+
+    slug: str
+    name: str
+    kind: Literal["cpu", "cuda"]
+    cores: int
+    features: tuple[str, ...]
+    l2_bytes: int
+    l3_bytes: int
+    read_bandwidth: float
+    matrix_rate: dict[str, float]
+    launch_seconds: float
+    measured: bool = False
+    date: str = ""
+
+    @classmethod
+    def nominal(
+        cls, cores: int = 2, features: Iterable[str] = _V3, vendor: str = "generic", model: str = ""
+    ) -> DeviceProfile:
+        """An unmeasured CPU with given instruction sets: the same wherever it is called."""
+        have = tuple(feature for feature in FEATURES if feature in set(features))
+        level = _level(have, vendor)
+        return cls(
+            slug="-".join(filter(None, (vendor, model, level.tag, f"{cores}c"))),
+            name=" ".join(filter(None, (vendor, model))),
+            kind="cpu",
+            cores=cores,
+            features=have,
+            l2_bytes=1 << 20,
+            l3_bytes=32 << 20,
+            read_bandwidth=min(cores * 1.7e10, 2e11),
+            matrix_rate={
+                "float32": level.rate32 * cores,
+                "float16": level.rate32 * cores,
+                "bfloat16": level.rate * cores,
+            },
+            launch_seconds=5e-6,
+        )
+
+    @classmethod
+    def detect(cls, kind: Literal["cpu", "cuda"] = "cpu") -> DeviceProfile:
+        """This machine's CPU (with as many cores as torch has threads) or current GPU.
+
+        Rates are nominal until they are measured; reading takes milliseconds.
+
+        Raises:
+            InputError: `kind` is ``cuda`` and torch sees no GPU.
+        """
+        return _detect_cuda() if kind == "cuda" else _detect_cpu()
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> DeviceProfile:
+        """The profile in a JSON file.
+
+        Raises:
+            LogError: the file is missing or is not a profile.
+        """
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+        except OSError as error:
+            raise LogError(f"device profile {path}: {error.strerror}; expected a file") from None
+        except msgspec.MsgspecError as error:
+            raise LogError(f"device profile {path} cannot be read: {error}") from None
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile as indented JSON."""
+        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    def target(self) -> dict[str, Any]:
+        """TVM target attributes of the device."""
+        return self.llvm_target() if self.kind == "cpu" else _cuda_target(self.features[-1])
+
+    def llvm_target(self) -> dict[str, Any]:
+        """TVM target attributes for the best LLVM processor whose every feature is here.
+
+        ``mattr`` names all that an artifact built for it demands where it is loaded.
+        """
+        level = _level(self.features, self.slug.partition("-")[0])
+        target: dict[str, Any] = {"kind": "llvm", "mcpu": level.mcpu, "num-cores": self.cores}
+        if "neon" in self.features:
+            target["mtriple"] = _arm_triple()
+        extra = _UNREPORTED.get(level.mcpu, ())
+        return target | {"mattr": [*(f"+{feature}" for feature in level.needs), *extra]}
+
+    def lacks(self, required: Iterable[str]) -> tuple[str, ...]:
+        """Those of the `required` features that the device does not have."""
+        return tuple(feature for feature in required if feature not in self.features)
+
+
+def required_features(target: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a device must have to run code that was compiled for `target`."""
+    if target["kind"] == "cuda":
+        return (str(target["arch"]),)
+    return tuple(item[1:] for item in target.get("mattr", ()) if item.startswith("+"))
+
+
+def _level(features: Iterable[str], vendor: str) -> _Level:
+    have = set(features)
+    fitting = (level for level in _LEVELS if have.issuperset(level.needs))
+    return next(level for level in fitting if level.vendor in ("", vendor))
+
+
+def _arm_triple() -> str:
+    native = platform.machine() == "arm64" and platform.system() == "Darwin"
+    return "arm64-apple-darwin" if native else "aarch64-linux-gnu"
+
+
+def _cuda_target(arch: str) -> dict[str, Any]:
+    capability = re.sub(r"\D", "", arch)
+    return {
+        "kind": "cuda",
+        "arch": arch,
+        "max_num_threads": 1024,
+        "thread_warp_size": 32,
+        "max_shared_memory_per_block": _SHARED_BYTES.get(capability, _SHARED_BYTES_DEFAULT),
+    }
+
+
+def _detect_cpu() -> DeviceProfile:
+    import torch
+
+    cpuinfo = _cpuinfo()
+    name = cpuinfo.get("model name") or platform.processor() or platform.machine()
+    vendor, model = _vendor(cpuinfo, name), _model(name)
+    features = _normalised(cpuinfo["flags"].split() or _capabilities())
+    profile = DeviceProfile.nominal(torch.get_num_threads(), features, vendor, model)
+    l2, l3 = (_cache_bytes(level) for level in (2, 3))
+    return msgspec.structs.replace(
+        profile, name=name, l2_bytes=l2 or profile.l2_bytes, l3_bytes=l3 or profile.l3_bytes
+    )
+
+
+def _detect_cuda() -> DeviceProfile:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("kind is 'cuda'; torch sees no GPU here, expected one")
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    features = _cuda_features(device.major, device.minor)
+    model, cores = _model(device.name), device.multi_processor_count
+    # Dense tensor-core and FMA work of one multiprocessor in a clock, at 1.5 GHz.
+    dense = 1.5e9 * cores * (4096 if device.major >= 9 else 1024)
+    return DeviceProfile(
+        slug=f"nvidia-{model}-{features[-1].replace('_', '')}-{cores}sm",
+        name=device.name,
+        kind="cuda",
+        cores=cores,
+        features=features,
+        l2_bytes=device.L2_cache_size,
+        l3_bytes=0,
+        read_bandwidth=2e12,
+        matrix_rate={"float32": 1.5e9 * cores * 256, "float16": dense, "bfloat16": dense},
+        launch_seconds=5e-6,
+    )
+
+
+def _cuda_features(major: int, minor: int) -> tuple[str, ...]:
+    """Architectures whose binaries run: older minors of the major, and its own specific one."""
+    archs = tuple(f"sm_{major}{older}" for older in range(minor + 1))
+    return (*archs, f"sm_{major}{minor}a") if major >= 9 else archs
+
+
+def _capabilities() -> tuple[str, ...]:
+    """Instruction sets that torch reports; empty for a torch that cannot."""
+    import torch
+
+    report: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return tuple(name for name, value in report.items() if value is True)
+
+
+def _normalised(names: Iterable[str]) -> set[str]:
+    """LLVM's spelling of the names that torch and Linux use."""
+    known = {
+        **{"fma3": "fma", "abm": "lzcnt", "bmi1": "bmi", "sse4_2": "sse4.2", "dot": "dotprod"},
+        **{"asimd": "neon", "asimdhp": "fullfp16", "asimddp": "dotprod", "fp16_arith": "fullfp16"},
+    }
+    dashed = (known.get(name, name.replace("amx_", "amx-")) for name in names)
+    return {name.replace("_", "") for name in dashed}
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first processor; ARM's ``Features`` under ``flags``."""
+    text = _CPUINFO.read_text().partition("\n\n")[0] if _CPUINFO.exists() else ""
+    pairs = (line.partition(":") for line in text.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    return {"flags": fields.get("Features", "")} | fields
+
+
+def _vendor(cpuinfo: Mapping[str, str], name: str) -> str:
+    known = {"AuthenticAMD": "amd", "GenuineIntel": "intel", "0x41": "arm", "0xc0": "ampere"}
+    reported = cpuinfo.get("vendor_id", cpuinfo.get("CPU implementer", ""))
+    return known.get(reported, "apple" if "Apple" in name else "generic")
+
+
+def _model(name: str) -> str:
+    """``AMD EPYC 9654 96-Core Processor`` → ``epyc-9654``."""
+    noise = r"\((r|tm)\)|@.*|\d+-core|\b(amd|intel|apple|nvidia|processor|cpu|with)\b"
+    words = re.sub(noise, " ", name.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", words)) or "unknown"
+
+
+def _cache_bytes(level: int) -> int:
+    """Size of the unified cache of `level` of the first processor; 0 where it is not told."""
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "level").read_text().strip() == str(level):
+            size = (index / "size").read_text().strip()
+            return int(size.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(size[-1], 1)
+    return 0

@@ -1,0 +1,120 @@
+"""Stage 2: the tree-topology-aware global reduction of a row's partials by their LSE.
+
+    out = Σ_p exp(lse_p - m) out_p / Σ_p exp(lse_p - m)      lse = m + log Σ_p exp(lse_p - m)
+
+with m the largest lse_p (DeFT, ICLR 2025, section 3.3). A row's partials lie side by side and are
+read in the plan's order, so the sum is the same on every run. No partial, or only partials that saw
+no key: zeros and -inf.
+"""
+
+from __future__ import annotations
+
+from functools import partial as bind
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, finite, natural_lse
+from deft_tvm.kernels.work import work_loop
+from deft_tvm.spec import AttentionSpec
+
+
+def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge") -> tirx.PrimFunc:
+    """The merge kernel for the output width and dtype of `spec`.
+
+    Returns:
+        A function of partial_out ``[W, Hq, v_width]`` and partial_lse ``[W, Hq]``, float32;
+        merge_indptr ``[R' + 1]`` and merge_rows ``[R']``, int32: partial slots
+        ``merge_indptr[k] : merge_indptr[k + 1]`` belong to row ``merge_rows[k]``; out
+        ``[R, Hq, v_width]`` in q's dtype and lse ``[R, Hq]`` float32, of which only those rows are
+        written.
+    """
+    HQ, VW = spec.num_q_heads, spec.v_width
+    exp2 = bind(exp2_polynomial, operand="float32") if kind == "llvm" else tirx.exp2
+    work = work_loop(kind)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        partial_out_handle: T.handle,
+        partial_lse_handle: T.handle,
+        merge_indptr_handle: T.handle,
+        merge_rows_handle: T.handle,
+        out_handle: T.handle,
+        lse_handle: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        num_slots, num_merged, num_indptr, num_rows = T.int32(), T.int32(), T.int32(), T.int32()
+        partial_out = T.match_buffer(partial_out_handle, (num_slots, HQ, VW), "float32")
+        partial_lse = T.match_buffer(partial_lse_handle, (num_slots, HQ), "float32")
+        merge_indptr = T.match_buffer(merge_indptr_handle, (num_indptr,), "int32")
+        merge_rows = T.match_buffer(merge_rows_handle, (num_merged,), "int32")
+        out = T.match_buffer(out_handle, (num_rows, HQ, VW), spec.dtype)
+        lse = T.match_buffer(lse_handle, (num_rows, HQ), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for entry in work(num_merged * HQ):
+                with T.sblock("row"):
+                    T.reads()
+                    T.writes()
+                    head: T.let[T.int32] = entry % HQ
+                    row: T.let[T.int32] = merge_rows[entry // HQ]
+                    begin: T.let[T.int32] = merge_indptr[entry // HQ]
+                    count: T.let[T.int32] = merge_indptr[entry // HQ + 1] - begin
+                    m = T.sblock_alloc_buffer((1,), "float32")
+                    total = T.sblock_alloc_buffer((1,), "float32")
+                    A = T.sblock_alloc_buffer((VW,), "float32")
+                    for _ in T.serial(1):
+                        with T.sblock("reduction"):
+                            T.reads()
+                            T.writes()
+                            for p in range(count + 1):
+                                with T.sblock("largest"):
+                                    vp = T.axis.reduce(count + 1, p)
+                                    with T.init():
+                                        m[0] = T.float32("-inf")
+                                    m[0] = T.max(m[0], _lse_of(partial_lse, begin, vp, head))
+                            for p in range(count + 1):
+                                with T.sblock("sum"):
+                                    vp = T.axis.reduce(count + 1, p)
+                                    with T.init():
+                                        total[0] = T.float32(0)
+                                    total[0] = total[0] + exp2(
+                                        (_lse_of(partial_lse, begin, vp, head) - finite(m[0]))
+                                        * LOG2_E
+                                    )
+                            for d, p in T.grid(VW, count + 1):
+                                with T.sblock("weigh"):
+                                    vd, vp = T.axis.remap("SR", [d, p])
+                                    with T.init():
+                                        A[vd] = T.float32(0)
+                                    A[vd] = A[vd] + T.if_then_else(
+                                        vp == 0,
+                                        T.float32(0),
+                                        partial_out[begin + vp - 1, head, vd]
+                                        * exp2(
+                                            (partial_lse[begin + vp - 1, head] - finite(m[0]))
+                                            * LOG2_E
+                                        ),
+                                    )
+                    for _ in T.serial(1):
+                        with T.sblock("epilogue"):
+                            T.reads()
+                            T.writes()
+                            for d in range(VW):
+                                with T.sblock("write_out"):
+                                    vd = T.axis.spatial(VW, d)
+                                    out[row, head, vd] = T.Cast(
+                                        spec.dtype, A[vd] / T.max(total[0], T.float32(1e-37))
+                                    )
+                            lse[row, head] = natural_lse(m[0] * LOG2_E, total[0])
+
+    return kernel.with_attr("global_symbol", name)
+
+
+def _lse_of(partial_lse: Any, begin: Any, p: Any, head: Any) -> Expr:
+    """LSE of partial p - 1; -inf for p = 0, the step that a row with no partial has too."""
+    nothing = tirx.const(float("-inf"), "float32")
+    return tirx.if_then_else(p == 0, nothing, partial_lse[begin + p - 1, head])

@@ -1,0 +1,98 @@
+"""Number formats and exponentials of the kernels, as expressions that TVMScript takes in.
+
+Scores live in base 2: ``exp(x) = exp2(x · log₂e)``, and the factor is folded into the scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import tirx
+from tvm.ir import Expr
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+# Minimax in relative error for 2^f on [-1/2, 1/2], highest degree first (Remez exchange).
+# Degree 6 is right to 1.9e-9, so that float32 rounding (9.6e-8) is all that is left of it;
+# degree 5, right to 7.5e-8, is plenty where probabilities are rounded to 16 bits.
+EXP2_DEGREE_6 = (
+    0.00015345812003834507,
+    0.001339993121914494,
+    0.009618488957108423,
+    0.055503287769656434,
+    0.24022646890634292,
+    0.6931472057372673,
+    1.0,
+)
+EXP2_DEGREE_5 = (
+    0.0013276471979479397,
+    0.009675541334216184,
+    0.05550713273542589,
+    0.24022119723848476,
+    0.6931469670647331,
+    1.0,
+)
+
+
+def storage(operand: str) -> str:
+    """Element type in which a tile of `operand` is kept.
+
+    bfloat16 tiles are kept as their bits: TVM's legalisation would turn a local bfloat16 buffer
+    into a float32 one.
+    """
+    return "uint16" if operand == "bfloat16" else operand
+
+
+def narrow(value: Expr, operand: str) -> Expr:
+    """`value`, of any float type, rounded to `operand` and in its `storage` type."""
+    if operand != "bfloat16":
+        return value.astype(operand)
+    if str(value.ty) == "bfloat16":
+        return tirx.reinterpret("uint16", value)
+    return _bfloat16_bits(value.astype("float32"))
+
+
+def widen(value: Expr, operand: str) -> Expr:
+    """The float32 value of what `narrow` stored; exact."""
+    if operand != "bfloat16":
+        return value.astype("float32")
+    bits = tirx.Cast("uint32", value)
+    return tirx.reinterpret("float32", tirx.shift_left(bits, tirx.const(16, "uint32")))
+
+
+def exp2_polynomial(x: Expr, operand: str) -> Expr:
+    """2^x for x <= 0 in float32 without a library call, so that it vectorises.
+
+    Exactly 0 below -126, and so for -inf: a masked score leaves nothing behind. NaN stays NaN.
+    """
+    whole = tirx.nearbyint(x)
+    part = x - whole
+    coefficients = EXP2_DEGREE_6 if operand == "float32" else EXP2_DEGREE_5
+    power = tirx.const(coefficients[0], "float32")
+    for coefficient in coefficients[1:]:
+        power = power * part + tirx.const(coefficient, "float32")
+    exponent = tirx.shift_left(tirx.Cast("int32", whole), tirx.const(23, "int32"))
+    scaled = tirx.reinterpret("float32", tirx.reinterpret("int32", power) + exponent)
+    return tirx.Select(x < tirx.const(-126.0, "float32"), tirx.const(0.0, "float32"), scaled)
+
+
+def finite(maximum: Expr) -> Expr:
+    """0 for a row that has seen nothing yet, so that -inf minus -inf is never taken."""
+    unseen = maximum == tirx.const(float("-inf"), "float32")
+    return tirx.Select(unseen, tirx.const(0.0, "float32"), maximum)
+
+
+def natural_lse(maximum: Expr, total: Expr) -> Expr:
+    """Natural log-sum-exp of a base-2 maximum and the sum of exponentials above it."""
+    natural = (maximum + tirx.log2(total)) * tirx.const(LN_2, "float32")
+    nothing = total == tirx.const(0.0, "float32")
+    return tirx.if_then_else(nothing, tirx.const(float("-inf"), "float32"), natural)
+
+
+def _bfloat16_bits(value: Expr) -> Expr:
+    """Round a float32 to nearest even in its upper half (NaN payloads may carry; NaN stays NaN)."""
+    bits = tirx.reinterpret("uint32", value)
+    odd = tirx.bitwise_and(tirx.shift_right(bits, tirx.const(16, "uint32")), tirx.const(1, "uint32"))
+    rounded = bits + tirx.const(0x7FFF, "uint32") + odd
+    return tirx.Cast("uint16", tirx.shift_right(rounded, tirx.const(16, "uint32")))

@@ -1,0 +1,10 @@
+"""The plan of one step: which rows read which KV together, in the arrays that kernels read."""
+
+from __future__ import annotations
+
+from deft_tvm.plan.cost import CostModel
+from deft_tvm.plan.layout import Plan
+from deft_tvm.plan.planner import GROUPINGS, make_plan
+from deft_tvm.plan.traffic import Traffic, traffic
+
+__all__ = ["GROUPINGS", "CostModel", "Plan", "Traffic", "make_plan", "traffic"]

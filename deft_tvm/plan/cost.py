@@ -1,0 +1,235 @@
+"""What a work item costs on a device, so that a plan can be chosen before it is run.
+
+One unit of work is an item under one KV head; units are independent and each runs on one core (or
+SM). With T tokens, a tile class of M lane rows that walks N tokens a step, and r rows,
+
+    seconds(unit) = max(T · bytes / bandwidth, ⌈T/N⌉ · N · M · 2 (q_width + v_width) / rate) + fixed
+    seconds(plan) = makespan of its units over the cores + its partials / bandwidth
+
+M and not r · group stands in the second term: lanes that hold no row are computed all the same
+(PAT, ASPLOS 2026, measures 39 % lost with one tile for all). A partial is heavy, since it is
+float32 in every query head, written and read: one row's is worth 8 tokens of bfloat16 GQA-32/8 KV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deft_tvm.errors import PlanError
+from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, TileShape
+
+if TYPE_CHECKING:
+    from deft_tvm.device import DeviceProfile
+
+Ints = NDArray[np.integer[Any]]
+Floats = NDArray[np.floating[Any]]
+
+FEW_LANE_ROWS = 16
+"""Tile classes below this many lane rows have lanes over the head dimension, not over rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """The device's rates, and what share of them the kernels reach.
+
+    Rates come from a `DeviceProfile`. The shares were measured on dense tiles (AMD EPYC Zen 4,
+    AVX512-BF16, 2 cores, 2026-11-21); those marked as guesses wait for a fit.
+
+    Attributes:
+        cores: cores or SMs that take units.
+        read_bandwidth: bytes/s of all cores together.
+        matrix_rate: FLOP/s of all cores together, by operand dtype.
+        launch_seconds: one kernel launch.
+        matrix_share: of the matrix rate, rows in lanes: 0.97 float32, 0.80 bfloat16.
+        few_share: of the matrix rate, fewer than 16 lane rows: 0.2 was reached where bytes were
+            the limit, so the kernel's own limit is above it (guess).
+        bandwidth_share: of the read bandwidth: 0.7, one sequence of 65,536 float32 tokens.
+        unit_seconds: taking a unit from the queue, looking its rows and pages up (guess).
+    """
+
+    cores: int
+    read_bandwidth: float
+    matrix_rate: tuple[tuple[str, float], ...]
+    launch_seconds: float = 0.0
+    matrix_share: float = 0.8
+    few_share: float = 0.4
+    bandwidth_share: float = 0.7
+    unit_seconds: float = 1e-6
+
+    @classmethod
+    def from_profile(cls, profile: DeviceProfile) -> CostModel:
+        """The rates that `profile` holds, with the default shares."""
+        return cls(
+            cores=max(1, profile.cores),
+            read_bandwidth=profile.read_bandwidth,
+            matrix_rate=tuple(sorted(profile.matrix_rate.items())),
+            launch_seconds=profile.launch_seconds,
+        )
+
+    def rate(self, tile: TileShape) -> float:
+        """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
+        rates = dict(self.matrix_rate)
+        share = self.few_share if tile.lane_rows < FEW_LANE_ROWS else self.matrix_share
+        return share * rates.get(tile.operand, rates["float32"]) / self.cores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prices:
+    """The cost model of one spec and its tile classes, in seconds; one array entry a tile class.
+
+    Attributes:
+        capacity: rows that an item of the class may hold.
+        kv_tile: tokens a step.
+        step_seconds: both products of one step.
+        fixed_seconds: a unit's start, and its lanes of Q and output.
+        token_seconds: reading one token under one KV head.
+        partial_seconds: writing and reading one row's partial, with all cores at it.
+        launch_seconds: one kernel launch.
+        heads: units of an item.
+        cores: units at a time.
+    """
+
+    capacity: Ints
+    kv_tile: Ints
+    step_seconds: Floats
+    fixed_seconds: Floats
+    token_seconds: float
+    partial_seconds: float
+    launch_seconds: float
+    heads: int
+    cores: int
+
+    @property
+    def most_rows(self) -> int:
+        return int(self.capacity.max())
+
+    @property
+    def longest_step(self) -> int:
+        return int(self.kv_tile.max())
+
+    def choose_tile(self, tokens: Ints, rows: Ints) -> tuple[Ints, Floats]:
+        """The cheapest class for each item, and the seconds of one of its units.
+
+        Args:
+            tokens: int[I], tokens of each item.
+            rows: int[I], rows of each item, at most `most_rows`.
+        """
+        steps = -(-tokens // self.kv_tile[:, None])
+        seconds = np.maximum(steps * self.step_seconds[:, None], tokens * self.token_seconds)
+        seconds += self.fixed_seconds[:, None]
+        seconds[rows > self.capacity[:, None]] = np.inf
+        tile = seconds.argmin(axis=0)
+        return tile, seconds.min(axis=0)
+
+    def smallest_tile(self, rows: Ints) -> Ints:
+        """The class with the fewest lane rows that holds each item's rows: no cost, no device."""
+        by_size = np.lexsort((self.kv_tile, self.capacity))
+        return by_size[np.searchsorted(self.capacity[by_size], rows)]
+
+    def units(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
+        """Seconds of a unit and number of units of each group; too many rows are cut in blocks."""
+        blocks = -(-rows // self.most_rows)
+        return self.choose_tile(tokens, np.minimum(rows, self.most_rows))[1], blocks * self.heads
+
+    def cost(self, tokens: Ints, rows: Ints, balanced: float | None = None) -> tuple[Floats, float]:
+        """What each group costs the plan: seconds that it keeps the whole device busy, and the
+        partials of the cuts without which one of its units would outlast the plan.
+
+        Args:
+            tokens: int[G], tokens of each group; a group without any costs nothing.
+            rows: int[G], rows of each group.
+            balanced: seconds in which the whole plan could end; by default these groups' own.
+
+        Returns:
+            float[G], and `balanced`.
+        """
+        seconds, units = self.units(tokens, rows)
+        busy = seconds * units * (tokens > 0) / self.cores
+        if balanced is None:
+            balanced = float(busy.sum())
+        if balanced == 0:
+            return busy, balanced
+        cuts = np.maximum(seconds / balanced - 1, 0)
+        return busy + cuts * rows * (tokens > 0) * self.partial_seconds, balanced
+
+    def merge_seconds(self, row_begin: Ints, row_end: Ints) -> float:
+        """Seconds that the partials take of groups which answer for the given rows."""
+        change = np.bincount(row_begin, minlength=int(row_end.max(initial=0)) + 1)
+        covers = (change - np.bincount(row_end, minlength=len(change))).cumsum()
+        partials = int(covers[covers > 1].sum())
+        return partials * self.partial_seconds + (partials > 0) * self.launch_seconds
+
+
+def makespan(seconds: Floats, units: Ints, cores: int) -> Floats:
+    """Time until the last of the units ends, when the longest are taken first.
+
+    Two lower bounds, near which longest-first scheduling ends (Graham 1969): the mean load, and
+    for each length, that some core takes its share of the units at least so long.
+
+    Args:
+        seconds: float[..., G], length of the units of a group.
+        units: int[..., G], how many units it has.
+        cores: units that run at a time.
+    """
+    order = np.argsort(-seconds, axis=-1)
+    longest_first = np.take_along_axis(seconds, order, -1)
+    waves = -(-np.take_along_axis(units, order, -1).cumsum(axis=-1) // cores)
+    mean = (seconds * units).sum(axis=-1) / cores
+    return np.maximum(mean, (waves * longest_first).max(axis=-1, initial=0.0))
+
+
+@lru_cache(maxsize=64)
+def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) -> Prices:
+    """What items of `spec` cost in each of `tiles`.
+
+    Raises:
+        PlanError: no tile class holds the lane rows of even one row.
+    """
+    capacity = np.array([tile.lane_rows // spec.group for tile in tiles], np.int64)
+    if not capacity.any():
+        raise PlanError(
+            f"tiles hold {[tile.lane_rows for tile in tiles]} lane rows; expected one that holds "
+            f"a row, which is {spec.group} (num_q_heads / num_kv_heads)"
+        )
+    bandwidth = model.bandwidth_share * model.read_bandwidth
+    lanes = np.array([tile.lane_rows for tile in tiles], np.int64)
+    kv_tile = np.array([tile.kv_tile for tile in tiles], np.int64)
+    widths = spec.q_width + spec.v_width
+    flops_a_step = 2.0 * widths * lanes * kv_tile
+    return Prices(
+        capacity=capacity,
+        kv_tile=kv_tile,
+        step_seconds=flops_a_step / np.array([model.rate(tile) for tile in tiles]),
+        fixed_seconds=model.unit_seconds + 4 * widths * lanes / (bandwidth / model.cores),
+        token_seconds=token_bytes(spec) / (bandwidth / model.cores),
+        partial_seconds=2 * partial_bytes(spec) / bandwidth,
+        launch_seconds=model.launch_seconds,
+        heads=spec.num_kv_heads,
+        cores=model.cores,
+    )
+
+
+def token_bytes(spec: AttentionSpec) -> int:
+    """Bytes of one token that a unit reads: K, V and rope of one KV head, a tied state once."""
+    return sum(part for part in kv_bytes(spec).values())
+
+
+def kv_bytes(spec: AttentionSpec) -> dict[str, int]:
+    """Bytes of one token under one KV head by kind; where K lies inside V, it is all V's."""
+    k, v = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
+    rope = spec.buffers[spec.rope] if spec.rope is not None else None
+    return {
+        "k": 0 if spec.tied else spec.k_width * DTYPE_BYTES[k.dtype],
+        "v": spec.v_width * DTYPE_BYTES[v.dtype],
+        "rope": spec.rope_width * DTYPE_BYTES[rope.dtype] if rope else 0,
+    }
+
+
+def partial_bytes(spec: AttentionSpec) -> int:
+    """Bytes of one row's partial: output and LSE of every query head, float32."""
+    return 4 * (spec.v_width + 1) * spec.num_q_heads

@@ -1,0 +1,52 @@
+"""Cut long groups so that every core is busy until the end, and no finer than that pays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deft_tvm.plan.cost import Floats, Ints, Prices, makespan
+
+SLACK = 1.02
+"""A plan within this factor of a perfect balance is not cut."""
+
+SHARES = np.array([0.5, 0.75, 0.9, 1.0, 2.0, 3.0, 4.0, 8.0])
+"""Longest units tried, as parts of a perfectly balanced plan. Those below 1 leave some cores idle
+in the last wave but save the wave after it."""
+
+
+def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> tuple[Ints, float]:
+    """Tokens at which to cut each group, and the seconds of what is so cut.
+
+    Cuts are even and whole steps of the longest KV tile. Each adds a partial for each row, which
+    is counted; a plan that the uncut groups balance stays whole.
+
+    Args:
+        prices: the device.
+        tokens: int[G], tokens of each group.
+        rows: int[G], rows of each group.
+        chunk: cut here instead, and only tell the price.
+    """
+    if not len(tokens):
+        return tokens, 0.0
+    if chunk is not None:
+        given = np.minimum(tokens, chunk)
+        return given, float(_seconds(prices, tokens, given[None], rows)[0])
+    seconds, units = prices.units(tokens, rows)
+    balanced = float(seconds @ units) / prices.cores
+    whole = float(makespan(seconds, units, prices.cores))
+    if whole <= SLACK * balanced:
+        return tokens, whole
+    pieces = np.ceil(seconds / (balanced / SHARES[:, None])).astype(np.int64)
+    steps = -(-tokens // (pieces * prices.longest_step))
+    tried = np.minimum(steps * prices.longest_step, tokens)
+    cost = _seconds(prices, tokens, tried, rows)
+    best = int(cost.argmin())
+    return (tried[best], float(cost[best])) if cost[best] < whole else (tokens, whole)
+
+
+def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:
+    """float[S] for int[S, G] chunks: the makespan, and the partials that cutting adds."""
+    pieces, rows = -(-tokens // chunk), np.broadcast_to(rows, chunk.shape)
+    seconds, units = prices.units(chunk.ravel(), rows.ravel())
+    time = makespan(seconds.reshape(chunk.shape), units.reshape(chunk.shape) * pieces, prices.cores)
+    return time + prices.partial_seconds * ((pieces - 1) * rows).sum(axis=1)

@@ -1,0 +1,214 @@
+"""The plan: the int32 arrays that the kernels read, laid out from groups.
+
+Stage 1 runs work items. An item reads its runs of KV one after another for its rows, and writes
+for each row a partial, or the final output where the row is in no other item. Stage 2 walks for
+each row the list of its partials, which lie side by side. ::
+
+    items ── run_begin, run_end ──▶ runs ── page_begin ──▶ page_indices ──▶ KV cache
+      └───── dest_begin ──▶ dests ──▶ partial slots ◀── merge_indptr ── merge_rows (stage 2)
+
+The order of a row's partials follows the tree and not the cost, so that costs never change the
+order of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deft_tvm.errors import PlanError
+from deft_tvm.plan.cost import Floats, Ints
+from deft_tvm.plan.split import Groups, Walk
+from deft_tvm.spec import TileShape
+
+if TYPE_CHECKING:
+    from deft_tvm.pages import PageTable
+    from deft_tvm.tree import Forest
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """One step's work, for every layer and every spec with the same group and page size.
+
+    All arrays are int32 and C-contiguous. Rows are preorder rows unless called the caller's.
+
+    Attributes:
+        header: [8] ``page_shift``, ``search_steps`` (of the binary search for a token's run), 0 …
+        row_order: [R], the caller's number of each row.
+        runs: [U, 6] ``offset`` (tokens of the item before the run), ``page_begin``,
+            ``first_slot``, ``row_begin``, ``row_end``, ``diagonal``. Token t of a run lies in slot
+            ``x % page_size`` of page ``page_indices[page_begin + x // page_size]``, with
+            ``x = first_slot + t``, and is seen by the rows
+            ``[row_begin + max(0, t - diagonal), row_end)``, those of other items included.
+        items: [I, 6] ``row_begin``, ``num_rows``, ``run_begin``, ``run_end``, ``num_tokens``,
+            ``dest_begin``; by tile class, dearest first.
+        launches: ``(tile, item_begin, item_end)`` of each tile class that has items.
+        dests: [D], entry ``dest_begin + i`` for row ``row_begin + i`` of an item: a partial slot,
+            or ``~caller's row`` where the item is the row's only one.
+        merge_rows: [Mr], the caller's rows with no item, or with two or more.
+        merge_indptr: [Mr + 1], the partial slots of each; none: output 0 and LSE -inf.
+        page_indices: [P], as the page table has them.
+        tiles: the tile classes that `launches` counts in.
+        grouping: how the forest was divided; never ``auto``.
+        max_page: the highest page that the page table names.
+        forest: what was planned.
+        groups: the items before they were ordered, in `Walk` places, for `update`.
+        remake: makes the plan of another forest by the same recipe.
+    """
+
+    header: Int32
+    row_order: Int32
+    runs: Int32
+    items: Int32
+    launches: tuple[tuple[int, int, int], ...]
+    dests: Int32
+    merge_rows: Int32
+    merge_indptr: Int32
+    page_indices: Int32
+    tiles: tuple[TileShape, ...]
+    grouping: str
+    max_page: int
+    forest: Forest
+    groups: Groups
+    remake: Callable[[Forest, PageTable, Plan], Plan]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_order)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_partials(self) -> int:
+        """Partial slots that the workspace must hold."""
+        return int(self.merge_indptr[-1])
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page; 2^30 where the cache is not paged."""
+        return 1 << int(self.header[0])
+
+    def update(self, forest: Forest, pages: PageTable) -> Plan:
+        """The plan after KV was added or moved: the same tree and rows, other lengths or pages.
+
+        Equal to a plan made afresh with this plan's grouping, but costs less: with equal lengths
+        only pages are looked up again, and otherwise the grouping is not chosen again and the
+        partials keep their numbers while every item keeps its rows.
+
+        Raises:
+            PlanError: `forest` has other parents or rows.
+            PageError: `pages` does not hold the tokens of `forest`.
+        """
+        if not self.forest.same_topology(forest):
+            raise PlanError(
+                f"forest is {forest}, whose parents or rows are not those of the plan's; "
+                f"expected other lengths or pages alone, else a new plan"
+            )
+        if np.array_equal(self.forest.lengths, forest.lengths):
+            return self._moved(forest, pages)
+        return self.remake(forest, pages, self)
+
+    def _moved(self, forest: Forest, pages: PageTable) -> Plan:
+        pages.check(forest)
+        runs = self.runs.copy()
+        locate(runs, forest.preorder[self.groups.node], self.groups.begin, pages)
+        return replace(
+            self,
+            header=lay_out_header(self.groups, pages),
+            runs=runs,
+            page_indices=pages.page_indices,
+            max_page=pages.max_page,
+            forest=forest,
+        )
+
+    def __repr__(self) -> str:
+        classes = ", ".join(
+            f"{end - begin} {self.tiles[i].name}" for i, begin, end in self.launches
+        )
+        return (
+            f"Plan({self.grouping}: {self.num_items} items ({classes}), {len(self.runs)} runs, "
+            f"{self.num_rows} rows, {self.num_partials} partials)"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Partials:
+    """Where each row of each item goes: three arrays of `Plan`."""
+
+    dests: Int32
+    merge_rows: Int32
+    merge_indptr: Int32
+
+
+def number_partials(groups: Groups, row_order: Ints) -> Partials:
+    """Number the partials row by row, those of one row by the order of `groups`.
+
+    A row of a single item gets none: it goes straight to the output.
+    """
+    rows = groups.rows
+    shift = groups.row_begin - (rows.cumsum() - rows)
+    row = np.repeat(shift, rows) + np.arange(rows.sum())
+    counts = np.bincount(row, minlength=len(row_order))
+    alone = np.flatnonzero(counts == 1)
+    merged = np.flatnonzero(counts != 1)
+    # Entry by entry in order of rows: a slot for each, but for rows that have one entry only.
+    skipped = (counts == 1).cumsum()
+    by_row = np.arange(len(row)) - np.repeat(skipped, counts)
+    by_row[counts.cumsum()[alone] - 1] = ~row_order[alone]
+    dests = np.empty(len(row), np.int32)
+    # Sixteen bits are sorted by radix, several times as fast.
+    dests[row.astype(np.min_scalar_type(len(row_order))).argsort(kind="stable")] = by_row
+    indptr = np.append(0, counts[merged].cumsum())
+    return Partials(dests, row_order[merged].astype(np.int32), indptr.astype(np.int32))
+
+
+def lay_out_runs(walk: Walk, groups: Groups, pages: PageTable) -> Int32:
+    """int32[U, 6], a run for each piece: see `Plan.runs`."""
+    node, begin = groups.node, groups.begin
+    cut = begin - walk.diagonal[node]
+    runs = np.empty((len(node), 6), np.int32)
+    runs[:, 0] = groups.first
+    runs[:, 3] = walk.row_begin[node] + np.maximum(0, cut)
+    runs[:, 4] = walk.row_end[node]
+    runs[:, 5] = np.maximum(0, -cut)
+    locate(runs, walk.node[node], begin, pages)
+    return runs
+
+
+def locate(runs: Int32, node: Ints, begin: Ints, pages: PageTable) -> None:
+    """Write `page_begin` and `first_slot` of runs that begin at token `begin` of `node`."""
+    slot = pages.first_slot[node] + begin
+    runs[:, 1] = pages.page_indptr[node] + (slot >> pages.page_shift)
+    runs[:, 2] = slot & ((1 << pages.page_shift) - 1)
+
+
+def lay_out_items(
+    groups: Groups, tile: Ints, cost: Floats, num_tiles: int
+) -> tuple[Int32, tuple[tuple[int, int, int], ...]]:
+    """int32[I, 6] and the launches: see `Plan.items`."""
+    rows = groups.rows
+    items = np.empty((len(rows), 6), np.int32)
+    items[:, 0] = groups.row_begin
+    items[:, 1] = rows
+    items[:, 2] = groups.indptr[:-1]
+    items[:, 3] = groups.indptr[1:]
+    items[:, 4] = groups.tokens
+    items[:, 5] = rows.cumsum() - rows
+    ends = np.bincount(tile, minlength=num_tiles).cumsum().tolist()
+    spans = zip(range(num_tiles), [0, *ends], ends, strict=False)
+    launches = tuple((index, begin, end) for index, begin, end in spans if end > begin)
+    return items[np.lexsort((-cost, tile))], launches
+
+
+def lay_out_header(groups: Groups, pages: PageTable) -> Int32:
+    """int32[8]: see `Plan.header`."""
+    most_runs = int(np.diff(groups.indptr).max(initial=1))
+    return np.array([pages.page_shift, (most_runs - 1).bit_length(), 0, 0, 0, 0, 0, 0], np.int32)

@@ -1,0 +1,206 @@
+"""From a forest to a plan: choose a grouping, cut it into items, lay them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deft_tvm.errors import PlanError
+from deft_tvm.plan.cost import CostModel, Floats, Ints, Prices, prices
+from deft_tvm.plan.fill import fill
+from deft_tvm.plan.layout import (
+    Partials,
+    Plan,
+    lay_out_header,
+    lay_out_items,
+    lay_out_runs,
+    number_partials,
+)
+from deft_tvm.plan.packed import packed
+from deft_tvm.plan.split import (
+    Groups,
+    Walk,
+    by_node,
+    by_sequence,
+    cut_rows,
+    cut_tokens,
+    flattened,
+)
+from deft_tvm.spec import AttentionSpec, TileShape
+
+if TYPE_CHECKING:
+    from deft_tvm.device import DeviceProfile
+    from deft_tvm.pages import PageTable
+    from deft_tvm.tree import Forest
+
+GROUPINGS = ("node", "node_chunk", "flatten", "sequence", "packed", "auto")
+
+PAPER_CHUNK = 128
+"""Tokens at which DeFT cuts nodes (`MAX_BLOCK_LEN`) and the flattened tree (`BLOCK_LEN`)."""
+
+DETERMINISTIC_CHUNK = 512
+"""Tokens at which `deterministic` cuts. Part of what users rely on: another number, other bits."""
+
+
+def make_plan(
+    forest: Forest,
+    pages: PageTable,
+    spec: AttentionSpec,
+    tiles: Sequence[TileShape],
+    profile: DeviceProfile,
+    grouping: str = "auto",
+    chunk: int | None = None,
+    deterministic: bool = False,
+) -> Plan:
+    """The work items of one step of tree attention. Every grouping is exact.
+
+    Args:
+        forest: the trees, with lengths and rows.
+        pages: where each node's tokens lie.
+        spec: the attention; only its group, widths, dtypes and page size matter.
+        tiles: the tile classes that there are kernels for; items go to the cheapest that holds
+            them, and more rows than the largest holds are cut in blocks.
+        profile: the device whose rates price the alternatives.
+        grouping: ``node``, ``node_chunk`` or ``flatten`` as in the DeFT paper; ``sequence``, every
+            path for itself; ``packed``, by cost; ``auto``, the cheaper of the last two (the first
+            three are where ``packed`` starts or what it finds, at a fixed chunk).
+        chunk: tokens at which groups are cut. The default is 128 for ``node_chunk`` and
+            ``flatten``, and for ``sequence`` and ``packed`` what fills the machine; ``node`` is
+            never cut.
+        deterministic: fix items and their order by the row's own tree alone, whatever else is in
+            the forest, the device and its prices: nodes are cut every 512 tokens (or `chunk`),
+            and an item takes the smallest tile class that holds its rows. For ``auto`` (which
+            then is ``node_chunk``), ``node``, ``node_chunk`` and ``sequence``.
+
+    Raises:
+        PlanError: an unknown grouping, a chunk that is not positive or not wanted, no usable tile
+            class, or pages of another size than the spec's.
+        PageError: `pages` does not hold the tokens of `forest`.
+    """
+    _check(pages, spec, grouping, chunk, deterministic)
+    if deterministic:
+        grouping = "node_chunk" if grouping == "auto" else grouping
+        chunk = chunk or DETERMINISTIC_CHUNK
+    elif grouping in ("node_chunk", "flatten"):
+        chunk = chunk or PAPER_CHUNK
+    costs = prices(spec, tuple(tiles), CostModel.from_profile(profile))
+    return Recipe(costs, tuple(tiles), grouping, chunk, deterministic)(forest, pages)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """What a plan was asked for, so that `Plan.update` can ask for it again.
+
+    Attributes:
+        prices: costs of items on the device.
+        tiles: the tile classes.
+        grouping: one of `GROUPINGS`.
+        chunk: tokens at which groups are cut; None: to fill the machine.
+        deterministic: nothing may depend on `prices`.
+    """
+
+    prices: Prices
+    tiles: tuple[TileShape, ...]
+    grouping: str
+    chunk: int | None
+    deterministic: bool
+
+    def __call__(self, forest: Forest, pages: PageTable, previous: Plan | None = None) -> Plan:
+        """The plan of `forest`; what `previous` numbered alike is taken from it."""
+        pages.check(forest)
+        walk = Walk.of(forest)
+        grouping, groups, chunk = self._choose(walk)
+        groups = cut_rows(walk, cut_tokens(walk, groups, chunk), self.prices.most_rows)
+        tile, cost = self._assign(groups)
+        items, launches = lay_out_items(groups, tile, cost, len(self.tiles))
+        partials = _reused(previous, groups) or number_partials(groups, forest.row_order)
+        return Plan(
+            header=lay_out_header(groups, pages),
+            row_order=forest.row_order,
+            runs=lay_out_runs(walk, groups, pages),
+            items=items,
+            launches=launches,
+            dests=partials.dests,
+            merge_rows=partials.merge_rows,
+            merge_indptr=partials.merge_indptr,
+            page_indices=pages.page_indices,
+            tiles=self.tiles,
+            grouping=grouping,
+            max_page=pages.max_page,
+            forest=forest,
+            groups=groups,
+            remake=self if grouping == self.grouping else replace(self, grouping=grouping),
+        )
+
+    def _choose(self, walk: Walk) -> tuple[str, Groups, Ints]:
+        """The grouping by name, its groups, and the tokens at which to cut each."""
+        if self.grouping == "auto":
+            return self._cheaper(walk)
+        if self.grouping == "packed":
+            groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+        else:
+            groups = UNPRICED[self.grouping](walk)
+        if self.grouping == "node":
+            return "node", groups, groups.tokens
+        return self.grouping, groups, fill(self.prices, groups.tokens, groups.rows, self.chunk)[0]
+
+    def _cheaper(self, walk: Walk) -> tuple[str, Groups, Ints]:
+        """Of ``packed`` and ``sequence``, whose paths are laid out only if they win."""
+        groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+        chunk, seconds = fill(self.prices, groups.tokens, groups.rows, self.chunk)
+        seconds += self.prices.merge_seconds(groups.row_begin, groups.row_end)
+        tokens, rows = walk.paths()
+        if self.prices.cost(tokens, rows)[1] < seconds:
+            path_chunk, path_seconds = fill(self.prices, tokens, rows, self.chunk)
+            if path_seconds < seconds:
+                return "sequence", by_sequence(walk), path_chunk
+        return "packed", groups, chunk
+
+    def _assign(self, groups: Groups) -> tuple[Ints, Floats]:
+        """The tile class of each item, and the key by which its class is ordered."""
+        if self.deterministic:
+            return self.prices.smallest_tile(groups.rows), groups.tokens * 1.0
+        return self.prices.choose_tile(groups.tokens, groups.rows)
+
+
+UNPRICED = {
+    "node": by_node,
+    "node_chunk": by_node,
+    "flatten": flattened,
+    "sequence": by_sequence,
+}
+
+
+def _reused(previous: Plan | None, groups: Groups) -> Partials | None:
+    """The numbering of `previous`, if its items had the same rows in the same order."""
+    if previous is None or len(previous.groups) != len(groups):
+        return None
+    old = previous.groups
+    same = np.array_equal(old.row_begin, groups.row_begin)
+    same = same and np.array_equal(old.row_end, groups.row_end)
+    return Partials(previous.dests, previous.merge_rows, previous.merge_indptr) if same else None
+
+
+def _check(
+    pages: PageTable,
+    spec: AttentionSpec,
+    grouping: str,
+    chunk: int | None,
+    deterministic: bool,
+) -> None:
+    if not pages.is_contiguous and pages.page_size != spec.page_size:
+        raise PlanError(f"pages have {pages.page_size} slots; the spec's have {spec.page_size}")
+    if grouping not in GROUPINGS:
+        raise PlanError(f"grouping is {grouping!r}; expected one of {', '.join(GROUPINGS)}")
+    if chunk is not None and chunk < 1:
+        raise PlanError(f"chunk is {chunk}; expected 1 or more tokens, or None")
+    if chunk is not None and grouping == "node":
+        raise PlanError(f"chunk is {chunk}, but 'node' never cuts; expected 'node_chunk' or None")
+    if deterministic and grouping in ("flatten", "packed"):
+        raise PlanError(
+            f"deterministic is set and grouping is {grouping!r}, whose items depend on other "
+            f"trees or on prices; expected 'auto', 'node', 'node_chunk' or 'sequence'"
+        )

@@ -1,0 +1,155 @@
+"""Bytes and FLOPs of a plan, counted from the arrays that the kernels read.
+
+A unit, one item under one KV head, reads each token of its item once, whatever rows it holds, and
+looks one page index up for each page that a run touches. Stage 2 reads what stage 1 wrote. Caches
+are not modelled: these are the bytes asked for, and what sharing saves is fewer requests.
+
+Beside it stands sequence-based decoding, which DeFT (ICLR 2025, table 17) compares with: every row
+reads every token of its own path for itself, in one pass and so without partials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deft_tvm.plan.cost import Ints, kv_bytes, partial_bytes
+from deft_tvm.plan.layout import Plan
+from deft_tvm.plan.split import ranges
+from deft_tvm.spec import DTYPE_BYTES, AttentionSpec
+
+if TYPE_CHECKING:
+    from deft_tvm.tree import Forest
+
+INDEX_BYTES = 4
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Bytes moved by kind, for one layer and one step.
+
+    Attributes:
+        k: keys without their rope part; 0 where they lie inside the values.
+        v: values.
+        rope: rotated keys, read again under every KV head.
+        q: query rows, once for each item that holds the row.
+        partials: float32 outputs and LSE of stage 1, written and read.
+        output: output rows and their float32 LSE.
+        indices: the plan's arrays.
+    """
+
+    k: int
+    v: int
+    rope: int
+    q: int
+    partials: int
+    output: int
+    indices: int
+
+    @property
+    def kv(self) -> int:
+        return self.k + self.v + self.rope
+
+    @property
+    def total(self) -> int:
+        return self.kv + self.q + self.partials + self.output + self.indices
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one layer and step of a plan moves and computes, beside sequence-based decoding.
+
+    Attributes:
+        tree: bytes of the plan.
+        sequence: bytes if every row read its own path.
+        flops: both products over the visible (row, token) pairs; sharing does not change them.
+        tile_flops: both products over whole tiles, lanes and steps that hold nothing included.
+    """
+
+    tree: Bytes
+    sequence: Bytes
+    flops: int
+    tile_flops: int
+
+    @property
+    def kv_saved_percent(self) -> float:
+        """KV bytes that sharing saves, in percent of sequence-based decoding's."""
+        return 100 * (1 - self.tree.kv / self.sequence.kv) if self.sequence.kv else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{'MiB':10}{'plan':>12}{'by sequence':>14}"]
+        for name in (*(field.name for field in fields(Bytes)), "total"):
+            tree, sequence = getattr(self.tree, name), getattr(self.sequence, name)
+            lines.append(f"{name:10}{tree / MIB:12.3f}{sequence / MIB:14.3f}")
+        share = self.flops / self.tile_flops if self.tile_flops else 1.0
+        lines.append(f"KV bytes saved: {self.kv_saved_percent:.1f} %")
+        lines.append(f"GFLOP: {self.flops / 1e9:.3f}, {share:.0%} of what the tiles compute")
+        return "\n".join(lines)
+
+
+def traffic(plan: Plan, spec: AttentionSpec) -> Traffic:
+    """Count what `plan` moves and computes for one layer of `spec`."""
+    path = row_tokens(plan.forest)
+    widths = spec.q_width + spec.v_width
+    read = int(plan.items[:, 4].sum(dtype=np.int64))
+    seen = int(path.sum())
+    page_reads = int((-(-path // plan.page_size)).sum())
+    partials = 2 * plan.num_partials * partial_bytes(spec)
+    held = int(plan.items[:, 1].sum(dtype=np.int64))
+    return Traffic(
+        tree=_bytes(plan, spec, read, held, partials, _index_words(plan, spec.num_kv_heads)),
+        sequence=_bytes(plan, spec, seen, plan.num_rows, 0, page_reads * spec.num_kv_heads),
+        flops=2 * widths * spec.num_q_heads * seen,
+        tile_flops=2 * widths * spec.num_kv_heads * _tile_pairs(plan),
+    )
+
+
+def row_tokens(forest: Forest) -> Ints:
+    """int[R], tokens that each row sees, in the caller's order of rows."""
+    node, within = ranges(forest.rows)
+    own = np.minimum(forest.lengths[node], forest.diagonal[node] + within + 1)
+    return (forest.start[node] + own).astype(np.int64)
+
+
+def _bytes(
+    plan: Plan, spec: AttentionSpec, tokens: int, rows: int, partials: int, words: int
+) -> Bytes:
+    heads, size = spec.num_q_heads, DTYPE_BYTES[spec.dtype]
+    kv = {kind: tokens * spec.num_kv_heads * each for kind, each in kv_bytes(spec).items()}
+    return Bytes(
+        **kv,
+        q=rows * heads * spec.q_width * size,
+        partials=partials,
+        output=plan.num_rows * heads * (spec.v_width * size + 4),
+        indices=words * INDEX_BYTES,
+    )
+
+
+def _index_words(plan: Plan, heads: int) -> int:
+    """Words of the plan's arrays that all units read, and those of stage 2."""
+    runs = plan.runs
+    tokens = _run_tokens(plan)
+    pages = (runs[:, 2] + tokens - 1) // plan.page_size + 1
+    a_head = int(pages.sum()) + runs.size + plan.items.size + 2 * len(plan.dests)
+    return a_head * heads + plan.merge_rows.size + plan.merge_indptr.size
+
+
+def _run_tokens(plan: Plan) -> Ints:
+    """int[U], tokens of each run: up to where the next begins, or to the item's end."""
+    end = np.empty(len(plan.runs), np.int64)
+    end[:-1] = plan.runs[1:, 0]
+    end[plan.items[:, 3] - 1] = plan.items[:, 4]
+    return end - plan.runs[:, 0]
+
+
+def _tile_pairs(plan: Plan) -> int:
+    """(lane row, token) pairs of all tiles under one KV head."""
+    pairs = 0
+    for index, begin, end in plan.launches:
+        tile = plan.tiles[index]
+        steps = int((-(-plan.items[begin:end, 4] // tile.kv_tile)).sum(dtype=np.int64))
+        pairs += steps * tile.kv_tile * tile.lane_rows
+    return pairs

@@ -1,0 +1,5 @@
+"""Split-and-reduce schedules: a computation and a target in, a scheduled computation out."""
+
+from deft_tvm.schedules.rule import Decision, KernelTask, Knobs, apply_rules, schedule
+
+__all__ = ["Decision", "KernelTask", "Knobs", "apply_rules", "schedule"]

@@ -1,0 +1,10 @@
+"""Schedules for CPUs: rows in the vector lanes where there are many, the width where there are few."""
+
+from __future__ import annotations
+
+from deft_tvm.schedules.cpu.merge import merge
+from deft_tvm.schedules.cpu.rows_in_lanes import rows_in_lanes
+from deft_tvm.schedules.cpu.width_in_lanes import width_in_lanes
+from deft_tvm.schedules.rule import Rule
+
+RULES: tuple[Rule, ...] = (rows_in_lanes, width_in_lanes, merge)

@@ -1,0 +1,241 @@
+"""CPU instructions that TVM has no name for, as LLVM functions and tensor intrinsics over them.
+
+The LLVM text goes into a module through ``pragma_import_llvm`` and is inlined. It sees bfloat16
+vectors before TVM's legalisation can turn them into float32 ones.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tvm import tirx
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import narrow, widen
+
+LANES = 16
+
+_INTERLEAVE = ", ".join(f"i32 {i}, i32 {i + LANES}" for i in range(LANES))
+
+BFLOAT16_LLVM = f"""
+define i32 @deft_dot_pairs(ptr %c, ptr %b, ptr %a) alwaysinline {{
+  %acc = load <16 x float>, ptr %c, align 4
+  %one = load i32, ptr %a, align 2
+  %first = insertelement <16 x i32> poison, i32 %one, i32 0
+  %all = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
+  %pair = bitcast <16 x i32> %all to <32 x bfloat>
+  %rows = load <32 x bfloat>, ptr %b, align 2
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %pair, <32 x bfloat> %rows)
+  store <16 x float> %sum, ptr %c, align 4
+  ret i32 0
+}}
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+
+define i32 @deft_interleave(ptr %o, ptr %x, ptr %y) alwaysinline {{
+  %even = load <16 x i16>, ptr %x, align 2
+  %odd = load <16 x i16>, ptr %y, align 2
+  %pairs = shufflevector <16 x i16> %even, <16 x i16> %odd, <32 x i32> <{_INTERLEAVE}>
+  store <32 x i16> %pairs, ptr %o, align 2
+  ret i32 0
+}}
+
+define i32 @deft_narrow_pairs(ptr %o, ptr %x, ptr %y) alwaysinline {{
+  %even = load <16 x float>, ptr %x, align 4
+  %odd = load <16 x float>, ptr %y, align 4
+  %both = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %odd, <16 x float> %even)
+  %pairs = shufflevector <32 x bfloat> %both, <32 x bfloat> poison, <32 x i32> <{_INTERLEAVE}>
+  store <32 x bfloat> %pairs, ptr %o, align 2
+  ret i32 0
+}}
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+"""
+
+
+def dot_llvm(width: int, lanes: int) -> str:
+    """``deft_dot_WIDTH(c, a, b)``: c += Σ_d a_d · b_d over `width` float32, `lanes` at a time."""
+    vector = f"<{lanes} x float>"
+    body = []
+    for n in range(width // lanes):
+        for operand in "ab":
+            body += [
+                f"  %{operand}p{n} = getelementptr float, ptr %{operand}, i64 {n * lanes}",
+                f"  %{operand}{n} = load {vector}, ptr %{operand}p{n}, align 4",
+            ]
+        # Two chains hide the latency of the fused multiply-add.
+        before = "zeroinitializer" if n < 2 else f"%s{n - 2}"
+        body.append(
+            f"  %s{n} = call {vector} @llvm.fma.v{lanes}f32"
+            f"({vector} %a{n}, {vector} %b{n}, {vector} {before})"
+        )
+    last = width // lanes - 1
+    total = f"%s{last}"
+    if last:
+        body.append(f"  %both = fadd {vector} %s{last - 1}, %s{last}")
+        total = "%both"
+    return f"""
+define i32 @deft_dot_{width}(ptr %c, ptr %a, ptr %b) alwaysinline {{
+{chr(10).join(body)}
+  %old = load float, ptr %c, align 4
+  %sum = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float %old, {vector} {total})
+  store float %sum, ptr %c, align 4
+  ret i32 0
+}}
+declare {vector} @llvm.fma.v{lanes}f32({vector}, {vector}, {vector})
+declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, {vector})
+"""
+
+
+@cache
+def dot_pairs() -> str:
+    """Intrinsic: 16 rows times one pair of bfloat16, added to 16 float32 (``vdpbf16ps``)."""
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (16, 2), "uint16", offset_factor=1)
+        B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
+        C = T.match_buffer(c, (16,), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:16], A[0:16, 0:2], B[0:2])
+            T.writes(C[0:16])
+            for i, r in T.grid(16, 2):
+                with T.sblock("pair"):
+                    vi, vr = T.axis.remap("SR", [i, r])
+                    C[vi] = C[vi] + widen(A[vi, vr], "bfloat16") * widen(B[vr], "bfloat16")
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (16, 2), "uint16", offset_factor=1)
+        B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
+        C = T.match_buffer(c, (16,), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:16], A[0:16, 0:2], B[0:2])
+            T.writes(C[0:16])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    "deft_dot_pairs",
+                    T.address_of(C[0]),
+                    T.address_of(A[0, 0]),
+                    T.address_of(B[0]),
+                )
+            )
+
+    return _register("deft_dot_pairs", description, implementation)
+
+
+@cache
+def interleave() -> str:
+    """Intrinsic: two rows of 16 sixteen-bit elements into 16 pairs."""
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (2, 16), "uint16", offset_factor=1)
+        B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:2, 0:16])
+            T.writes(B[0, 0:16, 0:2])
+            for r, i in T.grid(2, 16):
+                with T.sblock("pair"):
+                    vr, vi = T.axis.remap("SS", [r, i])
+                    B[0, vi, vr] = A[vr, vi]
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle) -> None:
+        s0 = T.int32()
+        A = T.match_buffer(a, (2, 16), "uint16", offset_factor=1, strides=[s0, 1])
+        B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:2, 0:16])
+            T.writes(B[0, 0:16, 0:2])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    "deft_interleave",
+                    T.address_of(B[0, 0, 0]),
+                    T.address_of(A[0, 0]),
+                    T.address_of(A[1, 0]),
+                )
+            )
+
+    return _register("deft_interleave", description, implementation)
+
+
+@cache
+def narrow_pairs() -> str:
+    """Intrinsic: two rows of 16 float32 rounded to bfloat16, as 16 pairs (``vcvtne2ps2bf16``)."""
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (2, 16), "float32", offset_factor=1)
+        B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:2, 0:16])
+            T.writes(B[0, 0:16, 0:2])
+            for i, r in T.grid(16, 2):
+                with T.sblock("pair"):
+                    vi, vr = T.axis.remap("SS", [i, r])
+                    B[0, vi, vr] = narrow(A[vr, vi], "bfloat16")
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle) -> None:
+        s0 = T.int32()
+        A = T.match_buffer(a, (2, 16), "float32", offset_factor=1, strides=[s0, 1])
+        B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:2, 0:16])
+            T.writes(B[0, 0:16, 0:2])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    "deft_narrow_pairs",
+                    T.address_of(B[0, 0, 0]),
+                    T.address_of(A[0, 0]),
+                    T.address_of(A[1, 0]),
+                )
+            )
+
+    return _register("deft_narrow_pairs", description, implementation)
+
+
+@cache
+def dot(width: int) -> str:
+    """Intrinsic: the scalar product of two rows of `width` float32, added to one float32."""
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (width,), "float32", offset_factor=1)
+        B = T.match_buffer(b, (width,), "float32", offset_factor=1)
+        C = T.match_buffer(c, (1,), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0], A[0:width], B[0:width])
+            T.writes(C[0])
+            for d in range(width):
+                with T.sblock("product"):
+                    vd = T.axis.reduce(width, d)
+                    C[0] = C[0] + A[vd] * B[vd]
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (width,), "float32", offset_factor=1)
+        B = T.match_buffer(b, (width,), "float32", offset_factor=1)
+        C = T.match_buffer(c, (1,), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0], A[0:width], B[0:width])
+            T.writes(C[0])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    f"deft_dot_{width}",
+                    T.address_of(C[0]),
+                    T.address_of(A[0]),
+                    T.address_of(B[0]),
+                )
+            )
+
+    return _register(f"deft_dot_{width}", description, implementation)
+
+
+def _register(name: str, description: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:
+    TensorIntrin.register(name, description, implementation, override=True)
+    return name

@@ -1,0 +1,24 @@
+"""Merging partials on a CPU: the output width in the vector lanes."""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+
+from deft_tvm.schedules.cpu.vector import float_lanes
+from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.verbs import power_of_two_in, vectorize_last
+
+
+def merge(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+    """The rule for the merge kernel; nothing to choose, it is a few microseconds of reading."""
+    if task.kernel != "merge":
+        return False
+    lanes = power_of_two_in(task.spec.v_width, float_lanes(task.features))
+    weigh = sch.get_sblock("weigh")
+    d, p = sch.get_loops(weigh)[-2:]
+    outer, inner = sch.split(d, [None, lanes])
+    sch.reorder(p, outer, inner)
+    sch.vectorize(inner)
+    sch.decompose_reduction(weigh, p)
+    vectorize_last(sch, "write_out", lanes)
+    return True

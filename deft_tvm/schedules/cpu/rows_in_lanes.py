@@ -1,0 +1,224 @@
+"""Many rows on a CPU: query rows in the vector lanes.
+
+Every tile is kept transposed, Sᵀ[token, row] and Oᵀ[dim, row], so that K and V elements are
+broadcast scalars and need no transpose, and the softmax's maximum, sum and rescale run across lanes
+with no horizontal step. Only Q is transposed at the start of an item and the output at its end.
+
+    scores        8 tokens × 32 rows of accumulators stay in registers over the whole width
+    accumulate    8 dims × 32 rows likewise over the tile's tokens, folded into O as they leave
+
+With bfloat16 operands and ``vdpbf16ps`` both products run over pairs: of dims for the scores, of
+tokens for the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from deft_tvm.schedules.cpu.instructions import (
+    BFLOAT16_LLVM,
+    dot_pairs,
+    interleave,
+    narrow_pairs,
+)
+from deft_tvm.schedules.cpu.vector import float_lanes, registers
+from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.verbs import (
+    divisors,
+    import_llvm,
+    nearest,
+    power_of_two_in,
+    reduce_in_lanes,
+    store_tile,
+    swap,
+    unroll_all,
+    vectorize_last,
+    vectorize_over,
+)
+
+TRANSPOSED = (
+    "init_out",
+    "scores",
+    "masked_logits",
+    "exponentials",
+    "fold",
+    "accumulate",
+)
+ROW_VECTORS = (
+    "init_max",
+    "init_sum",
+    "new_max",
+    "rescale",
+    "new_sum",
+    "keep_max",
+    "keep_sum",
+    "normalise",
+)
+TILE_PASSES = ("init_out", "logits", "masked_logits", "exponentials", "keep_out")
+
+
+def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+    """The rule: partial kernels whose lane rows fill whole vectors."""
+    lanes = float_lanes(task.features)
+    if task.tile is None or task.tile.lane_rows < 16 or task.tile.lane_rows % lanes:
+        return False
+    paired = _paired(task)
+    tile, spec = task.tile, task.spec
+    # A register tile under 1 KiB is a stack slot and stays in registers; a larger one is a heap
+    # workspace, from which only TVM's own vector code (with its aliasing facts) is promoted.
+    row_choices = divisors(tile.lane_rows, [lanes * n for n in ((1, 2) if paired else (1, 2, 4))])
+    deep_choices = (1, 2, 4) if paired else (1, 2, 4, 8, 16)
+    rows = nearest(row_choices, 2 * lanes)
+    deep = registers(task.features) // 2 * lanes // rows
+    score_rows = knobs.pick("score_rows", row_choices, rows)
+    token_choices = divisors(tile.kv_tile, deep_choices)
+    score_tokens = knobs.pick("score_tokens", token_choices, nearest(token_choices, deep))
+    out_rows = knobs.pick("out_rows", row_choices, rows)
+    dim_choices = divisors(spec.v_width, deep_choices)
+    out_dims = knobs.pick("out_dims", dim_choices, nearest(dim_choices, deep))
+
+    _transpose(task, sch, paired)
+    for product in ("scores", "scores_rope") if spec.rope is not None else ("scores",):
+        _product(sch, product, score_tokens, score_rows, lanes, paired)
+    if paired:
+        _pair_values(sch)
+    _product(sch, "accumulate", out_dims, out_rows, lanes, paired, fold="fold")
+
+    # What is left is one pass a tile over rows in lanes.
+    for block in TILE_PASSES:
+        vectorize_over(sch, block, 0, lanes)
+    for block in ROW_VECTORS:
+        vectorize_last(sch, block, lanes)
+    for block in ("row_max", "row_sum"):
+        reduce_in_lanes(sch, block, lanes)
+    if paired:
+        _narrow_in_pairs(sch)
+        import_llvm(sch, "item", BFLOAT16_LLVM)
+    else:
+        vectorize_over(sch, "probabilities", 0, lanes)
+
+    # Tiles of K and V are packed out of their pages: in NHD the token stride is a multiple of
+    # 4 KiB for common shapes, and a tile read in place would fall into a few sets of the cache.
+    for block in _loads(task):
+        vectorize_last(sch, block, power_of_two_in(_width_of(task, block), lanes))
+    return True
+
+
+def _paired(task: KernelTask) -> bool:
+    tile, spec = task.tile, task.spec
+    even = spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
+    return (
+        tile is not None
+        and tile.operand == "bfloat16"
+        and "avx512bf16" in task.features
+        and even
+        and tile.kv_tile % 2 == 0
+    )
+
+
+def _transpose(task: KernelTask, sch: Schedule, paired: bool) -> None:
+    for block in TRANSPOSED:
+        sch.transform_layout(sch.get_sblock(block), ("write", 0), swap)
+    queries = [("load_q", "scores")]
+    if task.spec.rope is not None:
+        sch.transform_layout(sch.get_sblock("scores_rope"), ("write", 0), swap)
+        queries.append(("load_q_rope", "scores_rope"))
+    for load, _ in queries:
+        sch.transform_layout(sch.get_sblock(load), ("write", 0), pairs_of_second if paired else swap)
+    sch.transform_layout(
+        sch.get_sblock("probabilities"), ("write", 0), pairs_of_second if paired else swap
+    )
+
+
+def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
+    """[row, d] → [d / 2, row, d % 2]: two neighbours of the reduction beside each other."""
+    return d // 2, i, d % 2
+
+
+def pairs_of_first(j: Any, d: Any) -> tuple[Any, Any, Any]:
+    """[token, d] → [token / 2, d, token % 2]."""
+    return j // 2, d, j % 2
+
+
+def _product(
+    sch: Schedule,
+    name: str,
+    deep: Any,
+    rows: Any,
+    lanes: int,
+    paired: bool,
+    fold: str | None = None,
+) -> None:
+    """One of the two products on a register tile of `deep` × `rows`, the reduction outside it.
+
+        for i, j, k: C[j, i] += …
+        → for i/rows, j/deep:  c[deep, rows] = 0;  for k: c += …;  C[…] = c   (or fold, then store)
+    """
+    block = sch.get_sblock(name)
+    i, j, k = sch.get_loops(block)[-3:]
+    j_outer, j_tile = sch.split(j, [None, deep])
+    i_outer, i_across, i_lanes = sch.split(i, [None, *_across(sch, rows, lanes)])
+    if paired:
+        k, pair = sch.split(k, [None, 2])
+        sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes, pair)
+    else:
+        sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes)
+    result = sch.cache_write(block, 0, "global")
+    sch.reverse_compute_at(result, j_outer)
+    if fold is not None:
+        sch.reverse_compute_inline(sch.get_sblock(fold))
+    unroll_all(sch, (i_across, j_tile))
+    if paired:
+        zero = sch.decompose_reduction(block, k)
+        sch.tensorize(i_lanes, dot_pairs())
+        sch.vectorize(sch.get_loops(zero)[-1])
+    else:
+        sch.vectorize(i_lanes)
+        sch.decompose_reduction(block, k)
+    store_tile(sch, result, lanes)
+
+
+def _across(sch: Schedule, rows: Any, lanes: int) -> tuple[Any, int]:
+    """`rows` as whole vectors."""
+    return rows // lanes, lanes
+
+
+def _pair_values(sch: Schedule) -> None:
+    """A copy of V with each two tokens interleaved, which the output product reads in pairs."""
+    copy = sch.cache_read(sch.get_sblock("accumulate"), 1, "global")
+    sch.transform_layout(copy, ("write", 0), pairs_of_first)
+    j, d = sch.get_loops(copy)[-2:]
+    j_outer, j_pair = sch.split(j, [None, 2])
+    d_outer, d_lanes = sch.split(d, [None, 16])
+    sch.reorder(j_outer, d_outer, j_pair, d_lanes)
+    sch.tensorize(j_pair, interleave())
+
+
+def _narrow_in_pairs(sch: Schedule) -> None:
+    """Probabilities of two tokens rounded and interleaved at once."""
+    i, j = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
+    j_outer, j_pair = sch.split(j, [None, 2])
+    i_outer, i_lanes = sch.split(i, [None, 16])
+    sch.reorder(j_outer, i_outer, i_lanes, j_pair)
+    sch.tensorize(i_lanes, narrow_pairs())
+
+
+def _loads(task: KernelTask) -> list[str]:
+    blocks = ["load_q", "load_v", "write_out"]
+    if not task.spec.tied:
+        blocks.append("load_k")
+    if task.spec.rope is not None:
+        blocks += ["load_q_rope", "load_rope"]
+    return blocks
+
+
+def _width_of(task: KernelTask, block: str) -> int:
+    widths = {
+        "load_q": task.spec.k_width,
+        "load_k": task.spec.k_width,
+        "load_v": task.spec.v_width,
+        "write_out": task.spec.v_width,
+    }
+    return widths.get(block, task.spec.rope_width)

@@ -1,0 +1,120 @@
+"""From scheduled kernels to CUDA.
+
+TVM lets a compilation name its lowering pipeline. Ours is TVM's for scheduled TensorIR, without the
+steps that only other targets or features need, and with two of our own between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import IRModule, runtime, s_tir, tirx, transform
+from tvm import compile as tvm_compile
+from tvm.target import Target
+from tvm.tirx.compilation_pipeline import (
+    finalize_device_passes,
+    finalize_host_passes,
+    register_tir_pipeline,
+)
+
+from deft_tvm.schedules.cuda.fragments import keep_own_share
+
+PIPELINE = "deft_tvm_cuda"
+
+# Shared memory that one block may ask for, in bytes (CUDA C++ programming guide, table "technical
+# specifications per compute capability").
+SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_120a": 99 * 1024,
+}
+
+
+def compile_cuda(module: IRModule, arch: str) -> Any:
+    """Compile scheduled kernels for one GPU architecture.
+
+    Args:
+        module: the scheduled functions.
+        arch: as nvcc names it, ``sm_90a``.
+
+    Returns:
+        A TVM executable whose first imported module holds the kernels: CUDA source where this
+        machine has no GPU, a cubin where it has one.
+    """
+    register_tir_pipeline(PIPELINE, _pipeline)
+    return tvm_compile(module, target=cuda_target(arch), tir_pipeline=PIPELINE)
+
+
+def cuda_source(executable: Any) -> str:
+    """The CUDA C++ text of what `compile_cuda` returned."""
+    return str(executable.mod.imports[0].inspect_source())
+
+
+def cuda_target(arch: str) -> Target:
+    """The TVM target for `arch`; TVM has no table of shared memory sizes of its own."""
+    return Target(
+        {
+            "kind": "cuda",
+            "arch": arch,
+            "max_shared_memory_per_block": SHARED_BYTES.get(arch, 48 * 1024),
+            "max_threads_per_block": 1024,
+            "thread_warp_size": 32,
+        },
+        host="llvm",
+    )
+
+
+def lowered(module: IRModule, arch: str) -> IRModule:
+    """The kernels as loops over flat buffers, just before they are split into host and device."""
+    bound = tirx.transform.BindTarget(cuda_target(arch))(module)
+    return transform.Sequential(_threaded())(bound)
+
+
+def _threaded() -> list[transform.Pass]:
+    lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
+    return [
+        lower.CanonicalizeLoop(),
+        lower.LowerCrossThreadReduction(),
+        lower.LowerInitBlock(),
+        lower.PlanAndUpdateBufferAllocationLocation(),
+        lower.ConvertBlocksToOpaque(),
+        lower.LiftThreadBinding(),
+        lower.CompactBufferAllocation(),
+        lower.UnifyThreadBinding(),
+        lower.LowerMatchBuffer(),
+        keep_own_share,
+        simplify(),
+        lower.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        lower.LoopPartition(),
+        tirx.transform.VectorizeLoop(),
+        lower.HoistIfThenElse(),
+        tirx.transform.UnrollLoop(),
+        lower.RenormalizeSplitPattern(),
+        simplify(),
+        tirx.transform.RemoveNoOp(),
+        lower.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        lower.ThreadSync("shared"),
+        lower.ThreadSync("shared.dyn"),
+        lower.LowerThreadAllreduce(),
+        lower.MergeSharedMemoryAllocations(),
+    ]
+
+
+def _pipeline() -> tuple[transform.Pass, Any, Any]:
+    """The three parts of a lowering pipeline, as TVM asks for them."""
+    passes = [
+        *_threaded(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+        tirx.transform.BF16StorageLegalize(),
+    ]
+    return transform.Sequential(passes), finalize_host_passes, finalize_device_passes

@@ -1,0 +1,129 @@
+"""The contract between a computation and the schedules for it.
+
+A rule takes a task (which kernel, for which spec, tile and target) and a fresh schedule of its
+computation, and either schedules it or declines by returning False before it touched anything.
+Rules are asked in order; the last one takes every task and leaves it as written.
+
+A rule chooses only through its `Knobs`: each choice has a name, a closed list of candidates and a
+default. So a scheduled kernel is described by a `Decision`, a plain mapping that logs keep, that
+people read, and that replays on the dynamic function what was found on a specialised one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from tvm import IRModule, s_tir, tirx
+
+from deft_tvm.errors import PlanError
+from deft_tvm.kernels.merge import merge_partials
+from deft_tvm.kernels.partial import partial_attention
+from deft_tvm.spec import AttentionSpec, TileShape
+
+Decision = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class KernelTask:
+    """One kernel to schedule.
+
+    Attributes:
+        kernel: ``partial`` (needs `tile`) or ``merge``.
+        spec: the attention.
+        tile: the tile class, None for ``merge``.
+        target: TVM target attributes: ``kind``, and ``mattr`` or ``arch``.
+        features: instruction sets that the schedule may use, as in `DeviceProfile.features`.
+        symbol: the function's name in the module.
+    """
+
+    kernel: Literal["partial", "merge"]
+    spec: AttentionSpec
+    tile: TileShape | None
+    target: Mapping[str, Any]
+    features: frozenset[str]
+    symbol: str
+
+    @property
+    def kind(self) -> str:
+        return str(self.target["kind"])
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in logs and manifests."""
+        return self.kernel if self.tile is None else self.tile.name
+
+    @cached_property
+    def computation(self) -> tirx.PrimFunc:
+        """The unscheduled kernel."""
+        if self.kernel == "merge":
+            return merge_partials(self.spec, self.kind, self.symbol)
+        if self.tile is None:
+            raise PlanError("tile is None; expected a TileShape for the partial kernel")
+        return partial_attention(self.spec, self.tile, self.kind, self.symbol)
+
+
+@dataclass
+class Knobs:
+    """The choices of one schedule, by name.
+
+    With ``decision=None`` every choice is left to be sampled by the search; otherwise a choice is
+    what `decision` says, or its default. `table` records every choice made: name → candidates.
+    """
+
+    sch: s_tir.Schedule
+    decision: Decision | None
+    table: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def pick(self, name: str, candidates: Sequence[int], default: int) -> Any:
+        """One sampled integer, as a random variable of the schedule's trace."""
+        self.table[name] = tuple(candidates)
+        weights = [1.0 / len(candidates)] * len(candidates)
+        if self.decision is None:
+            return self.sch.sample_categorical(list(candidates), weights)
+        index = self._index(name, candidates, self.decision.get(name, default))
+        return self.sch.sample_categorical(list(candidates), weights, decision=index)
+
+    def _index(self, name: str, candidates: Sequence[int], value: int) -> int:
+        if value not in candidates:
+            raise PlanError(f"decision {name!r} is {value}; expected one of {tuple(candidates)}")
+        return list(candidates).index(value)
+
+
+Rule = Callable[[KernelTask, s_tir.Schedule, Knobs], bool]
+
+
+def as_written(task: KernelTask, sch: s_tir.Schedule, knobs: Knobs) -> bool:
+    """Takes every task and changes nothing: right, and slow."""
+    return True
+
+
+def rules_for(kind: str) -> tuple[Rule, ...]:
+    """The rules of a target kind, in the order in which they are asked."""
+    from deft_tvm.schedules import cpu, cuda
+
+    return (*{"llvm": cpu.RULES, "cuda": cuda.RULES}[kind], as_written)
+
+
+def schedule(task: KernelTask, decision: Decision | None = {}) -> tuple[s_tir.Schedule, Knobs]:  # noqa: B006
+    """The scheduled kernel of `task`, with defaults for what `decision` does not name.
+
+    Args:
+        task: the kernel.
+        decision: choices by name; None leaves them to be sampled.
+
+    Raises:
+        PlanError: a choice is not among its candidates.
+    """
+    sch = s_tir.Schedule(IRModule({task.symbol: task.computation}))
+    return sch, apply_rules(task, sch, decision)
+
+
+def apply_rules(task: KernelTask, sch: s_tir.Schedule, decision: Decision | None) -> Knobs:
+    """Schedule `sch`, a schedule of the task's computation or a specialisation of it, in place."""
+    sch.work_on(sch.mod.get_global_vars()[0].name_hint)
+    knobs = Knobs(sch, decision)
+    next(rule for rule in rules_for(task.kind) if rule(task, sch, knobs))
+    return knobs

@@ -1,0 +1,50 @@
+"""Which tile classes a module gets: how many lane rows an item may hold, one kernel for each count.
+
+One fixed tile is the costliest choice there is (PAT, ASPLOS 2026: 39 % lost), and every class costs
+compile time. Few rows are bound by reading the KV, so their products stay in float32; from one full
+vector of rows on, the operand is whatever the device multiplies fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from deft_tvm.spec import AttentionSpec, Dtype, TileShape
+
+CPU_KV_TILE = 64
+CUDA_KV_TILE = 64
+
+
+def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[TileShape, ...]:
+    """The tile classes for `spec` on a target of `kind`, by ascending lane rows.
+
+    Args:
+        spec: its group says how many lane rows one row takes; its dtype, what can be multiplied.
+        kind: ``llvm`` or ``cuda``.
+        features: instruction sets, as in `DeviceProfile.features`.
+    """
+    if kind == "cuda":
+        return tuple(TileShape(r, CUDA_KV_TILE, _cuda_operand(spec, r)) for r in _cuda_rows(spec))
+    few = [(rows, "float32") for rows in (spec.group, 8) if spec.group <= rows < 16]
+    many = [(rows, _cpu_operand(spec, features)) for rows in (16, 32, 64, 128)]
+    fitting = [(rows, operand) for rows, operand in few + many if rows >= spec.group]
+    wanted = dict(fitting or [(-(-spec.group // 16) * 16, _cpu_operand(spec, features))])
+    return tuple(TileShape(rows, CPU_KV_TILE, wanted[rows]) for rows in sorted(wanted))
+
+
+def _cpu_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
+    """bfloat16 where the CPU multiplies pairs of it; all else is converted as a tile is loaded."""
+    pairs = spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
+    native = spec.dtype == "bfloat16" and "avx512bf16" in features and pairs
+    return "bfloat16" if native else "float32"
+
+
+def _cuda_rows(spec: AttentionSpec) -> tuple[int, ...]:
+    few = (spec.group,) if spec.group < 16 else ()
+    return (*few, *(rows for rows in (16, 64) if rows >= spec.group)) or (
+        -(-spec.group // 16) * 16,
+    )
+
+
+def _cuda_operand(spec: AttentionSpec, lane_rows: int) -> Dtype:
+    return spec.dtype if lane_rows >= 16 else "float32"

@@ -1,0 +1,80 @@
+"""Verbs that several schedules share, each a few primitives with one purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+
+def power_of_two_in(width: int, most: int) -> int:
+    """The largest power of two that divides `width`, at most `most`."""
+    return min(width & -width, most)
+
+
+def divisors(extent: int, candidates: Sequence[int]) -> tuple[int, ...]:
+    """The candidates that divide `extent`: a split by them leaves no tail."""
+    return tuple(c for c in candidates if extent % c == 0)
+
+
+def nearest(candidates: Sequence[int], wanted: int) -> int:
+    """The largest candidate not above `wanted`, else the smallest."""
+    return max((c for c in candidates if c <= wanted), default=min(candidates))
+
+
+def vectorize_last(sch: Schedule, block: str, lanes: int) -> None:
+    """Run the innermost loop of `block` in vectors of `lanes`."""
+    loop = sch.get_loops(sch.get_sblock(block))[-1]
+    sch.vectorize(sch.split(loop, [None, lanes])[1])
+
+
+def vectorize_over(sch: Schedule, block: str, axis: int, lanes: int) -> None:
+    """Make one of the last two loops of `block` innermost, in vectors of `lanes`.
+
+        for i, j: B[j, i] = f(i, j)   →   for j, i/lanes: B[j, i : i + lanes] = f(…)
+    """
+    loops = sch.get_loops(sch.get_sblock(block))[-2:]
+    outer, inner = sch.split(loops[axis], [None, lanes])
+    sch.reorder(loops[1 - axis], outer, inner)
+    sch.vectorize(inner)
+
+
+def unroll_all(sch: Schedule, loops: Sequence[LoopRV]) -> None:
+    for loop in loops:
+        sch.unroll(loop)
+
+
+def store_tile(sch: Schedule, block: SBlockRV, lanes: int) -> None:
+    """Write a register tile back in whole vectors; its two loops are unrolled."""
+    outer, inner = sch.get_loops(block)[-2:]
+    across, vector = sch.split(inner, [None, lanes])
+    sch.vectorize(vector)
+    unroll_all(sch, (outer, across))
+
+
+def reduce_in_lanes(sch: Schedule, block: str, lanes: int) -> None:
+    """Reduce over the last loop with the one before it in vector lanes, in registers.
+
+        for i, j: m[i] = max(m[i], X[j, i])   →   for i/lanes: v = max over j of X[j, i : i + lanes]
+    """
+    reduction = sch.get_sblock(block)
+    kept, reduced = sch.get_loops(reduction)[-2:]
+    outer, inner = sch.split(kept, [None, lanes])
+    sch.reorder(outer, reduced, inner)
+    result = sch.cache_write(reduction, 0, "global")
+    sch.reverse_compute_at(result, outer)
+    sch.vectorize(inner)
+    sch.decompose_reduction(reduction, reduced)
+    sch.vectorize(sch.get_loops(result)[-1])
+
+
+def import_llvm(sch: Schedule, block: str, source: str) -> None:
+    """Define the LLVM functions of `source` in the module, for `block` and all under it to call."""
+    sch.annotate(sch.get_loops(sch.get_sblock(block))[0], "pragma_import_llvm", source)
+
+
+def swap(i: Any, j: Any) -> tuple[Any, Any]:
+    """The layout map of a transpose."""
+    return j, i

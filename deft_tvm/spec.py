@@ -1,0 +1,244 @@
+"""What one attention is: head counts, which cache columns are K and V, dtypes, scale, page layout.
+
+One formula serves every variant. With ``kv`` the cache buffers of a layer and ``h`` a KV head,
+
+    K_h = buffer[k.buffer][h, k.begin:k.end] ⊕ rope        V_h = buffer[v.buffer][h, v.begin:v.end]
+
+and query head ``j`` attends to KV head ``j // group``. MHA, GQA and MQA keep K and V in buffers of
+their own and have no separate rope; variants with a shared state name the same buffer twice
+(`tied`), and their tile is loaded once. The order of a query row is nope then rope.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from deft_tvm.errors import SpecError
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Layout = Literal["NHD", "HND"]
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+SHORT_DTYPE: dict[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+LONG_DTYPE: dict[str, str] = {short: long for long, short in SHORT_DTYPE.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBuffer:
+    """One tensor of the KV cache: ``heads`` heads of ``width`` elements per token."""
+
+    name: str
+    heads: int
+    width: int
+    dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Columns ``[begin, end)`` of cache buffer number ``buffer``."""
+
+    buffer: int
+    begin: int
+    end: int
+
+    @property
+    def width(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """A complete description of one attention; immutable, hashable, and what a module is made for.
+
+    Attributes:
+        num_q_heads: query heads, a multiple of `num_kv_heads`.
+        num_kv_heads: KV (or latent) heads.
+        buffers: the cache tensors of one layer, in the order in which ``run`` takes them.
+        k: the columns that are multiplied with the query (without rope).
+        v: the columns that are averaged.
+        rope: number of the buffer that holds the rotated part of K, or None if K contains it.
+        scale: multiplies the scores; required, since absorbed widths cannot tell it.
+        dtype: element type of q and out.
+        page_size: tokens a page, a power of two.
+        layout: ``NHD`` is ``[pages, page_size, heads, width]``, ``HND`` swaps the middle two.
+
+    Raises:
+        SpecError: a field is out of range or does not fit the others.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    buffers: tuple[CacheBuffer, ...]
+    k: Region
+    v: Region
+    scale: float
+    dtype: Dtype = "float32"
+    rope: int | None = None
+    page_size: int = 16
+    layout: Layout = "NHD"
+
+    def __post_init__(self) -> None:
+        _check_heads(self)
+        _check_regions(self)
+        _check_storage(self)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def k_width(self) -> int:
+        """Width of the key without its separate rope part."""
+        return self.k.width
+
+    @property
+    def rope_width(self) -> int:
+        return 0 if self.rope is None else self.buffers[self.rope].width
+
+    @property
+    def q_width(self) -> int:
+        """Width of a query row: nope then rope."""
+        return self.k_width + self.rope_width
+
+    @property
+    def v_width(self) -> int:
+        return self.v.width
+
+    @property
+    def tied(self) -> bool:
+        """K and V overlap in one buffer, so that a loaded tile serves as both."""
+        same = self.k.buffer == self.v.buffer
+        return same and self.k.begin < self.v.end and self.v.begin < self.k.end
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache that one token of one layer takes."""
+        return sum(b.heads * b.width * DTYPE_BYTES[b.dtype] for b in self.buffers)
+
+    @cached_property
+    def slug(self) -> str:
+        """The full canonical form, safe as a file name."""
+        return str(self).translate(str.maketrans({":": "-", "=": "", ",": "-", "*": "x"}))
+
+    @classmethod
+    def gqa(
+        cls,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: Dtype = "float32",
+        page_size: int = 16,
+        layout: Layout = "NHD",
+        scale: float | None = None,
+    ) -> AttentionSpec:
+        """Grouped-query attention; MHA with as many KV heads as query heads, MQA with one.
+
+        `scale` defaults to ``head_dim ** -0.5`` (Vaswani et al. 2017, section 3.2.1).
+        """
+        if head_dim < 1:
+            raise SpecError(f"head_dim is {head_dim}; expected 1 or more")
+        buffers = tuple(CacheBuffer(name, num_kv_heads, head_dim, dtype) for name in ("k", "v"))
+        return cls(
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            buffers=buffers,
+            k=Region(0, 0, head_dim),
+            v=Region(1, 0, head_dim),
+            scale=head_dim**-0.5 if scale is None else scale,
+            dtype=dtype,
+            page_size=page_size,
+            layout=layout,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> AttentionSpec:
+        """The spec that `text` spells, as in ``gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd``.
+
+        The inverse of ``str(spec)``; see `deft_tvm.notation`.
+
+        Raises:
+            SpecError: `text` is no spec.
+        """
+        from deft_tvm.notation import parse_spec
+
+        return parse_spec(text)
+
+    def __str__(self) -> str:
+        from deft_tvm.notation import format_spec
+
+        return format_spec(self)
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """A tile class: what one work item may hold, and in which type its products are taken.
+
+    Attributes:
+        lane_rows: most lane rows (query rows × group) of an item.
+        kv_tile: tokens that the online softmax walks in one step.
+        operand: element type of both factors of both products; accumulation is float32.
+    """
+
+    lane_rows: int
+    kv_tile: int
+    operand: Dtype
+
+    @property
+    def name(self) -> str:
+        return f"r{self.lane_rows}t{self.kv_tile}{SHORT_DTYPE[self.operand]}"
+
+
+def _check_heads(spec: AttentionSpec) -> None:
+    for name in ("num_q_heads", "num_kv_heads"):
+        value = getattr(spec, name)
+        if value < 1:
+            raise SpecError(f"{name} is {value}; expected 1 or more")
+    if spec.num_q_heads % spec.num_kv_heads:
+        raise SpecError(
+            f"num_q_heads is {spec.num_q_heads}; expected a multiple of "
+            f"num_kv_heads, which is {spec.num_kv_heads}"
+        )
+
+
+def _check_regions(spec: AttentionSpec) -> None:
+    for name, region in (("k", spec.k), ("v", spec.v)):
+        if not 0 <= region.buffer < len(spec.buffers):
+            raise SpecError(f"{name}.buffer is {region.buffer}; there are {len(spec.buffers)}")
+        buffer = spec.buffers[region.buffer]
+        if not 0 <= region.begin < region.end <= buffer.width:
+            raise SpecError(
+                f"{name} is columns {region.begin} to {region.end}; "
+                f"expected a part of buffer {buffer.name!r}, which is {buffer.width} wide"
+            )
+        if buffer.heads != spec.num_kv_heads:
+            raise SpecError(
+                f"buffer {buffer.name!r} has {buffer.heads} heads; "
+                f"expected num_kv_heads, which is {spec.num_kv_heads}"
+            )
+    inside = spec.v.begin <= spec.k.begin and spec.k.end <= spec.v.end
+    if spec.tied and not inside:
+        raise SpecError(f"k {spec.k} and v {spec.v} overlap in part; expected k inside v, or apart")
+    if spec.rope is not None and not 0 <= spec.rope < len(spec.buffers):
+        raise SpecError(f"rope is buffer {spec.rope}; there are {len(spec.buffers)}")
+    if spec.rope is not None and spec.buffers[spec.rope].heads not in (1, spec.num_kv_heads):
+        raise SpecError(
+            f"the rope buffer has {spec.buffers[spec.rope].heads} heads; "
+            f"expected 1 or num_kv_heads, which is {spec.num_kv_heads}"
+        )
+
+
+def _check_storage(spec: AttentionSpec) -> None:
+    if spec.page_size < 1 or spec.page_size & (spec.page_size - 1):
+        raise SpecError(f"page_size is {spec.page_size}; expected a power of two")
+    if spec.layout not in get_args(Layout):
+        raise SpecError(f"layout is {spec.layout!r}; expected 'NHD' or 'HND'")
+    for name, dtype in (("dtype", spec.dtype), *((b.name, b.dtype) for b in spec.buffers)):
+        if dtype not in DTYPE_BYTES:
+            raise SpecError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+    if not (math.isfinite(spec.scale) and spec.scale > 0):
+        raise SpecError(f"scale is {spec.scale}; expected a finite number above zero")

@@ -1,0 +1,104 @@
+"""Exported CPU modules run on torch's own OpenMP pool, and no compiler is needed to load them.
+
+A second pool beside torch's would spin on the same cores: between two torch operators a kernel then
+takes two to three times as long. So `torch_pool.c` is linked into every exported module, and the
+loader hands it torch's own entry into OpenMP. ``torch.set_num_threads`` governs both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from functools import cache
+from pathlib import Path
+
+from deft_tvm.errors import ArtifactError, CompilerMissing
+
+SOURCE = Path(__file__).with_name("torch_pool.c")
+
+# at::get_num_threads(): unlike omp_get_max_threads() it applies torch.set_num_threads also in a
+# thread that has run no torch operator yet.
+_COUNT_THREADS = "_ZN2at15get_num_threadsEv"
+
+
+def compile_torch_pool(directory: str | os.PathLike[str], cc: str | None = None) -> str:
+    """Compile the launcher; the object file's path, for ``export_library(..., addons=[path])``.
+
+    Args:
+        directory: where the object file is written.
+        cc: a C compiler, by default ``$CC``, ``cc``, ``gcc`` or ``clang``; a cross compiler for a
+            module of another processor.
+
+    Raises:
+        CompilerMissing: there is no C compiler, or it fails.
+    """
+    out = os.path.join(directory, "torch_pool.o")
+    command = [cc or _c_compiler(), "-std=c11", "-O2", "-fPIC", "-c", str(SOURCE), "-o", out]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise CompilerMissing(f"cc is {command[0]!r}; expected a C compiler") from None
+    except subprocess.CalledProcessError as error:
+        raise CompilerMissing(f"{' '.join(command)} failed: {error.stderr.strip()}") from None
+    return out
+
+
+def adopt_pool(module: str | os.PathLike[str]) -> bool:
+    """Let an exported module run on torch's pool; to be called once it has been loaded.
+
+    Returns False, and warns once, where torch has no OpenMP: the module then runs serially.
+
+    Raises:
+        ArtifactError: `module` was exported without the launcher.
+    """
+    library = ctypes.CDLL(os.fspath(module))
+    if not hasattr(library, "deft_set_pool"):
+        raise ArtifactError(f"module {module} has no deft_set_pool; expected a deft_tvm module")
+    pool = _torch_pool()
+    if pool is not None:
+        library.deft_set_pool(*pool)
+    return pool is not None
+
+
+@cache
+def _torch_pool() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
+    """Addresses of OpenMP's fork-and-join call and of torch's count of threads."""
+    import torch
+
+    # A lookup through torch's extension walks its dependencies: it finds the very OpenMP library
+    # that torch runs on, wherever a wheel or a distribution has put it.
+    library = ctypes.CDLL(torch._C.__file__)
+    count = _COUNT_THREADS if hasattr(library, _COUNT_THREADS) else "omp_get_max_threads"
+    if not (hasattr(library, "GOMP_parallel") and hasattr(library, count)):
+        warnings.warn("torch has no OpenMP pool here: kernels run on one thread", stacklevel=2)
+        return None
+    return _address(library, "GOMP_parallel"), _address(library, count)
+
+
+def _address(library: ctypes.CDLL, symbol: str) -> ctypes.c_void_p:
+    return ctypes.cast(getattr(library, symbol), ctypes.c_void_p)
+
+
+def permit_amx() -> None:
+    """Ask the kernel to let this process use AMX tile registers; asking again is harmless.
+
+    Raises:
+        ArtifactError: the kernel refuses.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise ArtifactError(f"AMX asked for on {platform.machine()}; expected Linux on x86_64")
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    if ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) != 0:
+        raise ArtifactError("the kernel refused AMX tile registers; expected Linux 5.16 or newer")
+
+
+def _c_compiler() -> str:
+    names = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        raise CompilerMissing("no C compiler (cc, gcc, clang) on PATH; expected one, or its name")
+    return found

@@ -1,0 +1,133 @@
+"""The one measuring loop: several calls in turn, so that a slow second hurts all of them alike.
+
+No time without its spread: a `Timing` keeps every sample, and its summary is the median with a
+95 % confidence interval from order statistics, which supposes nothing about the distribution (Le
+Boudec, *Performance Evaluation of Computer and Communication Systems*, section 2.2.2).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import msgspec
+
+FEWEST_ROUNDS = 6
+"""Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ is 3 %, 2 · 0.5⁵ is 6 %."""
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """A median and the 95 % confidence interval around it; seconds, or a ratio of seconds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: tuple[float, ...]) -> Summary:
+        """Of one sample or more; with fewer than `FEWEST_ROUNDS` the interval is their range."""
+        ordered = sorted(samples)
+        n = len(ordered)
+        below = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)) - 1)
+        return cls(statistics.median(ordered), ordered[below], ordered[n - 1 - below])
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """What `measure` found of one call.
+
+    Attributes:
+        name: as the caller named it.
+        seconds: of every round, in order.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def summary(self) -> Summary:
+        return Summary.of(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def speedup(self, reference: Timing) -> Summary:
+        """How many times faster than `reference`, round by round of the same measurement."""
+        pairs = zip(reference.seconds, self.seconds, strict=True)
+        return Summary.of(tuple(other / own for other, own in pairs))
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    budget: float = 2.0,
+    warmup: int = 2,
+    most_rounds: int = 1000,
+    cold_bytes: int = 0,
+    synchronize: Callable[[], object] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time `calls` in turn, A B A B, until the budget is spent.
+
+    Args:
+        calls: what to time, by name; arguments are bound beforehand.
+        budget: seconds for all rounds together, warm-up not counted. At least `FEWEST_ROUNDS`
+            rounds are made, whatever they take.
+        warmup: rounds that are not counted.
+        most_rounds: rounds after which to stop in any case.
+        cold_bytes: before each call walk a buffer of so many bytes on all of torch's threads. Twice
+            the last-level cache leaves none of the call's data in it; 0 leaves caches as they are.
+        synchronize: called inside the measured time after each call, and before it: waits for a
+            GPU.
+        clock: seconds, from any origin.
+    """
+    cool = _walk(cold_bytes)
+    finish = synchronize or _nothing
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with _no_garbage_collection():
+        for _ in range(warmup):
+            for call in calls.values():
+                call()
+        rounds, started = 0, clock()
+        while rounds < min(FEWEST_ROUNDS, most_rounds) or (
+            rounds < most_rounds and clock() - started < budget
+        ):
+            for name, call in calls.items():
+                cool()
+                finish()
+                begin = clock()
+                call()
+                finish()
+                seconds[name].append(clock() - begin)
+            rounds += 1
+    return {name: Timing(name, tuple(samples)) for name, samples in seconds.items()}
+
+
+def _walk(size: int) -> Callable[[], object]:
+    """Reads and writes `size` bytes, so that caches hold them and nothing else."""
+    if size <= 0:
+        return _nothing
+    import torch
+
+    buffer = torch.zeros(-(-size // 4), dtype=torch.float32)
+    return lambda: buffer.add_(1.0)
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""Finding the best decision for each kernel on this machine, and remembering it."""

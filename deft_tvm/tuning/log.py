@@ -1,0 +1,237 @@
+"""The tuning log: one JSON line for every trial, and where logs are found. A leaf.
+
+    logs/<device>/device.json                 what the device reaches, as measured
+    logs/<device>/<spec>/trials.jsonl         the trials; the truth
+    logs/<device>/<spec>/database_*.json      the same for MetaSchedule to read
+    logs/default-llvm/, logs/default-cuda/    default decisions
+
+A line is written, flushed and synchronised before the next trial starts, so that a kill at any
+moment costs at most the trial that was running. A line that was cut off is skipped and counted, and
+the next one begins on a line of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import platformdirs
+from msgspec import field
+
+from deft_tvm import env
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import LogError
+from deft_tvm.spec import AttentionSpec, TileShape
+
+#: Version of a line's fields; a reader refuses a newer one.
+SCHEMA = 1
+
+TRIALS = "trials.jsonl"
+DEVICE = "device.json"
+
+Status = Literal["ok", "compile", "runtime", "timeout", "wrong", "refused"]
+AnyPath = str | os.PathLike[str]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One decision that was tried for one kernel on one workload.
+
+    Unknown fields are ignored, so that an older reader takes what a newer writer of the same schema
+    has added.
+
+    Attributes:
+        run: which call of the tuner; all its lines share it.
+        trial: number of the line in its log, from 0.
+        kernel: ``TileShape.name``, or ``merge``.
+        spec: the attention, as ``str(spec)``.
+        workload: the forest whose work items were run, as `workloads.parse` reads it.
+        tile: the tile class; None for ``merge``.
+        decision: every choice of the schedule, by name.
+        status: ``ok``; ``refused``: the schedule declines the decision; ``compile``, ``runtime``:
+            an error there, a crash included; ``timeout`` in either; ``wrong``: another result than
+            the reference.
+        latency_us: µs of each timed launch, raw; empty unless ``ok``.
+        compile_s: seconds of compilation, None where there was none.
+        max_error: largest absolute difference from the reference; None if it was not compared.
+        error: the first lines of what went wrong.
+        best_us: lowest median of this kernel and workload so far, this trial included.
+        final: measured again after the search, in turn with the other best ones and the default.
+        commit: of the source tree, empty outside one.
+        versions: of the packages that matter.
+        device: slug.
+        time: ISO date and time at the end of the trial.
+        schema: version of these fields.
+    """
+
+    run: str
+    trial: int
+    kernel: str
+    spec: str
+    workload: str
+    decision: dict[str, int]
+    status: Status
+    device: str
+    tile: TileShape | None = None
+    latency_us: tuple[float, ...] = ()
+    compile_s: float | None = None
+    max_error: float | None = None
+    error: str = ""
+    best_us: float | None = None
+    final: bool = False
+    commit: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    time: str = field(default_factory=_now)
+    schema: int = SCHEMA
+
+    @property
+    def median_us(self) -> float:
+        """Median latency in µs; infinite for a trial that failed."""
+        return statistics.median(self.latency_us) if self.status == "ok" else float("inf")
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """What was tuned: only trials with the same kernel and workload can be compared."""
+        return self.kernel, self.workload
+
+
+class _Header(msgspec.Struct):
+    schema: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The trials of a log, in order.
+
+    Attributes:
+        trials: what could be read.
+        skipped: lines that could not, since a writer was killed or the file is damaged.
+    """
+
+    trials: tuple[Trial, ...]
+    skipped: int
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self.trials)
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+
+class TuningLog:
+    """The log in one folder, of one spec on one device. The folder need not exist."""
+
+    def __init__(self, directory: AnyPath) -> None:
+        self.directory = Path(directory)
+        self.path = self.directory / TRIALS
+
+    def __repr__(self) -> str:
+        return f"TuningLog({str(self.directory)!r})"
+
+    def exists(self) -> bool:
+        return self.path.is_file()
+
+    def append(self, trial: Trial) -> None:
+        """Add one line, on the disk when this returns."""
+        line = msgspec.json.encode(trial) + b"\n"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(handle).st_size
+            if size and os.pread(handle, 1, size - 1) != b"\n":
+                line = b"\n" + line  # after a line that was cut off
+            os.write(handle, line)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def read(self) -> Reading:
+        """All trials; none if there is no log yet.
+
+        Raises:
+            LogError: a line is of a newer schema.
+        """
+        if not self.exists():
+            return Reading((), 0)
+        lines = self.path.read_bytes().splitlines()
+        trials = tuple(trial for line in lines if (trial := self._decode(line)) is not None)
+        return Reading(trials, len([line for line in lines if line]) - len(trials))
+
+    def _decode(self, line: bytes) -> Trial | None:
+        try:
+            schema = msgspec.json.decode(line, type=_Header).schema
+            if schema > SCHEMA:
+                raise LogError(
+                    f"{self.path}: schema is {schema}; expected {SCHEMA} or older: update deft_tvm"
+                )
+            return msgspec.json.decode(line, type=Trial)
+        except msgspec.MsgspecError:
+            return None
+
+
+def best(log: TuningLog) -> dict[str, Trial]:
+    """The winning trial of each kernel.
+
+    Of several workloads that a kernel was tuned on, the one with the most trials speaks. Of its
+    trials those measured last and in turn count, if there are any; then the lowest median.
+    """
+    by_subject = _grouped(log.read(), lambda trial: trial.subject)
+    best: dict[str, Trial] = {}
+    for (kernel, _), trials in sorted(by_subject.items(), key=lambda entry: len(entry[1])):
+        winner = min(_decisive(trials), key=lambda trial: trial.median_us, default=None)
+        if winner is not None:
+            best[kernel] = winner
+    return best
+
+
+def _decisive(trials: list[Trial]) -> list[Trial]:
+    """Good trials of the last final measurement, else all good ones."""
+    good = [trial for trial in trials if trial.status == "ok"]
+    final = [trial for trial in good if trial.final]
+    return [trial for trial in final if trial.run == final[-1].run] or good
+
+
+def _grouped(trials: Iterable[Trial], key: object) -> dict[tuple[str, str], list[Trial]]:
+    ordered = sorted(trials, key=key)  # type: ignore[arg-type, call-overload]
+    return {name: list(group) for name, group in groupby(ordered, key)}  # type: ignore[call-overload]
+
+
+def log_roots() -> list[Path]:
+    """Folders that hold logs, in the order in which they are asked."""
+    package = Path(__file__).parents[1]
+    shipped = [package / "logs", package.parent / "logs"]
+    named = env.LOGS.get()
+    return [*([named] if named else []), *shipped, user_logs()]
+
+
+def user_logs() -> Path:
+    """The user's own logs."""
+    return platformdirs.user_data_path("deft_tvm", appauthor=False) / "logs"
+
+
+def log_for(spec: AttentionSpec, device: DeviceProfile, root: AnyPath | None = None) -> TuningLog:
+    """The log to write: under `root`, by default ``DEFT_TVM_LOGS``, else among the user's own."""
+    chosen = Path(root) if root is not None else env.LOGS.get() or user_logs()
+    return TuningLog(chosen / device.slug / spec.slug)
+
+
+def find_log(spec: AttentionSpec, device: DeviceProfile) -> TuningLog | None:
+    """The first log of `spec` on this very device that is on disk; None if there is none."""
+    logs = (TuningLog(root / device.slug / spec.slug) for root in log_roots())
+    return next((log for log in logs if log.exists()), None)
+
+
+def measured(device: DeviceProfile) -> DeviceProfile:
+    """The measured profile of `device` where a log has one, else `device` itself."""
+    files = (root / device.slug / DEVICE for root in log_roots())
+    return next((DeviceProfile.read(file) for file in files if file.is_file()), device)

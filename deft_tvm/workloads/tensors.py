@@ -1,0 +1,132 @@
+"""Random tensors for a forest: queries, a cache in shuffled pages, and the page table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deft_tvm.pages import PageTable
+from deft_tvm.reference import Exact, tree_attention
+from deft_tvm.spec import AttentionSpec, CacheBuffer
+from deft_tvm.tree import Forest, consecutive
+
+SPARE_PAGES = 4
+"""Pages of every cache that no node owns."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that one run of attention takes.
+
+    Attributes:
+        spec: the attention.
+        forest: the trees.
+        pages: where the cache has the forest's tokens.
+        q: [rows, query heads, q_width] in the spec's dtype.
+        buffers: the cache in the order of ``spec.buffers``, each [pages, page_size, heads, width]
+            (HND: [pages, heads, page_size, width]; contiguous: [tokens, heads, width]). Slots
+            that hold no token are NaN.
+    """
+
+    spec: AttentionSpec
+    forest: Forest
+    pages: PageTable
+    q: Tensor
+    buffers: tuple[Tensor, ...]
+
+    def reference(self) -> Exact:
+        """The oracle's answer in float64."""
+        spec, forest, pages = self.spec, self.forest, self.pages
+        paged = not pages.is_contiguous
+        return tree_attention(
+            self.q,
+            self.buffers,
+            forest.parents.tolist(),
+            forest.lengths.tolist(),
+            forest.rows.tolist(),
+            pages.page_indices.tolist() if paged else None,
+            pages.page_indptr.tolist() if paged else None,
+            pages.first_slot.tolist() if paged else None,
+            page_size=spec.page_size,
+            layout=spec.layout,
+            num_kv_heads=spec.num_kv_heads,
+            k=(spec.k.buffer, spec.k.begin, spec.k.end),
+            v=(spec.v.buffer, spec.v.begin, spec.v.end),
+            rope=spec.rope,
+            scale=spec.scale,
+        )
+
+
+def tensors(
+    forest: Forest,
+    spec: AttentionSpec,
+    seed: int = 0,
+    *,
+    contiguous: bool = False,
+    max_logit: float | None = None,
+) -> Case:
+    """Normally distributed q, K and V in a cache that looks used.
+
+    Pages are shuffled, some belong to nobody, and a node shorter than a page goes on in the page
+    of the node before it, as the tokens of a draft do.
+
+    Args:
+        forest: the trees.
+        spec: the attention.
+        seed: another one, other numbers and another order of pages.
+        contiguous: a cache without pages, nodes back to back in the caller's order.
+        max_logit: scale q so that logits reach about ± this; by default they are about ± 5.
+    """
+    random = torch.Generator().manual_seed(seed)
+    pages = PageTable.contiguous(forest) if contiguous else shuffled_pages(forest, spec, seed)
+    q = torch.randn(forest.num_rows, spec.num_q_heads, spec.q_width, generator=random)
+    if max_logit is not None:
+        # Logits of unit-normal q and k have the deviation scale · √width, and the largest of a
+        # hundred thousand are some five deviations out.
+        q *= max_logit / (5 * spec.scale * spec.q_width**0.5)
+    buffers = (_buffer(buffer, spec, forest, pages, random) for buffer in spec.buffers)
+    return Case(spec, forest, pages, q.to(getattr(torch, spec.dtype)), tuple(buffers))
+
+
+def shuffled_pages(forest: Forest, spec: AttentionSpec, seed: int = 0) -> PageTable:
+    """A page table in random order: a whole page or more begins a page, less shares one."""
+    size, end = spec.page_size, 0
+    first = np.zeros(forest.num_nodes, np.int64)
+    for node, length in enumerate(forest.lengths.tolist()):
+        first[node] = end if length < size else -(-end // size) * size
+        end = first[node] + length
+    begin = first // size
+    count = -(-(first + forest.lengths) // size) - begin
+    count[forest.lengths == 0] = 0
+    used = -(-int(end) // size)
+    order = np.random.default_rng(seed).permutation(used + SPARE_PAGES)
+    indptr = np.append(0, count.cumsum())
+    return PageTable(order[consecutive(begin, count)], indptr, first % size, page_size=size)
+
+
+def _places(forest: Forest, pages: PageTable) -> tuple[Tensor, Tensor]:
+    """int64[tokens] twice: page and slot of every token, node by node."""
+    node = np.repeat(np.arange(forest.num_nodes), forest.lengths)
+    x = consecutive(pages.first_slot, forest.lengths)
+    page = pages.page_indices[pages.page_indptr[node] + x // pages.page_size]
+    return torch.from_numpy(page).long(), torch.from_numpy(x % pages.page_size).long()
+
+
+def _buffer(
+    buffer: CacheBuffer,
+    spec: AttentionSpec,
+    forest: Forest,
+    pages: PageTable,
+    random: torch.Generator,
+) -> Tensor:
+    tokens = torch.randn(forest.num_tokens, buffer.heads, buffer.width, generator=random)
+    tokens = tokens.to(getattr(torch, buffer.dtype))
+    if pages.is_contiguous:
+        return tokens
+    shape = (pages.max_page + 1, spec.page_size, buffer.heads, buffer.width)
+    cache = torch.full(shape, torch.nan, dtype=tokens.dtype)
+    cache[_places(forest, pages)] = tokens
+    return cache.transpose(1, 2).contiguous() if spec.layout == "HND" else cache

@@ -1,0 +1,32 @@
+"""Golden files: text that users read, kept beside the tests and compared character by character."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write golden files instead of comparing"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Compares a text with ``golden/<room>/<test>.txt``, a name that the test gives."""
+    room = request.path.stem.removeprefix("test_")
+    path = GOLDEN / room / f"{request.node.name.removeprefix('test_')}.txt"
+
+    def compare(text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n", encoding="utf-8")
+        assert path.exists(), f"{path} is missing; run pytest with --update-golden"
+        assert text + "\n" == path.read_text(encoding="utf-8")
+
+    return compare

@@ -1,0 +1,123 @@
+// CUDA as C++20: one operating-system thread per CUDA thread of a block, blocks one after the other.
+// Threads of a block meet at one barrier, threads of a warp at another. Warp-wide instructions
+// follow the fragment maps of the PTX ISA, section "matrix multiply-accumulate instructions".
+#pragma once
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+using std::max;
+using std::min;
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef _Float16 half;
+
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  nv_bfloat16(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    bits = (word + 0x7FFF + ((word >> 16) & 1)) >> 16;
+  }
+  operator float() const {
+    uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+};
+static inline float __bfloat162float(nv_bfloat16 value) { return value; }
+static inline nv_bfloat16 __float2bfloat16(float value) { return value; }
+static inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+static inline float __half2float(half value) { return value; }
+static inline half __float2half_rn(float value) { return half(value); }
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector;
+template <class T>
+struct alignas(sizeof(T) * 2) Vector<T, 2> { T x, y; };
+template <class T>
+struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) Vector<T, 4> { T x, y, z, w; };
+#define VECTOR_TYPE(T, NAME)                                                     \
+  typedef Vector<T, 2> NAME##2;                                                  \
+  typedef Vector<T, 4> NAME##4;                                                  \
+  static inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }              \
+  static inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+VECTOR_TYPE(float, float)
+VECTOR_TYPE(int, int)
+VECTOR_TYPE(uint, uint)
+VECTOR_TYPE(ushort, ushort)
+VECTOR_TYPE(int64_t, longlong)
+
+struct Index { int x, y, z; };
+static thread_local Index threadIdx, blockIdx;
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(threads)
+#define __align__(bytes) alignas(bytes)
+#define CUDART_INF_F std::numeric_limits<float>::infinity()
+
+constexpr int WARP = 32;
+static std::unique_ptr<std::barrier<>> block_barrier;
+static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+
+static inline int thread_number() { return threadIdx.y * WARP + threadIdx.x; }
+static inline int lane_number() { return threadIdx.x; }
+static inline int warp_begin() { return threadIdx.y * WARP; }
+static inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+static inline void __syncwarp() { warp_barriers[threadIdx.y]->arrive_and_wait(); }
+static inline uint __activemask() { return 0xffffffffu; }
+
+// Publishes one value a thread and reads another lane's.
+template <class T>
+static T from_lane(T value, int lane) {
+  static T exchanged[1024];
+  exchanged[thread_number()] = value;
+  __syncwarp();
+  T received = exchanged[warp_begin() + lane];
+  __syncwarp();
+  return received;
+}
+template <class T>
+static T __shfl_sync(uint, T value, int lane, int = WARP) { return from_lane(value, lane % WARP); }
+template <class T>
+static T __shfl_xor_sync(uint, T value, int mask, int = WARP) {
+  return from_lane(value, lane_number() ^ mask);
+}
+template <class T>
+static T __shfl_down_sync(uint, T value, int delta, int = WARP) {
+  int lane = lane_number() + delta;
+  return from_lane(value, lane < WARP ? lane : lane_number());
+}
+
+alignas(1024) static uchar buf_dyn_shmem_ptr[232448];
+
+template <class Body>
+static void run_blocks(int blocks, int threads, Body body) {
+  block_barrier = std::make_unique<std::barrier<>>(threads);
+  warp_barriers.clear();
+  for (int warp = 0; warp < threads / WARP; ++warp)
+    warp_barriers.push_back(std::make_unique<std::barrier<>>(WARP));
+  std::vector<std::thread> pool;
+  for (int number = 0; number < threads; ++number)
+    pool.emplace_back([=] {
+      threadIdx = {number % WARP, number / WARP, 0};
+      for (int block = 0; block < blocks; ++block) {
+        blockIdx = {block, 0, 0};
+        body();
+        __syncthreads();
+      }
+    });
+  for (auto& thread : pool) thread.join();
+}

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from deft_tvm import device as rooms
+from deft_tvm.device import FEATURES, DeviceProfile, required_features
+from deft_tvm.errors import InputError, LogError
+
+V3 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt")
+V4 = (*V3, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
+BF16 = (*V4, "avx512vnni", "avx512bf16")
+ZEN4 = (*BF16, "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq")
+AMX = (*ZEN4, "avx512fp16", "avxvnni", "amx-tile", "amx-int8", "amx-bf16")
+
+INTEL_CPUINFO = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Platinum 8480C @ 2.00GHz
+flags\t\t: fpu sse4_2 popcnt avx avx2 fma f16c bmi1 bmi2 abm avx512f avx512cd avx512bw \
+avx512dq avx512vl avx512_vnni avx512_bf16 avx512ifma avx512vbmi avx512_vbmi2 avx512_bitalg \
+avx512_vpopcntdq avx512_fp16 avx_vnni amx_bf16 amx_tile amx_int8
+
+processor\t: 1
+flags\t\t: fpu
+"""
+ARM_CPUINFO = """processor\t: 0
+Features\t: fp asimd asimdhp asimddp sve i8mm bf16
+CPU implementer\t: 0x41
+"""
+
+
+@pytest.fixture
+def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file read in place of ``/proc/cpuinfo``."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(rooms, "_CPUINFO", path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("features", "vendor", "mcpu", "tag"),
+    [
+        (AMX, "intel", "sapphirerapids", "amx"),
+        (ZEN4, "amd", "znver4", "avx512bf16"),
+        (ZEN4, "intel", "cooperlake", "avx512bf16"),
+        (BF16, "amd", "cooperlake", "avx512bf16"),
+        (V4, "intel", "skylake-avx512", "avx512"),
+        ((*V3, "avx512f"), "intel", "haswell", "avx2"),
+        (V3, "amd", "haswell", "avx2"),
+        (("neon", "bf16", "sve"), "arm", "generic", "neon-bf16"),
+        (("neon",), "arm", "generic", "neon"),
+        (("sse4.2",), "intel", "x86-64", "x86-64"),
+    ],
+)
+def test_target_follows_the_features(
+    features: tuple[str, ...], vendor: str, mcpu: str, tag: str
+) -> None:
+    profile = DeviceProfile.nominal(cores=3, features=features, vendor=vendor, model="m")
+    target = profile.target()
+    assert (target["kind"], target["mcpu"], target["num-cores"]) == ("llvm", mcpu, 3)
+    assert profile.slug == f"{vendor}-m-{tag}-3c"
+    assert profile.lacks(required_features(target)) == ()
+
+
+def test_an_artifact_demands_all_that_its_processor_implies() -> None:
+    target = DeviceProfile.nominal(features=AMX, vendor="intel").target()
+    assert set(required_features(target)) == set(AMX)
+    assert "-gfni" in target["mattr"]
+    old = DeviceProfile.nominal(features=BF16, vendor="intel")
+    assert set(old.lacks(required_features(target))) == set(AMX) - set(BF16)
+
+
+def test_llvm_accepts_every_target() -> None:
+    tvm = pytest.importorskip("tvm", reason="apache-tvm parses targets")
+    for features in (AMX, ZEN4, BF16, V4, V3, ("neon", "bf16"), ()):
+        for vendor in ("amd", "intel"):
+            target = DeviceProfile.nominal(features=features, vendor=vendor).target()
+            assert tvm.target.Target(target).attrs["mcpu"] == target["mcpu"]
+
+
+def test_aarch64_names_its_triple() -> None:
+    target = DeviceProfile.nominal(features=("neon",)).target()
+    assert target["mtriple"] in ("aarch64-linux-gnu", "arm64-apple-darwin")
+    assert required_features(target) == ("neon",)
+
+
+def test_detect_reads_an_intel_processor(cpuinfo: Path) -> None:
+    cpuinfo.write_text(INTEL_CPUINFO)
+    profile = DeviceProfile.detect()
+    assert profile.slug == "intel-xeon-platinum-8480c-amx-4c"
+    assert set(profile.features) == set(AMX)
+    assert (profile.cores, profile.kind, profile.measured) == (4, "cpu", False)
+
+
+def test_detect_reads_an_arm_processor(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo.write_text(ARM_CPUINFO)
+    monkeypatch.setattr(platform, "processor", lambda: "aarch64")
+    profile = DeviceProfile.detect()
+    assert profile.slug == "arm-aarch64-neon-bf16-4c"
+    assert set(profile.features) == {"neon", "fullfp16", "dotprod", "sve", "i8mm", "bf16"}
+
+
+def test_detect_asks_torch_where_the_kernel_tells_nothing(
+    cpuinfo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"avx512_f": True, "fma3": True, "sse4_2": True, "amx_tile": False, "l2_cache_size": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert DeviceProfile.detect().features == ("sse4.2", "fma", "avx512f")
+
+
+def test_detect_here() -> None:
+    profile = DeviceProfile.detect()
+    assert profile.cores == torch.get_num_threads()
+    assert set(profile.features) <= set(FEATURES)
+    assert profile.lacks(required_features(profile.target())) == ()
+    assert profile.l2_bytes > 0 and profile.read_bandwidth > 0
+    assert all(rate > 0 for rate in profile.matrix_rate.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("AMD EPYC 9654 96-Core Processor", "epyc-9654"),
+        ("Intel Xeon Processor (SapphireRapids)", "xeon-sapphirerapids"),
+        ("Intel(R) Xeon(R) Processor @ 2.60GHz", "xeon"),
+        ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"),
+        ("", "unknown"),
+    ],
+)
+def test_model_of_a_name(name: str, model: str) -> None:
+    assert rooms._model(name) == model
+
+
+def test_gpu_binaries_run_on_newer_minors_and_specific_ones_at_home() -> None:
+    assert rooms._cuda_features(8, 9)[-1] == "sm_89"
+    assert "sm_80" in rooms._cuda_features(8, 9)
+    assert rooms._cuda_features(9, 0) == ("sm_90", "sm_90a")
+    assert "sm_90a" not in rooms._cuda_features(10, 0)
+
+
+def test_cuda_target_states_its_shared_memory() -> None:
+    target = rooms._cuda_target("sm_90a")
+    assert (target["arch"], target["max_shared_memory_per_block"]) == ("sm_90a", 227 * 1024)
+    assert rooms._cuda_target("sm_89")["max_shared_memory_per_block"] == 99 * 1024
+    assert required_features(target) == ("sm_90a",)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said() -> None:
+    with pytest.raises(InputError, match="kind is 'cuda'; torch sees no GPU here"):
+        DeviceProfile.detect("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_detect_gpu() -> None:
+    profile = DeviceProfile.detect("cuda")
+    assert profile.slug.startswith("nvidia-") and profile.cores > 0
+    assert profile.target()["arch"] == profile.features[-1]
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    profile = msgspec.structs.replace(DeviceProfile.detect(), measured=True, date="2026-11-21")
+    profile.write(tmp_path / "device.json")
+    assert DeviceProfile.read(tmp_path / "device.json") == profile
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory; expected a file"),
+        ("{", "cannot be read: Input data was truncated"),
+        ('{"slug": 3}', r"cannot be read: Expected `str`, got `int` - at `\$.slug`"),
+    ],
+)
+def test_a_damaged_profile_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "device.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(LogError, match=f"device profile {path}.*{message}"):
+        DeviceProfile.read(path)

@@ -1,0 +1,362 @@
+"""Plans: every visible (row, token) pair exactly once, by every grouping, and at what price."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from cases import TILES, Case, cases, fill_cache, forests, paged, profile, profiles
+from executor import execute
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deft_tvm.errors import PageError, PlanError
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import GROUPINGS, CostModel, Plan, make_plan
+from deft_tvm.plan import packed as packed_module
+from deft_tvm.plan.cost import makespan, prices
+from deft_tvm.spec import AttentionSpec, TileShape
+from deft_tvm.tree import Forest
+
+SPEC = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128)
+WIDE = (TileShape(128, 64, "float32"), TileShape(32, 64, "float32"), TileShape(4, 64, "float32"))
+ARRAYS = (
+    *("header", "row_order", "runs", "items", "dests"),
+    *("merge_rows", "merge_indptr", "page_indices"),
+)
+
+# float64 on both sides. Scores are sums of 4 products of about 1, outputs averages of at most some
+# 360 values: errors of a few hundred times 2⁻⁵³.
+CLOSE = {"rtol": 0.0, "atol": 1e-13}
+
+
+def plan_of(forest: Forest, grouping: str = "packed", spec: AttentionSpec = SPEC, **how) -> Plan:
+    how = {"tiles": WIDE, "profile": profile(), **how}
+    return make_plan(forest, PageTable.contiguous(forest), spec, grouping=grouping, **how)
+
+
+def few_shot(prompt: int = 4000, branches: int = 32, tokens: int = 64) -> Forest:
+    return Forest.from_parents([-1] + [0] * branches, [prompt] + [tokens] * branches)
+
+
+def assert_exact(case: Case, plan: Plan) -> None:
+    done = execute(plan, case.spec, case.q, case.k, case.v)
+    visible = {(int(row), *case.slots[token]) for row, token in np.argwhere(case.mask())}
+    counted = {pair: count for pair, count in done.pairs.items() if count}
+    assert counted == dict.fromkeys(visible, 1)
+    out, lse = case.exact()
+    np.testing.assert_allclose(done.out, out, **CLOSE)
+    np.testing.assert_allclose(done.lse, lse, **CLOSE)
+
+
+def assert_same(one: Plan, other: Plan) -> None:
+    assert one.launches == other.launches and one.grouping == other.grouping
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from((None, 1, 3, 8)), st.data())
+def test_every_grouping_is_exact(case, device, tiles, chunk, data) -> None:
+    grouping = data.draw(st.sampled_from(GROUPINGS))
+    chunk = None if grouping == "node" else chunk
+    fixed = grouping not in ("flatten", "packed") and data.draw(st.booleans())
+    plan = make_plan(case.forest, case.pages, case.spec, tiles, device, grouping, chunk, fixed)
+    assert_exact(case, plan)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), profiles(), st.sampled_from(TILES), st.randoms(use_true_random=False))
+def test_any_choice_of_children_may_read_their_parents_again(case, device, tiles, random) -> None:
+    def anyhow(clusters, _):
+        return np.array([above >= 0 and random.random() < 0.6 for above in clusters.parent], bool)
+
+    with mock.patch.object(packed_module, "hand_down", anyhow):
+        plan = make_plan(case.forest, case.pages, case.spec, tiles, device, "packed")
+    assert_exact(case, plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(forests(), profiles(), st.sampled_from(GROUPINGS), st.data())
+def test_update_is_a_plan_made_afresh(forest, device, grouping, data) -> None:
+    growth = data.draw(st.lists(st.integers(0, 20), min_size=forest.num_nodes, max_size=None))
+    grown = forest.with_lengths(forest.lengths + growth[: forest.num_nodes])
+    before, after = (fill_cache(f, paged(f, 4, True, 1), 4, 1) for f in (forest, grown))
+    plan = make_plan(forest, before.pages, before.spec, TILES[0], device, grouping)
+    updated = plan.update(grown, after.pages)
+    fresh = make_plan(grown, after.pages, after.spec, TILES[0], device, plan.grouping)
+    assert_same(updated, fresh)
+    assert_exact(after, updated)
+
+
+def test_update_of_pages_alone_moves_the_runs() -> None:
+    forest = few_shot(100, 4, 10)
+    one, other = (paged(forest, 16, tight, 3) for tight in (True, False))
+    plan = make_plan(forest, one, SPEC, WIDE, profile(), "node_chunk")
+    updated = plan.update(forest, other)
+    assert_same(updated, make_plan(forest, other, SPEC, WIDE, profile(), "node_chunk"))
+    assert not np.array_equal(plan.runs, updated.runs)
+    assert updated.items is plan.items
+
+
+def test_growth_that_leaves_the_items_their_rows_keeps_the_partials() -> None:
+    plan = plan_of(few_shot())
+    grown = plan.forest.with_lengths(plan.forest.lengths + 1)
+    assert plan.update(grown, PageTable.contiguous(grown)).dests is plan.dests
+
+
+def test_update_refuses_another_tree() -> None:
+    other = few_shot(branches=31)
+    with pytest.raises(PlanError, match="parents or rows are not those of the plan"):
+        plan_of(few_shot()).update(other, PageTable.contiguous(other))
+
+
+def test_arrays_are_what_kernels_take() -> None:
+    plan = plan_of(few_shot(), "flatten")
+    for name in ARRAYS:
+        array = getattr(plan, name)
+        assert array.dtype == np.int32 and array.flags.c_contiguous, name
+    assert plan.header.shape == (8,) and plan.runs.shape[1] == plan.items.shape[1] == 6
+    assert len(plan.dests) == plan.items[:, 1].sum()
+    assert plan.num_partials == (plan.dests >= 0).sum()
+
+
+def test_launches_divide_the_items_dearest_first() -> None:
+    plan = plan_of(few_shot(), "flatten", chunk=96)
+    assert [begin for _, begin, _ in plan.launches] == [0, *[e for *_, e in plan.launches][:-1]]
+    assert plan.launches[-1][2] == plan.num_items
+    for tile, begin, end in plan.launches:
+        tokens, rows = plan.items[begin:end, 4], plan.items[begin:end, 1]
+        assert (rows * SPEC.group <= WIDE[tile].lane_rows).all()
+        steps = -(-tokens // WIDE[tile].kv_tile)
+        assert (np.diff(steps) <= 0).all()
+
+
+def test_search_steps_find_any_run() -> None:
+    draft = Forest.from_choices([(i,) for i in range(63)], 100)
+    assert plan_of(draft).header[1] == 6  # 64 runs
+    assert plan_of(few_shot(), "node").header[1] == 0
+
+
+def test_partials_of_a_row_are_neighbours_in_the_order_of_the_tree() -> None:
+    plan = plan_of(Forest.from_parents([-1, 0, 0], [300, 5, 6]), "node_chunk")
+    assert plan.merge_rows.tolist() == [0, 1]
+    assert plan.merge_indptr.tolist() == [0, 4, 8]
+    begins = {tuple(item[[0, 1]]): [] for item in plan.items}
+    for row_begin, num_rows, run_begin, _, _, dest_begin in plan.items.tolist():
+        slots = plan.dests[dest_begin : dest_begin + num_rows].tolist()
+        begins[row_begin, num_rows].append((plan.runs[run_begin, 2], slots))
+    assert sorted(begins[0, 2]) == [(0, [0, 4]), (128, [1, 5]), (256, [2, 6])]
+    assert begins[0, 1] == [(300, [3])] and begins[1, 1] == [(305, [7])]
+
+
+def test_rows_of_one_item_go_straight_to_the_output() -> None:
+    plan = plan_of(Forest.from_parents([-1] * 16, [1024] * 16), "auto")
+    assert plan.num_partials == 0 and len(plan.merge_rows) == 0
+    assert sorted((~plan.dests).tolist()) == list(range(16))
+
+
+def test_a_row_that_sees_nothing_is_merged_from_nothing() -> None:
+    plan = plan_of(Forest.from_parents([-1, -1], [0, 7], [2, 1]), "auto")
+    assert plan.merge_rows.tolist() == [0, 1] and plan.merge_indptr.tolist() == [0, 0, 0]
+    assert (~plan.dests).tolist() == [2]
+
+
+def test_no_rows_and_no_nodes_make_an_empty_plan() -> None:
+    for forest in (Forest.from_parents([-1, 0], [5, 6], [0, 0]), Forest.from_parents([], [])):
+        for grouping in GROUPINGS:
+            plan = plan_of(forest, grouping)
+            assert plan.num_items == plan.num_partials == len(plan.dests) == 0, grouping
+            assert plan.launches == ()
+
+
+def test_rows_beyond_the_largest_class_are_cut_in_blocks() -> None:
+    plan = plan_of(few_shot(640, 100, 1), "node")
+    root = plan.items[plan.items[:, 4] == 640]
+    assert sorted(root[:, 1].tolist()) == [4, 32, 32, 32]
+
+
+def test_blocks_leave_out_what_their_rows_do_not_see() -> None:
+    # 64 rows at the end of 1,000 tokens: the first 32 see 32 tokens less.
+    plan = plan_of(Forest.from_parents([-1], [1000], [64]), "node")
+    assert sorted(plan.items[:, 4].tolist()) == [968, 1000]
+
+
+def test_flatten_cuts_across_nodes_and_keeps_the_paper_s_chunk() -> None:
+    plan = plan_of(few_shot(), "flatten")
+    assert plan.num_items == -(-(4000 + 32 * 64) // 128)
+    assert sorted(set(plan.items[:, 4].tolist())) == [32, 128]
+
+
+def test_sequence_reads_each_path_for_itself() -> None:
+    plan = plan_of(few_shot(), "sequence")
+    assert plan.items[:, 4].tolist() == [4064] * 32 and plan.num_partials == 0
+
+
+def test_packed_takes_a_draft_tree_as_one_item_a_row_block() -> None:
+    draft = Forest.from_choices([(i,) for i in range(31)], 1000)
+    plan = plan_of(draft)
+    assert plan.items[:, :2].tolist() == [[0, 32]] and plan.num_partials == 0
+
+
+def test_packed_keeps_a_long_prompt_apart_from_its_branches() -> None:
+    plan = plan_of(few_shot())
+    assert sorted(plan.items[:, 4].tolist()) == [64] * 32 + [4000]
+
+
+def test_packed_reads_a_short_prefix_again_in_every_branch() -> None:
+    plan = plan_of(few_shot(16, 32, 500))
+    assert plan.items[:, 4].tolist() == [516] * 32 and plan.num_partials == 0
+
+
+def test_packed_lets_only_those_children_join_that_save_by_it() -> None:
+    # The first child spares 30 rows a partial by reading 64 tokens again, the others one row each.
+    parents = [-1, 0] + [1] * 30 + [0] * 12
+    plan = plan_of(Forest.from_parents(parents, [64, 400] + [300] * 30 + [600] * 12))
+    shapes = {(tokens, rows) for rows, tokens in plan.items[:, [1, 4]].tolist()}
+    assert shapes == {(64 + 400, 30), (300, 1), (64, 12), (600, 1)}
+
+
+def test_packed_lets_short_neighbours_share_an_item() -> None:
+    plan = plan_of(few_shot(20000, 32, 5), tiles=WIDE[:2])
+    assert plan.num_items < 10
+
+
+def test_packed_cuts_to_fill_the_machine() -> None:
+    spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=1, head_dim=64)
+    plan = plan_of(few_shot(), spec=spec, profile=profile(cores=16), tiles=WIDE[:2])
+    assert plan.num_items > 16
+    whole = plan_of(few_shot(), profile=profile(cores=2))
+    assert whole.num_items == 33  # 8 units of the prompt keep 2 cores as busy as any cut would
+
+
+def assert_covers(plan: Plan) -> None:
+    """Rows see as many tokens in all items together as they have on their paths."""
+    forest, total = plan.forest, 0
+    for row_begin, num_rows, run_begin, run_end, num_tokens, _ in plan.items.tolist():
+        ends = [*plan.runs[run_begin + 1 : run_end, 0].tolist(), num_tokens]
+        for run, end in zip(plan.runs[run_begin:run_end].tolist(), ends, strict=True):
+            t = np.arange(end - run[0])
+            first = np.maximum(run[3] + np.maximum(0, t - run[5]), row_begin)
+            total += np.maximum(0, min(run[4], row_begin + num_rows) - first).sum()
+    path = forest.start + forest.lengths
+    own = np.where(forest.lengths > 0, forest.rows * (forest.rows - 1) // 2, 0)
+    assert total == (forest.rows * path - own).sum()
+
+
+@pytest.mark.parametrize("grouping", ["node", "flatten", "packed", "auto"])
+def test_deep_and_wide_trees(grouping) -> None:
+    chain = Forest.from_parents(np.arange(-1, 2999), np.full(3000, 2), [0, 0, 1] * 1000)
+    assert_covers(plan_of(chain, grouping))
+    assert_covers(plan_of(few_shot(3000, 1000, 20), grouping))
+
+
+def modelled_seconds(plan: Plan, spec: AttentionSpec, tiles, device) -> float:
+    costs = prices(spec, tiles, CostModel.from_profile(device))
+    _, seconds = costs.choose_tile(plan.items[:, 4], plan.items[:, 1])
+    units = np.full(plan.num_items, spec.num_kv_heads)
+    return float(makespan(seconds, units, device.cores)) + plan.num_partials * costs.partial_seconds
+
+
+TREES = {
+    "few_shot": few_shot(),
+    "short prefix": few_shot(16, 64, 500),
+    "sequences": Forest.from_parents([-1] * 16, [1024] * 16),
+    "one": Forest.from_parents([-1], [65536]),
+    "thoughts": Forest.from_parents([-1] + [0] * 10 + [1] * 10 + [11] * 10, [1200] + [300] * 30),
+    "draft": Forest.from_choices(
+        [
+            (i, j, k)[:n]
+            for n in (1, 2, 3)
+            for i in range(4)
+            for j in range(4)
+            for k in range(4)
+            if (n > 1 or j == 0) and (n > 2 or k == 0)
+        ],
+        1000,
+    ),
+    "system": Forest.from_parents(
+        [-1] + [0 if i % 9 == 0 else 1 + i // 9 * 9 for i in range(288)],
+        [32] + [700 if i % 9 == 0 else 100 for i in range(288)],
+    ),
+}
+
+
+@pytest.mark.parametrize("cores", [2, 64])
+@pytest.mark.parametrize("heads", [(32, 8), (32, 32), (16, 1)])
+@pytest.mark.parametrize("name", TREES)
+def test_auto_is_as_cheap_by_the_model_as_any_grouping(name, heads, cores) -> None:
+    spec = AttentionSpec.gqa(num_q_heads=heads[0], num_kv_heads=heads[1], head_dim=128)
+    tiles = (*WIDE, TileShape(16, 32, "float32"))
+    device = profile(cores, 1e10 * cores, 1e11 * cores)
+
+    def seconds(grouping: str) -> float:
+        plan = plan_of(TREES[name], grouping, spec, tiles=tiles, profile=device)
+        return modelled_seconds(plan, spec, tiles, device)
+
+    # 1.1: packing compares modelled parts and not whole plans.
+    assert seconds("auto") <= 1.1 * min(map(seconds, GROUPINGS))
+
+
+@pytest.mark.parametrize("grouping", ["auto", "node", "node_chunk", "sequence"])
+def test_deterministic_plans_ignore_the_device_and_other_trees(grouping) -> None:
+    tree, other = few_shot(1300, 5, 70), few_shot(900, 60, 3)
+    how = {"grouping": grouping, "deterministic": True}
+    alone = plan_of(tree, **how)
+    assert_same(alone, plan_of(tree, profile=profile(64, 1e12, 1e15), **how))
+    both = Forest.from_parents(
+        np.append(tree.parents, np.where(other.parents < 0, -1, other.parents + tree.num_nodes)),
+        np.append(tree.lengths, other.lengths),
+    )
+    assert _stories(alone, 5) == _stories(plan_of(both, **how), 5)
+
+
+def _stories(plan: Plan, rows: int) -> list[list[tuple]]:
+    """For each of the first rows: the items it is in, in the order of its merge, without numbers
+    that only say where in the arrays something lies."""
+    stories = [[] for _ in range(rows)]
+    for tile, begin, end in plan.launches:
+        for row_begin, num_rows, run_begin, run_end, tokens, dest in plan.items[begin:end].tolist():
+            runs = plan.runs[run_begin:run_end, [0, 2, 5]].tolist()
+            for within in range(num_rows):
+                if row_begin + within < rows:
+                    slot = int(plan.dests[dest + within])
+                    stories[row_begin + within].append((slot, tile, tokens, runs))
+    return [[rest for _, *rest in sorted(story)] for story in stories]
+
+
+def test_deterministic_items_take_the_smallest_class_that_holds_them() -> None:
+    plan = plan_of(few_shot(100, 8, 9), "auto", deterministic=True)
+    assert plan.grouping == "node_chunk"
+    assert [tile for tile, *_ in plan.launches] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"grouping": "radix"}, "grouping is 'radix'; expected one of node, node_chunk"),
+        ({"grouping": "flatten", "chunk": 0}, "chunk is 0; expected 1 or more"),
+        ({"grouping": "node", "chunk": 64}, "chunk is 64, but 'node' never cuts"),
+        ({"grouping": "packed", "deterministic": True}, "grouping is 'packed', whose items depend"),
+        ({"tiles": ()}, r"tiles hold \[\] lane rows; expected one"),
+        ({"tiles": (TileShape(2, 16, "float32"),)}, r"tiles hold \[2\] lane rows; expected one"),
+    ],
+)
+def test_refusals(how, message) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of(few_shot(), **{"grouping": "auto", **how})
+
+
+def test_pages_must_fit_the_spec_and_the_forest() -> None:
+    forest = few_shot(20, 2, 3)
+    with pytest.raises(PlanError, match="pages have 4 slots; the spec's have 16"):
+        make_plan(forest, paged(forest, 4, True, 0), SPEC, WIDE, profile())
+    with pytest.raises(PageError, match="expected one more than the forest has nodes"):
+        make_plan(forest, PageTable([0], [0, 1], page_size=16), SPEC, WIDE, profile())
+
+
+def test_shape_of_the_text() -> None:
+    assert repr(plan_of(few_shot())) == (
+        "Plan(packed: 33 items (1 r128t64f32, 32 r4t64f32), 33 runs, 32 rows, 64 partials)"
+    )

@@ -1,0 +1,96 @@
+"""The measuring loop, on a clock that the test turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+
+import pytest
+
+from deft_tvm.timing import FEWEST_ROUNDS, Summary, Timing, measure
+
+
+class Clock:
+    """Stands still but for `spend`; remembers who spent."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.calls.append(name)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_calls_take_turns_and_the_warm_up_is_not_counted(clock: Clock) -> None:
+    calls = {name: lambda name=name: clock.spend(name, 1.0) for name in "ab"}
+    timings = measure(calls, budget=0, warmup=1, clock=clock)
+    assert clock.calls == ["a", "b"] * (1 + FEWEST_ROUNDS)
+    assert [timing.name for timing in timings.values()] == ["a", "b"]
+    assert timings["a"].seconds == (1.0,) * FEWEST_ROUNDS
+
+
+def test_it_stops_when_the_budget_is_spent(clock: Clock) -> None:
+    timings = measure({"a": lambda: clock.spend("a", 0.5)}, budget=10, warmup=0, clock=clock)
+    assert len(timings["a"].seconds) == 20
+
+
+def test_it_stops_after_most_rounds(clock: Clock) -> None:
+    timings = measure({"a": lambda: None}, budget=10, most_rounds=3, clock=clock)
+    assert timings["a"].seconds == (0.0,) * 3
+
+
+def test_waiting_for_the_device_is_inside_the_time(clock: Clock) -> None:
+    waits = iter([0.0, 2.0] * FEWEST_ROUNDS)
+    timings = measure(
+        {"a": lambda: clock.spend("a", 1.0)},
+        budget=0,
+        warmup=0,
+        clock=clock,
+        synchronize=lambda: clock.spend("wait", next(waits)),
+    )
+    assert timings["a"].seconds == (3.0,) * FEWEST_ROUNDS
+
+
+def test_cold_measuring_walks_its_buffer_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[int] = []
+    monkeypatch.setattr("deft_tvm.timing._walk", lambda size: lambda: walked.append(size))
+    measure({"a": lambda: None, "b": lambda: None}, budget=0, cold_bytes=4096)
+    assert walked == [4096] * 2 * FEWEST_ROUNDS
+
+
+def test_a_cold_walk_touches_all_of_a_buffer_of_that_size() -> None:
+    from deft_tvm.timing import _walk
+
+    buffer = _walk(4096)()
+    assert buffer.nbytes == 4096 and buffer.eq(1).all()
+
+
+def test_the_garbage_collector_rests_meanwhile_and_comes_back_after_an_error() -> None:
+    seen: list[bool] = []
+    measure({"a": lambda: seen.append(gc.isenabled())}, budget=0)
+    assert seen and not any(seen) and gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        measure({"a": lambda: 1 / 0}, budget=0)
+    assert gc.isenabled()
+
+
+def test_the_interval_of_the_median_is_two_order_statistics() -> None:
+    # The 40th and the 61st: the chance that fewer than 40 of 100 fall below the median is 1.8 %.
+    assert Summary.of(tuple(float(i) for i in range(100, 0, -1))) == Summary(50.5, 40.0, 61.0)
+    assert Summary.of((3.0, 1.0, 2.0)) == Summary(2.0, 1.0, 3.0)
+    assert Summary.of((5.0,)) == Summary(5.0, 5.0, 5.0)
+
+
+def test_a_speedup_compares_round_by_round() -> None:
+    slow, fast = Timing("slow", (4.0, 40.0, 6.0)), Timing("fast", (2.0, 10.0, 2.0))
+    assert fast.speedup(slow) == Summary(3.0, 2.0, 4.0)
+    assert fast.median == statistics.median(fast.seconds) == fast.summary.median

@@ -1,0 +1,101 @@
+"""Traffic: what is counted from the arrays is what a plan run by hand reads."""
+
+from __future__ import annotations
+
+import pytest
+from cases import TILES, cases, profile, profiles
+from executor import execute
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import GROUPINGS, Traffic, make_plan, traffic
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
+from deft_tvm.tree import Forest
+
+SPEC = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+FEW_SHOT = Forest.from_parents([-1] + [0] * 32, [4000] + [64] * 32)
+
+
+def traffic_of(forest: Forest, grouping: str = "node", spec: AttentionSpec = SPEC) -> Traffic:
+    tiles = (TileShape(128, 64, "float32"),)
+    pages = PageTable.contiguous(forest)
+    return traffic(make_plan(forest, pages, spec, tiles, profile(), grouping), spec)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(GROUPINGS))
+def test_counts_are_what_an_execution_reads(case, device, tiles, grouping) -> None:
+    plan = make_plan(case.forest, case.pages, case.spec, tiles, device, grouping)
+    reads = execute(plan, case.spec, case.q, case.k, case.v).reads
+    counted = traffic(plan, case.spec)
+    for kind in ("k", "v", "q", "partials", "indices"):
+        assert getattr(counted.tree, kind) == 4 * reads[kind], kind
+    lse = plan.num_rows * case.spec.num_q_heads
+    assert counted.tree.output == 4 * (reads["output"] + lse)
+    assert counted.flops == reads["flops"]
+    assert counted.tile_flops == reads["tile_flops"] >= reads["flops"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_sequence_based_decoding_reads_what_each_row_sees(case) -> None:
+    tiles, seen = TILES[0], int(case.mask().sum())
+    plan = make_plan(case.forest, case.pages, case.spec, tiles, profile(), "node")
+    counted = traffic(plan, case.spec).sequence
+    assert counted.k == counted.v == seen * 2 * 4 * 4  # KV heads, width, bytes
+    assert counted.partials == counted.rope == 0
+
+
+def test_few_shot_by_hand() -> None:
+    counted = traffic_of(FEW_SHOT)
+    token = 8 * 128 * 2
+    assert counted.tree.k == counted.tree.v == (4000 + 32 * 64) * token
+    assert counted.sequence.k == 32 * 4064 * token
+    assert counted.kv_saved_percent == pytest.approx(100 * (1 - 6048 / 130048))
+    assert counted.tree.q == 2 * 32 * 32 * 128 * 2  # every row is in two items
+    assert counted.tree.partials == 2 * 64 * 32 * 129 * 4  # written and read
+    assert counted.tree.output == counted.sequence.output == 32 * 32 * (128 * 2 + 4)
+    assert counted.flops == 2 * 256 * 32 * 32 * 4064
+
+
+def test_sequence_grouping_saves_nothing() -> None:
+    counted = traffic_of(FEW_SHOT, "sequence")
+    assert counted.kv_saved_percent == 0
+    assert counted.tree.kv == counted.sequence.kv
+
+
+def test_a_tied_state_is_read_once_and_its_rope_under_every_head() -> None:
+    spec = AttentionSpec(
+        num_q_heads=4,
+        num_kv_heads=2,
+        buffers=(CacheBuffer("state", 2, 16, "float32"), CacheBuffer("rope", 1, 8, "bfloat16")),
+        k=Region(0, 0, 8),
+        v=Region(0, 0, 16),
+        scale=1.0,
+        rope=1,
+    )
+    counted = traffic_of(Forest.from_parents([-1], [10]), spec=spec).tree
+    assert (counted.k, counted.v, counted.rope) == (0, 10 * 2 * 16 * 4, 10 * 2 * 8 * 2)
+
+
+def test_a_forest_without_rows_moves_nothing() -> None:
+    counted = traffic_of(Forest.from_parents([-1], [10], [0]))
+    assert counted.tree.kv == counted.sequence.total == counted.flops == 0
+    assert counted.kv_saved_percent == 0
+
+
+def test_table() -> None:
+    assert str(traffic_of(FEW_SHOT)).splitlines() == [
+        "MiB               plan   by sequence",
+        "k               11.812       254.000",
+        "v               11.812       254.000",
+        "rope             0.000         0.000",
+        "q                0.500         0.250",
+        "partials         2.016         0.000",
+        "output           0.254         0.254",
+        "indices          0.017         0.001",
+        "total           26.412       508.505",
+        "KV bytes saved: 95.3 %",
+        "GFLOP: 2.131, 27% of what the tiles compute",
+    ]
