@@ -71,9 +71,8 @@ class Artifact:
         directory = Path(directory).resolve()
         manifest = read_manifest(directory)
         check_fits(directory, manifest, device or _device_here(manifest), spec)
-        return cls(
-            directory, manifest, _load_module(directory / MODULE, manifest.sha256, manifest.needs)
-        )
+        module = _load_module(directory / MODULE, manifest.sha256, manifest.needs)
+        return cls(directory, manifest, module)
 
     @cached_property
     def spec(self) -> AttentionSpec:
@@ -99,9 +98,8 @@ class Artifact:
 
     def _function(self, name: str) -> tvm_ffi.Function:
         if not self.module.implements_function(name):
-            raise ArtifactError(
-                f"{self.directory / MODULE} has no function {name!r}; its manifest names it"
-            )
+            path = self.directory / MODULE
+            raise ArtifactError(f"{path} has no function {name!r}; its manifest names it")
         return self.module.get_function(name)
 
 
@@ -202,9 +200,12 @@ def _best(
 
 
 def _artifacts(roots: Sequence[Path]) -> Iterator[Path]:
-    """Artifacts that are a root, or one or two folders below it (device, spec)."""
+    """Artifacts that are a root, or one or two folders below it (device, spec).
+
+    Hidden folders are artifacts that are being written.
+    """
     for root in roots:
-        for pattern in (MANIFEST, f"*/{MANIFEST}", f"*/*/{MANIFEST}"):
+        for pattern in (MANIFEST, f"[!.]*/{MANIFEST}", f"[!.]*/[!.]*/{MANIFEST}"):
             yield from (file.parent for file in sorted(root.glob(pattern)))
 
 

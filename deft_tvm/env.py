@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from deft_tvm.errors import InputError
 
@@ -79,4 +79,4 @@ MODULE_PATH: Variable[tuple[Path, ...]] = Variable(
     "DEFT_TVM_MODULE_PATH", "look for modules in these folders first", (), "folders", _paths
 )
 
-VARIABLES = (DEBUG, DUMP, CHECK, LOGS, UNTUNED, MODULE_PATH)
+VARIABLES: tuple[Variable[Any], ...] = (DEBUG, DUMP, CHECK, LOGS, UNTUNED, MODULE_PATH)

@@ -158,6 +158,7 @@ def write_artifact(
         if final.exists():
             os.replace(final, old)
         os.replace(new, final)
+        _sync(final.parent)
     return final
 
 

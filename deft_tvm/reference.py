@@ -67,7 +67,7 @@ class Exact:
 
         Args:
             operand: element type of both factors of both products. It must hold q, K and V as
-                they are: float32, or the type of all three. Then products are exact in float32.
+                they are: float32, or the 16-bit type of all three.
             dtype: element type of the returned output; LSE is always float32.
 
         With ε = 2⁻²⁴, half an ulp of float32 at 1, and c = 16:
@@ -97,7 +97,8 @@ class Exact:
             out += (relative + self.max_tokens * absolute) * self.max_value
         if dtype != "float32":
             relative, absolute = _half_ulp(dtype)
-            out += relative * float(self.out.abs().amax()) + absolute
+            max_out = float(self.out.abs().amax()) if self.out.numel() else 0.0
+            out += relative * max_out + absolute
         spread = FLOAT32_FACTOR * FLOAT32_ROUNDING * math.log(max(1, self.max_tokens))
         return Bound(out, rounded + spread)
 

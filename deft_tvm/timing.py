@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
@@ -107,7 +108,7 @@ def measure(
     return {name: Timing(name, tuple(samples)) for name, samples in seconds.items()}
 
 
-def _walk(size: int) -> Callable[[], object]:
+def _walk(size: int) -> Callable[[], Any]:
     """Reads and writes `size` bytes, so that caches hold them and nothing else."""
     if size <= 0:
         return _nothing

@@ -127,7 +127,7 @@ static Kept *choose(Kept *cache, size_t size) {
 
 static void *allocate(int device, int id, uint64_t bytes, int code, int bits) {
   (void)device, (void)id, (void)code, (void)bits;
-  size_t size = (bytes + PAGE - 1) / PAGE * PAGE;
+  size_t size = (bytes / PAGE + 1) * PAGE; /* never 0: a null block would mean failure */
   Kept *kept = size > LARGEST_KEPT ? NULL : choose(thread_cache(), size);
   if (!kept) return aligned_alloc(ALIGNMENT, size);
   if (kept->size < size) {

@@ -84,7 +84,7 @@ def profiles(draw) -> DeviceProfile:
 
 @st.composite
 def forests(draw) -> Forest:
-    """Up to nine nodes in any order; some without tokens, some without rows, several rows in one."""
+    """Up to nine nodes in any order; some without tokens, some with several rows or none."""
     number = draw(st.integers(1, 9))
     order = draw(st.permutations(range(number)))
     parents = [-1] * number

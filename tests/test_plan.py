@@ -68,11 +68,12 @@ def test_every_grouping_is_exact(case, device, tiles, chunk, data) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(cases(), profiles(), st.sampled_from(TILES), st.randoms(use_true_random=False))
-def test_any_choice_of_children_may_read_their_parents_again(case, device, tiles, random) -> None:
+def test_any_joins_and_merges_are_exact(case, device, tiles, random) -> None:
     def anyhow(clusters, _):
         return np.array([above >= 0 and random.random() < 0.6 for above in clusters.parent], bool)
 
-    with mock.patch.object(packed_module, "hand_down", anyhow):
+    gain = random.choice((packed_module.MERGE_GAIN, -1e9))  # or merge all that may be
+    with mock.patch.multiple(packed_module, hand_down=anyhow, MERGE_GAIN=gain):
         plan = make_plan(case.forest, case.pages, case.spec, tiles, device, "packed")
     assert_exact(case, plan)
 
@@ -80,8 +81,9 @@ def test_any_choice_of_children_may_read_their_parents_again(case, device, tiles
 @settings(max_examples=60, deadline=None)
 @given(forests(), profiles(), st.sampled_from(GROUPINGS), st.data())
 def test_update_is_a_plan_made_afresh(forest, device, grouping, data) -> None:
-    growth = data.draw(st.lists(st.integers(0, 20), min_size=forest.num_nodes, max_size=None))
-    grown = forest.with_lengths(forest.lengths + growth[: forest.num_nodes])
+    number = forest.num_nodes
+    growth = data.draw(st.lists(st.integers(0, 20), min_size=number, max_size=number))
+    grown = forest.with_lengths(np.where(forest.lengths > 0, forest.lengths + growth, 0))
     before, after = (fill_cache(f, paged(f, 4, True, 1), 4, 1) for f in (forest, grown))
     plan = make_plan(forest, before.pages, before.spec, TILES[0], device, grouping)
     updated = plan.update(grown, after.pages)
@@ -123,14 +125,13 @@ def test_arrays_are_what_kernels_take() -> None:
 
 
 def test_launches_divide_the_items_dearest_first() -> None:
-    plan = plan_of(few_shot(), "flatten", chunk=96)
+    lengths = [500, 100, 300, 200, 700, 900, 400, 800]
+    plan = plan_of(Forest.from_parents([-1, 0, 0, 0, 1, 1, 2, 2], lengths), "node")
     assert [begin for _, begin, _ in plan.launches] == [0, *[e for *_, e in plan.launches][:-1]]
     assert plan.launches[-1][2] == plan.num_items
     for tile, begin, end in plan.launches:
-        tokens, rows = plan.items[begin:end, 4], plan.items[begin:end, 1]
-        assert (rows * SPEC.group <= WIDE[tile].lane_rows).all()
-        steps = -(-tokens // WIDE[tile].kv_tile)
-        assert (np.diff(steps) <= 0).all()
+        assert (plan.items[begin:end, 1] * SPEC.group <= WIDE[tile].lane_rows).all()
+        assert (np.diff(plan.items[begin:end, 4]) <= 0).all()
 
 
 def test_search_steps_find_any_run() -> None:
@@ -281,6 +282,14 @@ TREES = {
         [32] + [700 if i % 9 == 0 else 100 for i in range(288)],
     ),
 }
+
+
+def test_makespan_counts_waves_and_load() -> None:
+    seconds, units = np.array([3.0, 1.0]), np.array([5, 4])
+    assert makespan(seconds, units, cores=4) == 6.0  # a core takes two of the five long ones
+    assert makespan(seconds, units, cores=5) == 19 / 5
+    assert makespan(seconds, units, cores=100) == 3.0
+    assert makespan(seconds[:0], units[:0], cores=2) == 0.0
 
 
 @pytest.mark.parametrize("cores", [2, 64])

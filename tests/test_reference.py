@@ -29,13 +29,22 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-14)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **tree: list[int]) -> Exact:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    parents: list[int] = PARENTS,
+    lengths: list[int] = LENGTHS,
+    rows: list[int] = ROWS,
+) -> Exact:
     """Contiguous caches ``[tokens, heads, width]``."""
     return tree_attention(
         q,
         [k, v],
-        **{"parents": PARENTS, "lengths": LENGTHS, "rows": ROWS, **tree},
-        page_indices=None,
+        parents,
+        lengths,
+        rows,
+        None,
         page_size=16,
         layout="NHD",
         num_kv_heads=KV_HEADS,
@@ -113,14 +122,14 @@ def test_shuffled_pages_shared_by_two_nodes_and_poisoned_elsewhere(layout: str) 
         cache = torch.full((3, 4, KV_HEADS, WIDTH), math.nan, dtype=torch.float64)
         cache[pages, slots] = buffer
         paged.append(cache.transpose(1, 2) if layout == "HND" else cache)
-    tree = {"parents": [-1, 0], "lengths": [5, 2], "rows": [0, 2]}
+    tree = [-1, 0], [5, 2], [0, 2]
     exact = tree_attention(
         q,
         paged,
-        **tree,
-        page_indices=torch.tensor([2, 0, 0]),
-        page_indptr=torch.tensor([0, 2, 3]),
-        first_slot=torch.tensor([0, 1]),
+        *tree,
+        torch.tensor([2, 0, 0]),
+        torch.tensor([0, 2, 3]),
+        torch.tensor([0, 1]),
         page_size=4,
         layout=layout,
         num_kv_heads=KV_HEADS,
@@ -128,7 +137,7 @@ def test_shuffled_pages_shared_by_two_nodes_and_poisoned_elsewhere(layout: str) 
         v=(1, 0, WIDTH),
         scale=SCALE,
     )
-    expected = attend(q, k, v, **tree)
+    expected = attend(q, k, v, *tree)
     assert torch.equal(exact.out, expected.out) and torch.equal(exact.lse, expected.lse)
 
 
@@ -204,7 +213,8 @@ def test_an_empty_state_changes_nothing_and_two_stay_empty() -> None:
 def test_an_honest_computation_stays_within_the_bound(dtype: str, size: float) -> None:
     inputs = [x.to(getattr(torch, dtype)) for x in example(3000, 1)]
     inputs[0] = inputs[0] * size
-    exact = attend(*inputs, parents=[-1], lengths=[3000], rows=[1])
+    q, k, v = inputs
+    exact = attend(q, k, v, [-1], [3000], [1])
     q, k, v = (x.float() for x in inputs)
     keys, values = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
     logits = (keys @ q[0, :, :, None])[..., 0] * SCALE
@@ -226,6 +236,13 @@ def test_rounding_weights_to_16_bits_exceeds_the_float32_bound() -> None:
     out = (weights.bfloat16().double()[:, None] @ values)[:, 0]
     error = (out - exact.out[0]).abs().max()
     assert exact.bound().out < error <= exact.bound("bfloat16").out
+
+
+def test_no_rows_have_a_bound_too() -> None:
+    q, k, v = example(3, 0)
+    exact = attend(q, k, v, [-1], [3], [0])
+    assert exact.out.shape == (0, HEADS, WIDTH)
+    assert exact.bound("float16", "float16").out == 2**-25
 
 
 def test_the_bound_by_hand() -> None:

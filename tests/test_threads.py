@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_artifact
 import tvm_ffi
 
 from deft_tvm import threads
@@ -21,10 +22,7 @@ from deft_tvm.errors import ArtifactError, CompilerMissing
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("tvm", reason="apache-tvm compiles the toy module")
-    import toy_module
-
-    return toy_module.export(tmp_path_factory.mktemp("toy"), DeviceProfile.detect().target())
+    return toy_artifact.export(tmp_path_factory)
 
 
 @pytest.fixture
@@ -103,7 +101,9 @@ def test_tasks_are_many_and_each_runs_once(fresh: Path) -> None:
 def test_torch_governs_a_thread_that_ran_no_operator(
     module: tvm_ffi.Module, set_threads: Callable[[int], None]
 ) -> None:
-    _, count_threads = threads._torch_pool() or (None, None)
+    pool = threads._torch_pool()
+    assert pool is not None
+    _, count_threads = pool
     count = ctypes.cast(count_threads, ctypes.CFUNCTYPE(ctypes.c_int))
     set_threads(3)
     seen: list[int] = []

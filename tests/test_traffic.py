@@ -97,5 +97,5 @@ def test_table() -> None:
         "indices          0.017         0.001",
         "total           26.412       508.505",
         "KV bytes saved: 95.3 %",
-        "GFLOP: 2.131, 27% of what the tiles compute",
+        "GFLOP: 2.131, 67% of what the tiles compute",
     ]

@@ -232,7 +232,10 @@ def partial_attention(
                                             with T.init():
                                                 run_of[vj] = run_begin
                                             run_of[vj] = _seek(
-                                                runs, run_of[vj], run_end, search_steps - vs,
+                                                runs,
+                                                run_of[vj],
+                                                run_end,
+                                                search_steps - vs,
                                                 T.min(t0 + vj, num_tokens - 1),
                                             )
                                     for j in range(N):
@@ -250,7 +253,9 @@ def partial_attention(
                                                 x, T.shift_left(1, page_shift) - 1
                                             )
                                             lane_begin[vj] = (
-                                                runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin
+                                                runs[run, 3]
+                                                + T.max(0, t - runs[run, 5])
+                                                - row_begin
                                             ) * G
                                             lane_end[vj] = T.Select(
                                                 t0 + vj < num_tokens,
@@ -330,28 +335,38 @@ def partial_attention(
                                                 S_rope[vi, vj] = S_rope[vi, vj] + widen(
                                                     Q_rope[vi, vd], operand
                                                 ) * widen(rope[vj, vd], operand)
-                            if cut[0] == 0:
-                                for _ in T.serial(1):
-                                    with T.sblock("whole"):
-                                        T.reads()
-                                        T.writes()
-                                        for i, j in T.grid(M, N):
-                                            with T.sblock("logits"):
-                                                vi, vj = T.axis.remap("SS", [i, j])
-                                                X[vi, vj] = _score(S, S_rope, vi, vj, ROPED) * SCALE
-                            else:
-                                for _ in T.serial(1):
-                                    with T.sblock("masked"):
-                                        T.reads()
-                                        T.writes()
-                                        for i, j in T.grid(M, N):
-                                            with T.sblock("masked_logits"):
-                                                vi, vj = T.axis.remap("SS", [i, j])
-                                                X[vi, vj] = T.Select(
-                                                    T.And(lane_begin[vj] <= vi, vi < lane_end[vj]),
-                                                    _score(S, S_rope, vi, vj, ROPED) * SCALE,
-                                                    T.float32("-inf"),
-                                                )
+                            for _ in T.serial(1):
+                                with T.sblock("masking"):
+                                    T.reads()
+                                    T.writes()
+                                    if cut[0] == 0:
+                                        for _ in T.serial(1):
+                                            with T.sblock("whole"):
+                                                T.reads()
+                                                T.writes()
+                                                for i, j in T.grid(M, N):
+                                                    with T.sblock("logits"):
+                                                        vi, vj = T.axis.remap("SS", [i, j])
+                                                        X[vi, vj] = (
+                                                            _score(S, S_rope, vi, vj, ROPED) * SCALE
+                                                        )
+                                    else:
+                                        for _ in T.serial(1):
+                                            with T.sblock("masked"):
+                                                T.reads()
+                                                T.writes()
+                                                for i, j in T.grid(M, N):
+                                                    with T.sblock("masked_logits"):
+                                                        vi, vj = T.axis.remap("SS", [i, j])
+                                                        X[vi, vj] = T.Select(
+                                                            T.And(
+                                                                lane_begin[vj] <= vi,
+                                                                vi < lane_end[vj],
+                                                            ),
+                                                            _score(S, S_rope, vi, vj, ROPED)
+                                                            * SCALE,
+                                                            T.float32("-inf"),
+                                                        )
                             for _ in T.serial(1):
                                 with T.sblock("softmax"):
                                     T.reads()
@@ -386,9 +401,7 @@ def partial_attention(
                                     for i in range(M):
                                         with T.sblock("new_sum"):
                                             vi = T.axis.spatial(M, i)
-                                            total_new[vi] = (
-                                                total[vi] * factor[vi] + total_tile[vi]
-                                            )
+                                            total_new[vi] = total[vi] * factor[vi] + total_tile[vi]
                                     for i, j in T.grid(M, N):
                                         with T.sblock("probabilities"):
                                             vi, vj = T.axis.remap("SS", [i, j])

@@ -14,7 +14,7 @@ float32 in every query head, written and read: one row's is worth 8 tokens of bf
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class CostModel:
         return share * rates.get(tile.operand, rates["float32"]) / self.cores
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Prices:
     """The cost model of one spec and its tile classes, in seconds; one array entry a tile class.
 
@@ -104,11 +104,11 @@ class Prices:
     heads: int
     cores: int
 
-    @property
+    @cached_property
     def most_rows(self) -> int:
         return int(self.capacity.max())
 
-    @property
+    @cached_property
     def longest_step(self) -> int:
         return int(self.kv_tile.max())
 
@@ -119,12 +119,16 @@ class Prices:
             tokens: int[I], tokens of each item.
             rows: int[I], rows of each item, at most `most_rows`.
         """
+        seconds = self._unit_seconds(tokens, rows)
+        return seconds.argmin(axis=0), seconds.min(axis=0)
+
+    def _unit_seconds(self, tokens: Ints, rows: Ints) -> Floats:
+        """float[C, I], infinite where the class does not hold the rows."""
         steps = -(-tokens // self.kv_tile[:, None])
         seconds = np.maximum(steps * self.step_seconds[:, None], tokens * self.token_seconds)
         seconds += self.fixed_seconds[:, None]
         seconds[rows > self.capacity[:, None]] = np.inf
-        tile = seconds.argmin(axis=0)
-        return tile, seconds.min(axis=0)
+        return seconds
 
     def smallest_tile(self, rows: Ints) -> Ints:
         """The class with the fewest lane rows that holds each item's rows: no cost, no device."""
@@ -134,7 +138,8 @@ class Prices:
     def units(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
         """Seconds of a unit and number of units of each group; too many rows are cut in blocks."""
         blocks = -(-rows // self.most_rows)
-        return self.choose_tile(tokens, np.minimum(rows, self.most_rows))[1], blocks * self.heads
+        seconds = self._unit_seconds(tokens, np.minimum(rows, self.most_rows)).min(axis=0)
+        return seconds, blocks * self.heads
 
     def cost(self, tokens: Ints, rows: Ints, balanced: float | None = None) -> tuple[Floats, float]:
         """What each group costs the plan: seconds that it keeps the whole device busy, and the
@@ -149,13 +154,13 @@ class Prices:
             float[G], and `balanced`.
         """
         seconds, units = self.units(tokens, rows)
-        busy = seconds * units * (tokens > 0) / self.cores
-        if balanced is None:
-            balanced = float(busy.sum())
-        if balanced == 0:
+        seconds *= tokens > 0
+        busy = seconds * units / self.cores
+        balanced = float(busy.sum()) if balanced is None else balanced
+        if balanced >= seconds.max(initial=0):
             return busy, balanced
         cuts = np.maximum(seconds / balanced - 1, 0)
-        return busy + cuts * rows * (tokens > 0) * self.partial_seconds, balanced
+        return busy + cuts * rows * self.partial_seconds, balanced
 
     def merge_seconds(self, row_begin: Ints, row_end: Ints) -> float:
         """Seconds that the partials take of groups which answer for the given rows."""

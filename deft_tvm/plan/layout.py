@@ -154,14 +154,16 @@ def number_partials(groups: Groups, row_order: Ints) -> Partials:
     A row of a single item gets none: it goes straight to the output.
     """
     rows = groups.rows
-    shift = groups.row_begin - (rows.cumsum() - rows)
-    row = np.repeat(shift, rows) + np.arange(rows.sum())
+    shift = (groups.row_begin - (rows.cumsum() - rows)).astype(np.int32)
+    row = shift.repeat(rows)
+    row += np.arange(len(row), dtype=np.int32)
     counts = np.bincount(row, minlength=len(row_order))
     alone = np.flatnonzero(counts == 1)
     merged = np.flatnonzero(counts != 1)
     # Entry by entry in order of rows: a slot for each, but for rows that have one entry only.
-    skipped = (counts == 1).cumsum()
-    by_row = np.arange(len(row)) - np.repeat(skipped, counts)
+    skipped = (counts == 1).cumsum(dtype=np.int32)
+    by_row = np.arange(len(row), dtype=np.int32)
+    by_row -= skipped.repeat(counts)
     by_row[counts.cumsum()[alone] - 1] = ~row_order[alone]
     dests = np.empty(len(row), np.int32)
     # Sixteen bits are sorted by radix, several times as fast.

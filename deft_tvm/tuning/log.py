@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -185,33 +185,32 @@ def best(log: TuningLog) -> dict[str, Trial]:
     Of several workloads that a kernel was tuned on, the one with the most trials speaks. Of its
     trials those measured last and in turn count, if there are any; then the lowest median.
     """
-    by_subject = _grouped(log.read(), lambda trial: trial.subject)
-    best: dict[str, Trial] = {}
-    for (kernel, _), trials in sorted(by_subject.items(), key=lambda entry: len(entry[1])):
-        winner = min(_decisive(trials), key=lambda trial: trial.median_us, default=None)
-        if winner is not None:
-            best[kernel] = winner
-    return best
+    fewest_first = sorted(by_subject(log.read()).values(), key=len)
+    good = ([trial for trial in trials if trial.status == "ok"] for trials in fewest_first)
+    winners = (fastest(trials) for trials in good if trials)
+    return {trial.kernel: trial for trial in winners}
 
 
-def _decisive(trials: list[Trial]) -> list[Trial]:
-    """Good trials of the last final measurement, else all good ones."""
-    good = [trial for trial in trials if trial.status == "ok"]
-    final = [trial for trial in good if trial.final]
-    return [trial for trial in final if trial.run == final[-1].run] or good
+def by_subject(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
+    """Trials by kernel and workload, in order."""
+    groups: defaultdict[tuple[str, str], list[Trial]] = defaultdict(list)
+    for trial in trials:
+        groups[trial.subject].append(trial)
+    return dict(groups)
 
 
-def _grouped(trials: Iterable[Trial], key: object) -> dict[tuple[str, str], list[Trial]]:
-    ordered = sorted(trials, key=key)  # type: ignore[arg-type, call-overload]
-    return {name: list(group) for name, group in groupby(ordered, key)}  # type: ignore[call-overload]
+def fastest(trials: Sequence[Trial]) -> Trial:
+    """The lowest median of the last final measurement, or of all where there was none."""
+    final = [trial for trial in trials if trial.final]
+    last = [trial for trial in final if trial.run == final[-1].run]
+    return min(last or trials, key=lambda trial: trial.median_us)
 
 
 def log_roots() -> list[Path]:
-    """Folders that hold logs, in the order in which they are asked."""
+    """Folders that hold logs, in the order in which they are asked: the user's before shipped."""
     package = Path(__file__).parents[1]
-    shipped = [package / "logs", package.parent / "logs"]
     named = env.LOGS.get()
-    return [*([named] if named else []), *shipped, user_logs()]
+    return [*([named] if named else []), user_logs(), package / "logs", package.parent / "logs"]
 
 
 def user_logs() -> Path:
@@ -219,10 +218,9 @@ def user_logs() -> Path:
     return platformdirs.user_data_path("deft_tvm", appauthor=False) / "logs"
 
 
-def log_for(spec: AttentionSpec, device: DeviceProfile, root: AnyPath | None = None) -> TuningLog:
-    """The log to write: under `root`, by default ``DEFT_TVM_LOGS``, else among the user's own."""
-    chosen = Path(root) if root is not None else env.LOGS.get() or user_logs()
-    return TuningLog(chosen / device.slug / spec.slug)
+def writable_root(root: AnyPath | None = None) -> Path:
+    """Where new logs go: `root`, else ``DEFT_TVM_LOGS``, else the user's own."""
+    return Path(root) if root is not None else env.LOGS.get() or user_logs()
 
 
 def find_log(spec: AttentionSpec, device: DeviceProfile) -> TuningLog | None:
@@ -232,6 +230,14 @@ def find_log(spec: AttentionSpec, device: DeviceProfile) -> TuningLog | None:
 
 
 def measured(device: DeviceProfile) -> DeviceProfile:
-    """The measured profile of `device` where a log has one, else `device` itself."""
+    """`device` with its rates as measured where a log has them, else as it is."""
     files = (root / device.slug / DEVICE for root in log_roots())
-    return next((DeviceProfile.read(file) for file in files if file.is_file()), device)
+    found = next((DeviceProfile.read(file) for file in files if file.is_file()), device)
+    return msgspec.structs.replace(
+        device,
+        read_bandwidth=found.read_bandwidth,
+        matrix_rate=found.matrix_rate,
+        launch_seconds=found.launch_seconds,
+        measured=found.measured,
+        date=found.date,
+    )

@@ -92,7 +92,7 @@ def _family(function: Callable[..., Forest]) -> Callable[..., Forest]:
 def few_shot(prompt: int = 4000, branches: int = 32, tokens: int = 64, vary: int = 0) -> Forest:
     """One prompt and the answers that are sampled from it at once.
 
-    DeFT, section 4.1. With `vary` the lengths of answers lie between tokens - vary and
+    DeFT, table 4. With `vary` the lengths of answers lie between tokens - vary and
     tokens + vary, in an order that mixes long and short.
     """
     if vary > tokens:
@@ -180,7 +180,7 @@ def draft_choices(count: int) -> list[tuple[int, ...]]:
     >>> draft_choices(5)
     [(0,), (0, 0), (1,), (0, 0, 0), (2,)]
     """
-    likeliest = [(-_accuracy(1, 0), (0,))]
+    likeliest: list[tuple[float, tuple[int, ...]]] = [(-_accuracy(1, 0), (0,))]
     choices: list[tuple[int, ...]] = []
     while len(choices) < count:
         negative, path = heapq.heappop(likeliest)

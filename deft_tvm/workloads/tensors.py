@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deft_tvm.arrays import consecutive
 from deft_tvm.pages import PageTable
 from deft_tvm.reference import Exact, tree_attention
 from deft_tvm.spec import AttentionSpec, CacheBuffer
-from deft_tvm.tree import Forest, consecutive
+from deft_tvm.tree import Forest
 
 SPARE_PAGES = 4
 """Pages of every cache that no node owns."""

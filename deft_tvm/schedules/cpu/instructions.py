@@ -6,6 +6,7 @@ vectors before TVM's legalisation can turn them into float32 ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from tvm import tirx
@@ -52,8 +53,14 @@ declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x
 """
 
 
-def dot_llvm(width: int, lanes: int) -> str:
-    """``deft_dot_WIDTH(c, a, b)``: c += Σ_d a_d · b_d over `width` float32, `lanes` at a time."""
+def dot_llvm(shapes: Iterable[tuple[int, int]]) -> str:
+    """``deft_dot_WIDTH(c, a, b)`` for each (width, lanes): c += Σ_d a_d · b_d over float32."""
+    unique = sorted(set(shapes))
+    declared = sorted({lanes for _, lanes in unique})
+    return "".join([_dot_function(*shape) for shape in unique] + [_declared(n) for n in declared])
+
+
+def _dot_function(width: int, lanes: int) -> str:
     vector = f"<{lanes} x float>"
     body = []
     for n in range(width // lanes):
@@ -73,14 +80,21 @@ def dot_llvm(width: int, lanes: int) -> str:
     if last:
         body.append(f"  %both = fadd {vector} %s{last - 1}, %s{last}")
         total = "%both"
+    lines = "\n".join(body)
     return f"""
 define i32 @deft_dot_{width}(ptr %c, ptr %a, ptr %b) alwaysinline {{
-{chr(10).join(body)}
+{lines}
   %old = load float, ptr %c, align 4
   %sum = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float %old, {vector} {total})
   store float %sum, ptr %c, align 4
   ret i32 0
 }}
+"""
+
+
+def _declared(lanes: int) -> str:
+    vector = f"<{lanes} x float>"
+    return f"""
 declare {vector} @llvm.fma.v{lanes}f32({vector}, {vector}, {vector})
 declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, {vector})
 """

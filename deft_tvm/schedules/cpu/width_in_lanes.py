@@ -42,11 +42,11 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     out_dims = knobs.pick("out_dims", part_choices, nearest(part_choices, fits))
 
     _dot_products(sch, "scores", spec.k_width, score_tokens)
-    source = dot_llvm(spec.k_width, k_lanes)
+    dots = [(spec.k_width, k_lanes)]
     if spec.rope is not None:
         _dot_products(sch, "scores_rope", spec.rope_width, score_tokens)
-        source += dot_llvm(spec.rope_width, rope_lanes)
-    import_llvm(sch, "item", source)
+        dots.append((spec.rope_width, rope_lanes))
+    import_llvm(sch, "item", dot_llvm(dots))
     _weighted_sum(sch, out_dims, v_lanes)
 
     for block in ("init_out", "keep_out", "write_out", "load_v"):

@@ -17,6 +17,7 @@ from tvm.tirx.compilation_pipeline import (
     register_tir_pipeline,
 )
 
+from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.fragments import keep_own_share
 
 PIPELINE = "deft_tvm_cuda"
@@ -85,6 +86,7 @@ def _threaded() -> list[transform.Pass]:
         lower.CompactBufferAllocation(),
         lower.UnifyThreadBinding(),
         lower.LowerMatchBuffer(),
+        copy_whole_vectors,
         keep_own_share,
         simplify(),
         lower.LowerOpaqueBlock(),

@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.cuda.copies import load_tile
 from deft_tvm.schedules.cuda.threads import LANES, bind_threads, load_together, one_each, share
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
@@ -40,7 +41,13 @@ def scalar(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         sch.set_scope(b, 0, "local.fragment")
         sch.transform_layout(b, ("write", 0), lambda i, c: (i % W, i // W, c % 32, c // 32), assume_injective_transform=True)
     for l in loads:
-        load_together(sch, l, W, 4)
+        if "load_q" in l:
+            load_together(sch, l, W, 1)
+    widths = {"load_k": (spec.k.buffer, spec.k_width), "load_v": (spec.v.buffer, spec.v_width), "load_rope": (spec.rope, spec.rope_width)}
+    for l in loads:
+        if l in widths:
+            b, w = widths[l]
+            load_tile(sch, l, spec.buffers[b].dtype, tile.operand, w, W)
     i = sch.get_loops(sch.get_sblock("write_lse"))[-1]
     u = sch.add_unit_loop(i)
     _, tx = sch.split(u, [None, 32])

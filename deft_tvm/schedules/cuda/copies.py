@@ -1,0 +1,93 @@
+"""Loads of cache tiles into shared memory, 16 bytes of the cache at a time.
+
+TVM makes vector loads only of addresses that it can prove aligned, which free strides never are.
+So a schedule annotates the loop over 16 bytes of a row, and the pass here replaces it by a device
+function that looks at the address: one load where it is aligned, elements one after the other
+where a cache is laid out oddly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm_ffi
+from tvm import tirx, transform
+from tvm.ir import TensorLoad, Var
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import storage
+from deft_tvm.schedules.cuda.threads import LANES, bind_threads
+from deft_tvm.spec import DTYPE_BYTES
+
+BYTES = 16
+COPY = "deft_tvm.copy"
+"""Annotation of a loop over 16 bytes of a cache row."""
+CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
+
+COPY_SOURCE = """
+__device__ __forceinline__ void copy_16_bytes(void* tile, const void* row) {
+  if ((size_t)row % 16 == 0) {
+    *(uint4*)tile = *(const uint4*)row;
+  } else {
+    for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
+  }
+}
+"""
+
+WIDEN_SOURCE = """
+__device__ __forceinline__ void widen_16_bytes(float* tile, const %(type)s* row) {
+  %(type)s held[8];
+  if ((size_t)row %% 16 == 0) {
+    *(uint4*)held = *(const uint4*)row;
+  } else {
+    for (int i = 0; i < 8; ++i) held[i] = row[i];
+  }
+  for (int i = 0; i < 8; ++i) tile[i] = (float)held[i];
+}
+"""
+
+
+def load_tile(
+    sch: Schedule, block: str, source: str, operand: str, width: int, warps: Any
+) -> None:
+    """All threads load the block's tile of rows `width` wide out of a `source` cache."""
+    lanes = BYTES // DTYPE_BYTES[source]
+    whole = width % lanes == 0 and operand in (source, "float32")
+    fused = sch.fuse(*sch.get_loops(sch.get_sblock(block))[-2:])
+    _, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes if whole else 1])
+    bind_threads(sch, warp, lane)
+    if whole:
+        sch.annotate(piece, COPY, 1)
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.CopyWholeVectors")
+def copy_whole_vectors(
+    func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """Put device functions where loops are annotated with `COPY`."""
+    return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.For, _copy)], order="post"))
+
+
+def _copy(loop: tirx.For) -> tirx.Stmt:
+    if COPY not in loop.annotations:
+        return loop
+    first = tvm_ffi.structural_map(
+        loop.body, [(Var, lambda var: tirx.IntImm("int32", 0) if var.same_as(loop.loop_var) else var)]
+    )
+    store, row = _parts(first)
+    tile = tirx.BufferLoad(store.buffer, store.indices)
+    same = storage(str(row.source.ty.dtype)) == str(store.buffer.ty.dtype)
+    function = "copy_16_bytes" if same else "widen_16_bytes"
+    text = COPY_SOURCE if same else WIDEN_SOURCE % {"type": CUDA_TYPES[str(row.source.ty.dtype)]}
+    call = T.cuda.func_call(function, T.address_of(tile), T.address_of(row), source_code=text)
+    return tirx.Evaluate(call)
+
+
+def _parts(body: tirx.Stmt) -> tuple[Any, Any]:
+    """The store into the tile, and the load from the cache under it."""
+    stores, loads = [], []
+    tvm_ffi.structural_walk(body, [(tirx.BufferStore, stores.append), (TensorLoad, loads.append)])
+    (store,) = stores
+    (row,) = (load for load in loads if load.source.scope() == "global")
+    return store, row

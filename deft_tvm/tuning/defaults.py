@@ -1,0 +1,64 @@
+"""Decisions for devices that have no log: data that ships, by kernel and instruction set. A leaf.
+
+``logs/default-llvm/decisions.json`` is a list; the first entry that fits a kernel on a device is
+taken. What it does not name, and a kernel that no entry fits, is left to the schedule's own
+defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import msgspec
+
+from deft_tvm.errors import LogError
+from deft_tvm.tuning.log import log_roots
+
+DECISIONS = "decisions.json"
+
+
+class Default(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry.
+
+    Attributes:
+        kernel: pattern of kernel names, ``r*f32`` for all tile classes with float32 operands.
+        features: what the device must have.
+        decision: choices by name.
+        source: where it was found: device, date, time.
+    """
+
+    kernel: str
+    decision: dict[str, int]
+    features: tuple[str, ...] = ()
+    source: str = ""
+
+
+def default_decision(kernel: str, kind: str, features: Iterable[str]) -> dict[str, int]:
+    """The decision to start from; empty where the schedule's own defaults are all there is.
+
+    Args:
+        kernel: ``TileShape.name``, or ``merge``.
+        kind: ``llvm`` or ``cuda``.
+        features: instruction sets, as in `DeviceProfile.features`.
+
+    Raises:
+        LogError: the file of defaults cannot be read.
+    """
+    have = set(features)
+    files = (root / f"default-{kind}" / DECISIONS for root in log_roots())
+    entries = next((_read(file) for file in files if file.is_file()), ())
+    for entry in entries:
+        if fnmatch(kernel, entry.kernel) and have.issuperset(entry.features):
+            return dict(entry.decision)
+    return {}
+
+
+@cache
+def _read(path: Path) -> tuple[Default, ...]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=tuple[Default, ...])
+    except msgspec.MsgspecError as error:
+        raise LogError(f"{path} is no list of default decisions: {error}") from None

@@ -1,0 +1,140 @@
+"""CPU schedules: right by default and wherever the search may go, for every vector width."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import tvm
+from compiled import Compiled, worst
+from tvm import s_tir
+
+from deft_tvm.build import compile_module, tasks_for
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import PlanError
+from deft_tvm.schedules import KernelTask, apply_rules, schedule
+from deft_tvm.schedules.tiles import default_tiles
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
+from deft_tvm.workloads import parse, tensors
+
+HERE = DeviceProfile.detect()
+FORESTS = ("few_shot:prompt=300,branches=12,tokens=20", "speculative:nodes=26,context=90")
+SAMPLES = 12
+
+SPECS = {
+    "gqa": AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64),
+    "mha-bf16": AttentionSpec.gqa(num_q_heads=2, num_kv_heads=2, head_dim=96, dtype="bfloat16"),
+    "mqa-bf16": AttentionSpec.gqa(num_q_heads=16, num_kv_heads=1, head_dim=64, dtype="bfloat16"),
+    "group3-f16-hnd": AttentionSpec.gqa(
+        num_q_heads=6, num_kv_heads=2, head_dim=80, dtype="float16", layout="HND", page_size=32
+    ),
+    "shared-state-bf16": AttentionSpec(
+        num_q_heads=8,
+        num_kv_heads=2,
+        buffers=(CacheBuffer("state", 2, 64, "bfloat16"), CacheBuffer("rope", 1, 16, "bfloat16")),
+        k=Region(0, 0, 48),
+        v=Region(0, 0, 64),
+        rope=1,
+        scale=0.125,
+        dtype="bfloat16",
+    ),
+    "odd-width": AttentionSpec.gqa(num_q_heads=2, num_kv_heads=1, head_dim=23),
+}
+
+
+def compiled(tasks: tuple[KernelTask, ...], decisions: list[dict[str, int]]) -> Compiled:
+    module = tvm.IRModule()
+    for task, decision in zip(tasks, decisions, strict=True):
+        module.update(schedule(task, decision)[0].mod)
+    return Compiled(tasks, module)
+
+
+def errors(kernels: Compiled, spec: AttentionSpec) -> list[float]:
+    return [worst(kernels, tensors(parse(name).forest, spec)) for name in FORESTS]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_default_schedules_are_right(name: str) -> None:
+    spec = SPECS[name]
+    tiles = default_tiles(spec, "llvm", frozenset(HERE.features))
+    for tile in tiles:  # one class at a time, so that each holds all the items
+        tasks = tasks_for(spec, HERE, [tile])
+        assert max(errors(compiled(tasks, [{}, {}]), spec)) <= 1, tile
+
+
+@pytest.mark.parametrize(
+    ("name", "lane_rows"), [("gqa", 4), ("gqa", 32), ("shared-state-bf16", 8), ("mqa-bf16", 64)]
+)
+def test_samples_of_the_space_are_right(name: str, lane_rows: int) -> None:
+    spec, rng = SPECS[name], random.Random(0)
+    operand = spec.dtype if lane_rows >= 16 else "float32"
+    tasks = tasks_for(spec, HERE, [TileShape(lane_rows, 32, operand)])
+    table = schedule(tasks[0])[1].table
+    assert table, "the schedule has choices"
+    for _ in range(SAMPLES // 4):
+        decision = {knob: rng.choice(candidates) for knob, candidates in table.items()}
+        assert max(errors(compiled(tasks, [decision, {}]), spec)) <= 1, decision
+
+
+def test_portable_schedule_without_avx512() -> None:
+    plain = DeviceProfile.nominal(cores=HERE.cores)  # AVX2
+    if plain.lacks(HERE.features) == HERE.features:
+        pytest.skip("this machine has no AVX2")
+    for name in ("gqa", "mqa-bf16"):
+        tasks = tasks_for(SPECS[name], plain)
+        assert max(errors(compiled(tasks, [{}] * len(tasks)), SPECS[name])) <= 1
+
+
+TARGETS = {
+    "sapphirerapids": ("+avx512bf16", "vdpbf16ps"),
+    "znver4": ("+avx512bf16", "vdpbf16ps"),
+    "skylake-avx512": ("", "vfmadd"),
+    "haswell": ("", "vfmadd"),
+    "neon": ("", "fmla"),
+}
+
+
+@pytest.mark.parametrize("cpu", TARGETS)
+def test_compiles_to_the_instructions_of_each_cpu(cpu: str) -> None:
+    feature, instruction = TARGETS[cpu]
+    profile = _profile(cpu)
+    spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16")
+    for task in tasks_for(spec, profile):
+        if task.tile is not None and task.tile.lane_rows == 64:
+            module = compile_module(schedule(task)[0].mod, task.target)
+            assembly = module.mod.inspect_source("asm")
+            assert len(re.findall(instruction, assembly)) > 8
+            operand = "bfloat16" if feature else "float32"
+            assert task.tile.operand == operand
+
+
+def _profile(cpu: str) -> DeviceProfile:
+    from deft_tvm import device
+
+    level = next(x for x in device._LEVELS if x.mcpu == cpu or (cpu, x.tag) == ("neon", "neon"))
+    return DeviceProfile.nominal(2, level.needs, level.vendor or "generic")
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa-bf16", "shared-state-bf16"])
+def test_scheduling_leaves_its_input_as_it_was(name: str) -> None:
+    for task in tasks_for(SPECS[name], HERE):
+        module = tvm.IRModule({task.symbol: task.computation})
+        before = module.script()
+        apply_rules(task, s_tir.Schedule(module), {})
+        assert module.script() == before
+
+
+def test_a_decision_that_is_no_candidate_is_refused() -> None:
+    task = tasks_for(SPECS["gqa"], HERE)[-2]
+    with pytest.raises(PlanError, match=r"decision 'score_rows' is 7; expected one of \("):
+        schedule(task, {"score_rows": 7})
+
+
+def test_every_group_has_a_tile_class_that_holds_a_row() -> None:
+    for group in (1, 2, 3, 4, 8, 12, 16, 24, 64, 128, 256):
+        spec = AttentionSpec.gqa(num_q_heads=group, num_kv_heads=1, head_dim=64)
+        for kind in ("llvm", "cuda"):
+            tiles = default_tiles(spec, kind, frozenset(HERE.features))
+            assert tiles[-1].lane_rows >= group
+            assert [t.lane_rows for t in tiles] == sorted({t.lane_rows for t in tiles})
