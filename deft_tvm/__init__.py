@@ -1,1 +1,76 @@
-"""Tree attention that tunes itself to the device it runs on."""
+"""Tree attention that tunes itself to the device it runs on.
+
+Names are imported when they are first used, so that ``import deft_tvm`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deft_tvm import errors
+    from deft_tvm.device import DeviceProfile
+    from deft_tvm.errors import DeftError
+    from deft_tvm.pages import PageTable
+    from deft_tvm.plan import Plan, Traffic
+    from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, load, merge_states
+    from deft_tvm.spec import AttentionSpec
+    from deft_tvm.tree import Forest
+
+    __version__: str
+
+__all__ = [
+    "AttentionSpec",
+    "DeftError",
+    "DeviceProfile",
+    "Forest",
+    "PageTable",
+    "Plan",
+    "Traffic",
+    "TreeAttention",
+    "TreeAttentionModule",
+    "errors",
+    "load",
+    "merge_states",
+]
+
+_HOMES = {
+    "AttentionSpec": "spec",
+    "DeftError": "errors",
+    "DeviceProfile": "device",
+    "Forest": "tree",
+    "PageTable": "pages",
+    "Plan": "plan",
+    "Traffic": "plan",
+    "TreeAttention": "pytorch",
+    "TreeAttentionModule": "pytorch",
+    "load": "pytorch",
+    "merge_states": "pytorch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name == "errors":
+        value = import_module("deft_tvm.errors")
+    elif name in _HOMES:
+        value = getattr(import_module(f"deft_tvm.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'deft_tvm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("deft-tvm")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "0+unknown"

@@ -8,6 +8,7 @@ DeftError
 ├── InputError      tensors that do not fit the spec or the plan (also ValueError)
 ├── WorkloadError   a workload string or a recorded tree that cannot be read (also ValueError)
 ├── LogError        a tuning log that cannot be read or does not fit
+├── TuningError     tuning cannot start or go on: another one writes the same log, a worker died
 ├── ArtifactError   a module that is damaged, from another version, or for another device
 └── CompilerMissing a build was asked for where no compiler is installed (also ImportError)
 
@@ -55,3 +56,11 @@ class CompilerMissing(DeftError, ImportError):
 
 class WorkloadError(DeftError, ValueError):
     """A workload string names nothing, or a file of recorded trees is malformed."""
+
+
+class TuningError(DeftError):
+    """Tuning cannot start or go on."""
+
+
+class ExactnessError(DeftError):
+    """A result is further from the oracle than correct rounding explains."""

@@ -1,4 +1,4 @@
-"""Random forests with their caches, and what attention over them is by the definition."""
+"""Random forests with their caches, what attention over them is by the definition, and plans."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.pages import PageTable
+from deft_tvm.plan import Plan, make_plan
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tree import Forest
+
+SPEC = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128)
+WIDE = (TileShape(128, 64, "float32"), TileShape(32, 64, "float32"), TileShape(4, 64, "float32"))
+ARRAYS = (
+    *("header", "row_order", "runs", "items", "dests"),
+    *("merge_rows", "merge_indptr", "page_indices"),
+)
 
 PAGE_SIZES = (1, 4, 16, None)
 TILES = (
@@ -142,3 +150,18 @@ def cases(draw) -> Case:
     if page_size is None:
         return fill_cache(forest, PageTable.contiguous(forest), 16, seed)
     return fill_cache(forest, paged(forest, page_size, draw(st.booleans()), seed), page_size, seed)
+
+
+def plan_of(forest: Forest, grouping: str = "packed", spec: AttentionSpec = SPEC, **how) -> Plan:
+    how = {"tiles": WIDE, "profile": profile(), **how}
+    return make_plan(forest, PageTable.contiguous(forest), spec, grouping=grouping, **how)
+
+
+def few_shot(prompt: int = 4000, branches: int = 32, tokens: int = 64) -> Forest:
+    return Forest.from_parents([-1] + [0] * branches, [prompt] + [tokens] * branches)
+
+
+def assert_same(one: Plan, other: Plan) -> None:
+    assert one.launches == other.launches and one.grouping == other.grouping
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)

@@ -1,16 +1,16 @@
-"""Decode all branches of a prompt at once, and each for itself: the same logits twice.
+"""Decode all branches of a prompt as one tree, and each for itself: the same logits twice.
 
-As a tree, every branch is a node under the prompt's node. First the branches' known tokens are
-read in one step of many rows a node, then each branch writes a token a step. For itself, every
-branch is one sequence through ``scaled_dot_product_attention``.
+As a tree, every branch is a node under the prompt's node. First what is known of the branches is
+read, many rows a node, then each branch writes a token a step. For itself, every branch is one
+sequence through ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,13 @@ from torch import Tensor
 from deft_tvm.demo.model import Transformer
 from deft_tvm.demo.text import FewShot
 from deft_tvm.pages import PageTable
-from deft_tvm.pytorch import TreeAttention
 from deft_tvm.reference import Exact
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case
+
+if TYPE_CHECKING:
+    from deft_tvm.pytorch import TreeAttention
 
 DECODE_STEPS = 8
 """Tokens at the end of each branch that are written a step at a time."""
@@ -54,7 +56,7 @@ class Cache:
         ]
 
     def slots(self, node: int, begin: int, end: int) -> Tensor:
-        """int64[end - begin], where tokens [begin, end) of `node` lie, counted through all pages."""
+        """int64[end - begin], where tokens of `node` lie, counted through all pages."""
         table = self.pages
         own = torch.from_numpy(table.page_indices[table.page_indptr[node] :].copy()).long()
         token = torch.arange(begin, end)
@@ -83,6 +85,10 @@ class Decoded:
     cases: list[Case]
 
 
+Nudge = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From an attention's output and its q, K and V to another output."""
+
+
 def prefill(model: Transformer, text: FewShot, spec: AttentionSpec) -> Cache:
     """The cache after the prompt, with room for all branches."""
     cache = Cache(spec, model.shape.layers, [len(text.prompt), *text.lengths])
@@ -96,37 +102,95 @@ def prefill(model: Transformer, text: FewShot, spec: AttentionSpec) -> Cache:
     return cache
 
 
-def decode(
+def decode_tree(
     model: Transformer, text: FewShot, cache: Cache, attention: TreeAttention
 ) -> Decoded:
-    """Run all branches as one tree: what is known of them at once, then `DECODE_STEPS` steps."""
-    rows, queries = [n - DECODE_STEPS for n in text.lengths], {}
-    pages, parts = cache.pages, []
-    for step in range(DECODE_STEPS + 1):
-        ends = [n - DECODE_STEPS + step for n in text.lengths]
-        begins = [end - count for end, count in zip(ends, rows, strict=True)]
-        lengths = [len(text.prompt), *ends]
-        if step < 2:  # the second step has other rows than the first, the later ones only grow
-            parents = [-1] + [PROMPT] * len(ends)
-            forest = Forest.from_parents(parents, lengths, [0, *rows])
-            attention.plan(forest, pages.page_indices, pages.page_indptr)
-        else:
-            forest = forest.with_lengths(lengths)
-            attention.update(forest)
-        spans = list(zip(text.branches, begins, ends, strict=True))
-        tokens = torch.cat([branch[begin:end] for branch, begin, end in spans])
-        positions = torch.cat([torch.arange(begin, end) for _, begin, end in spans])
-        slots = torch.cat([cache.slots(b + 1, *span[1:]) for b, span in enumerate(spans)])
+    """All branches at once, their last `DECODE_STEPS` tokens a step at a time."""
+    known = [length - DECODE_STEPS for length in text.lengths]
+    ends = [[n + step for n in known] for step in range(DECODE_STEPS + 1)]
+    forest: Forest | None = None
+    queries: dict[int, Tensor] = {}
+    parts = []
+    for begin, end in pairwise([[0] * len(known), *ends]):
+        forest = _plan(attention, cache, forest, _forest(text, begin, end))
+        spans = list(enumerate(zip(begin, end, strict=True)))
+        slots = torch.cat([cache.slots(b + 1, *span) for b, span in spans])
+        tokens = torch.cat([text.branches[b][slice(*span)] for b, span in spans])
+        places = torch.cat([torch.arange(*span) for _, span in spans])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor = slots) -> Tensor:
             cache.write(layer, slots, k, v)
             queries[layer] = q
             return attention.run(q, cache.layers[layer])[0]
 
-        parts.append(model(tokens, positions + len(text.prompt), attend).split(rows))
-        rows = [1] * len(rows)
-    cases = [
-        Case(attention.spec, forest, pages, queries[layer], buffers)
-        for layer, buffers in enumerate(cache.layers)
+        logits = model(tokens, len(text.prompt) + places, attend)
+        parts.append(logits.split([last - first for _, (first, last) in spans]))
+    assert forest is not None
+    by_branch = [torch.cat(steps) for steps in zip(*parts, strict=True)]
+    layers = enumerate(cache.layers)
+    cases = [Case(attention.spec, forest, cache.pages, queries[i], kv) for i, kv in layers]
+    return Decoded(by_branch, cases)
+
+
+def decode_each(
+    model: Transformer, text: FewShot, cache: Cache, nudge: Nudge = lambda out, *_: out
+) -> list[Tensor]:
+    """Logits of each branch by itself, through SDPA over its whole sequence.
+
+    Args:
+        model: the same as for `decode_tree`.
+        text: likewise.
+        cache: of which the prompt's part is read.
+        nudge: applied to the output of every attention.
+    """
+    slots = cache.slots(PROMPT, 0, len(text.prompt))
+    prompt = [cache.read(layer, slots) for layer in range(len(cache.layers))]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (torch.cat(parts) for parts in zip(prompt[layer], (k, v), strict=True))
+        seen = torch.ones(len(q), len(keys), dtype=torch.bool).tril(len(slots))
+        return nudge(_sdpa(q, keys, values, attn_mask=seen), q, keys, values)
+
+    return [
+        model(branch, torch.arange(len(branch)) + len(slots), attend) for branch in text.branches
     ]
-    return Decoded([torch.cat(of_branch) for of_branch in zip(*parts, strict=True)], cases)
+
+
+def rounding_nudge(spec: AttentionSpec, operand: str, seed: int = 0) -> Nudge:
+    """Moves each output up or down by as much as two right kernels may differ.
+
+    Both are within `Exact.bound` of the exact output, so within twice that of each other; what it
+    does to the logits, through all later layers, is what rounding in attention explains. The rest
+    of the model is the same in both paths. A logit is at most the product of the longest q and the
+    longest K (Cauchy and Schwarz).
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def nudge(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logit = spec.scale * float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
+        like = Exact(out, out, logit, float(v.abs().max()), len(k))
+        signs = torch.randint(0, 2, out.shape, generator=random) * 2 - 1
+        return (out + 2 * like.bound(operand, spec.dtype).out * signs).to(out.dtype)
+
+    return nudge
+
+
+def _forest(text: FewShot, begin: list[int], end: list[int]) -> Forest:
+    """The prompt, and under it tokens [0, end) of each branch, with rows from `begin` on."""
+    rows = [last - first for first, last in zip(begin, end, strict=True)]
+    return Forest.from_parents([-1] + [PROMPT] * len(end), [len(text.prompt), *end], [0, *rows])
+
+
+def _plan(attention: TreeAttention, cache: Cache, before: Forest | None, now: Forest) -> Forest:
+    """Plan `now`, the cheap way where only lengths have grown since."""
+    grown = before is not None and before.rows.tolist() == now.rows.tolist()
+    plan = attention.update if grown else attention.plan
+    plan(now, cache.pages.page_indices, cache.pages.page_indptr)
+    return now
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask: Tensor | bool) -> Tensor:
+    """SDPA with tokens first: ``[rows, heads, width]``."""
+    batched = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*batched, enable_gqa=True, **mask)
+    return out.squeeze(0).transpose(0, 1)

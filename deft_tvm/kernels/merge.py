@@ -109,7 +109,8 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                     out[row, head, vd] = T.Cast(
                                         spec.dtype, A[vd] / T.max(total[0], T.float32(1e-37))
                                     )
-                            lse[row, head] = natural_lse(m[0] * LOG2_E, total[0])
+                            with T.sblock("write_lse"):
+                                lse[row, head] = natural_lse(m[0] * LOG2_E, total[0])
 
     return kernel.with_attr("global_symbol", name)
 

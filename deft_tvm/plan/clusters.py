@@ -92,6 +92,6 @@ def _tokens_a_block(walk: Walk, tokens: Ints, most: int) -> Ints:
     rows = walk.row_end - walk.row_begin
     if not (rows > most).any():
         return tokens
-    blocks = (walk.row_end - 1) // most - walk.row_begin // most + 1
+    blocks = (walk.row_end - 1) // most - walk.row_begin.astype(np.int64) // most + 1
     reads = _subtree_sums(walk, walk.length * blocks)
     return np.minimum(tokens, reads // np.maximum(1, -(-rows // most)))

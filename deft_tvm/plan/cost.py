@@ -162,6 +162,10 @@ class Prices:
         cuts = np.maximum(seconds / balanced - 1, 0)
         return busy + cuts * rows * self.partial_seconds, balanced
 
+    def read_seconds(self, tokens: Ints) -> float:
+        """Seconds that reading the tokens of all groups takes at the least, by all cores."""
+        return int(tokens.sum()) * self.token_seconds * self.heads / self.cores
+
     def merge_seconds(self, row_begin: Ints, row_end: Ints) -> float:
         """Seconds that the partials take of groups which answer for the given rows."""
         change = np.bincount(row_begin, minlength=int(row_end.max(initial=0)) + 1)

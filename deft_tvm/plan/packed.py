@@ -34,6 +34,8 @@ def packed(walk: Walk, prices: Prices) -> Groups:
     """Groups of the forest in which neither packing nor re-reading any more would pay."""
     clusters = contract(walk, prices)
     groups, mergeable = by_cluster(walk, clusters, hand_down(clusters, prices))
+    if len(groups) < 2:
+        return groups
     return merge_neighbours(groups, mergeable, prices, clusters.balanced)
 
 

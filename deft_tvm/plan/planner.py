@@ -145,7 +145,9 @@ class Recipe:
             groups = UNPRICED[self.grouping](walk)
         if self.grouping == "node":
             return "node", groups, groups.tokens
-        return self.grouping, groups, fill(self.prices, groups.tokens, groups.rows, self.chunk)[0]
+        if self.chunk is not None:
+            return self.grouping, groups, np.minimum(groups.tokens, self.chunk)
+        return self.grouping, groups, fill(self.prices, groups.tokens, groups.rows)[0]
 
     def _cheaper(self, walk: Walk) -> tuple[str, Groups, Ints]:
         """Of ``packed`` and ``sequence``, whose paths are laid out only if they win."""
@@ -153,7 +155,8 @@ class Recipe:
         chunk, seconds = fill(self.prices, groups.tokens, groups.rows, self.chunk)
         seconds += self.prices.merge_seconds(groups.row_begin, groups.row_end)
         tokens, rows = walk.paths()
-        if self.prices.cost(tokens, rows)[1] < seconds:
+        # Reading alone mostly settles it, and sums faster than the whole price.
+        if self.prices.read_seconds(tokens) < seconds:
             path_chunk, path_seconds = fill(self.prices, tokens, rows, self.chunk)
             if path_seconds < seconds:
                 return "sequence", by_sequence(walk), path_chunk
@@ -192,7 +195,10 @@ def _check(
     deterministic: bool,
 ) -> None:
     if not pages.is_contiguous and pages.page_size != spec.page_size:
-        raise PlanError(f"pages have {pages.page_size} slots; the spec's have {spec.page_size}")
+        raise PlanError(
+            f"pages have page_size {pages.page_size}; expected the spec's, which is "
+            f"{spec.page_size}, or PageTable.contiguous"
+        )
     if grouping not in GROUPINGS:
         raise PlanError(f"grouping is {grouping!r}; expected one of {', '.join(GROUPINGS)}")
     if chunk is not None and chunk < 1:

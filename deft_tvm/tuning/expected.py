@@ -9,6 +9,7 @@ follows the definition and knows no tiles:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,43 +17,125 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deft_tvm.plan import Plan
 from deft_tvm.reference import Bound, Exact, merge_states
 from deft_tvm.tuning.subject import Launch
-from deft_tvm.workloads import Case
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The kernel's outputs in order, float64, NaN where it must not write; and their bounds."""
+    """What a launch writes.
+
+    Attributes:
+        outputs: float64, in the order of `Launch.outputs`; NaN where nothing must be written.
+        bound: largest errors that rounding explains.
+    """
 
     outputs: tuple[Tensor, ...]
     bound: Bound
 
     def error(self, outputs: Sequence[Tensor]) -> tuple[float, bool]:
-        """The largest absolute difference, NaN where a NaN should not be, and whether it is right.
+        """The largest absolute difference, and whether all is right.
 
         Args:
             outputs: as the kernel left them; all NaN before it ran.
         """
-        worst, right = 0.0, True
-        for index, (expected, found) in enumerate(zip(self.outputs, outputs, strict=True)):
-            bound = self.bound.lse if index % 2 else self.bound.out
-            written = ~expected.isnan()
-            found = found.cpu().double()
-            differs = written & (found != expected)
-            error = float((found - expected)[differs].abs().nan_to_num(torch.inf).max()) if differs.any() else 0.0
-            worst = max(worst, error)
-            right &= error <= bound and bool(found[~written].isnan().all())
-        return worst, right
+        bounds = [self.bound.out, self.bound.lse] * (len(outputs) // 2)
+        errors = list(map(_difference, self.outputs, outputs))
+        within = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
+        return max(errors), within
 
 
 def expected(launch: Launch) -> Expected:
-    """What the launch's kernel writes, and how far off rounding may be."""
-    tile, spec = launch.subject.tile, launch.case.spec
+    """What the launch's kernel must write, and how far off rounding may be."""
+    tile = launch.subject.tile
     outputs = tuple(torch.full(t.shape, torch.nan, dtype=torch.float64) for t in launch.outputs)
-    if tile is None:
-        exact = _merge(launch, *outputs)
-        return Expected(outputs, exact.bound("float32", spec.dtype))
-    exact = _partials(launch, outputs)
-    return Expected(outputs, exact.bound(tile.operand, spec.dtype))
+    exact = _merged(launch, outputs) if tile is None else _partials(launch, outputs)
+    operand = "float32" if tile is None else tile.operand
+    return Expected(outputs, exact.bound(operand, launch.case.spec.dtype))
+
+
+def _difference(wanted: Tensor, found: Tensor) -> float:
+    """Infinite where something is missing, or was written where nothing should be."""
+    found = found.cpu().double()
+    if not torch.equal(wanted.isnan(), found.isnan()):
+        return math.inf
+    wrong = (found != wanted) & ~wanted.isnan()
+    return float((found - wanted)[wrong].abs().max()) if wrong.any() else 0.0
+
+
+def _partials(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
+    out, lse, partial_out, partial_lse = outputs
+    found = [_item(launch, item) for item in launch.items.tolist()]
+    for (_, num_rows, *_, dest_begin), exact in zip(launch.items.tolist(), found, strict=True):
+        dests = torch.tensor(launch.plan.dests[dest_begin : dest_begin + num_rows]).long()
+        direct = dests < 0
+        out[~dests[direct]], lse[~dests[direct]] = exact.out[direct], exact.lse[direct]
+        slots = dests[~direct]
+        partial_out[slots], partial_lse[slots] = exact.out[~direct], exact.lse[~direct]
+    return Exact(
+        torch.cat([exact.out for exact in found]),
+        torch.cat([exact.lse for exact in found]),
+        max(exact.max_logit for exact in found),
+        max(exact.max_value for exact in found),
+        max(exact.max_tokens for exact in found),
+    )
+
+
+def _item(launch: Launch, item: Sequence[int]) -> Exact:
+    """Attention of the item's rows over its tokens; out ``[rows, Hq, v_width]``."""
+    case, spec, (row_begin, num_rows, *_) = launch.case, launch.case.spec, item
+    page, slot, seen = _tokens(launch, item)
+    place = (page, slice(None), slot) if spec.layout == "HND" else (page, slot)
+    read = [buffer[place].double() for buffer in case.buffers]
+    keys = read[spec.k.buffer][..., spec.k.begin : spec.k.end]
+    values = read[spec.v.buffer][..., spec.v.begin : spec.v.end]
+    if spec.rope is not None:
+        rope = read[spec.rope].expand(-1, spec.num_kv_heads, -1)
+        keys = torch.cat([keys, rope], dim=-1)
+    rows = torch.tensor(launch.plan.row_order[row_begin : row_begin + num_rows]).long()
+    queries = case.q[rows].double().unflatten(1, (spec.num_kv_heads, -1))
+    logits = spec.scale * torch.einsum("rngw,tnw->rngt", queries, keys)
+    masked = logits.masked_fill(~seen[:, None, None], -math.inf)
+    lse = masked.logsumexp(-1)
+    weights = (masked - lse.nan_to_num(neginf=0)[..., None]).exp()
+    out = torch.einsum("rngt,tnv->rngv", weights, values)
+    largest = _largest(logits), _largest(values)
+    return Exact(out.flatten(1, 2), lse.flatten(1), *largest, len(page))
+
+
+def _tokens(launch: Launch, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Page and slot of each token of an item, and bool[rows, tokens]: who sees it."""
+    plan, (row_begin, num_rows, run_begin, run_end, num_tokens, _) = launch.plan, item
+    runs = plan.runs[run_begin:run_end].astype(np.int64)
+    token = np.arange(num_tokens)
+    run = runs[np.searchsorted(runs[:, 0], token, side="right") - 1].T
+    offset, page_begin, first_slot, seen_begin, seen_end, diagonal = run
+    x = first_slot + token - offset
+    page = plan.page_indices[page_begin + x // plan.page_size]
+    rows = np.arange(row_begin, row_begin + num_rows)[:, None]
+    first_row = seen_begin + np.maximum(0, token - offset - diagonal)
+    seen = (first_row <= rows) & (rows < seen_end)
+    return (
+        torch.from_numpy(page).long(),
+        torch.from_numpy(x % plan.page_size),
+        torch.from_numpy(seen),
+    )
+
+
+def _merged(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
+    partial_out, partial_lse, indptr, rows = (tensor.cpu() for tensor in launch.inputs)
+    for row, begin, end in zip(rows.tolist(), indptr[:-1].tolist(), indptr[1:].tolist(), strict=True):
+        part = slice(begin, end)
+        outputs[0][row], outputs[1][row] = merge_states(partial_out[part], partial_lse[part])
+    written = rows.long()
+    return Exact(
+        outputs[0][written],
+        outputs[1][written],
+        _largest(partial_lse),
+        _largest(partial_out),
+        int(indptr.diff().max()),
+    )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 FLAGS = ("-std=c++20", "-fno-strict-aliasing", "-march=native", "-pthread", "-w", f"-I{HERE}")
 RACE_EXIT = 66
 
-DEVICE_FUNCTION = re.compile(r"^__device__ .*?\n}\n", re.S | re.M)
+OWN_FUNCTION = re.compile(r"^__device__ __forceinline__ [\w ]+ deft_.*?\n}\n", re.S | re.M)
 SIGNATURE = r'extern "C" __global__ void __launch_bounds__\((\d+)\) {}_kernel\(([^)]*)\) {{'
 DYNAMIC_SHARED = re.compile(r"extern __shared__ .*? buf_dyn_shmem_ptr\[\];")
 STATIC_SHARED = re.compile(r"__shared__ alignas\(\d+\)")
@@ -85,7 +85,7 @@ def translate(source: str, symbol: str) -> Kernel:
     assert found is not None, f"no kernel {symbol}_kernel"
     threads, listed = int(found[1]), found[2].split(",")
     parameters = tuple(_parameter(text) for text in listed)
-    functions = [text for text in DEVICE_FUNCTION.findall(source) if "asm" not in text]
+    functions = [text for text in OWN_FUNCTION.findall(source) if "asm" not in text]
     body = source[source.rindex(found[0]) :]
     end = body.index("\n}\n") + 3
     launch = LAUNCH.format(

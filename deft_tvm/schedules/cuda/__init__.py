@@ -1,6 +1,7 @@
 """Schedules for NVIDIA GPUs."""
 
-from deft_tvm.schedules.cuda.scalar import scalar
+from deft_tvm.schedules.cuda.merge import merge_columns
+from deft_tvm.schedules.cuda.scalar import rows_over_warps
 from deft_tvm.schedules.rule import Rule
 
-RULES: tuple[Rule, ...] = (scalar,)
+RULES: tuple[Rule, ...] = (merge_columns, rows_over_warps)

@@ -26,7 +26,7 @@ COPY = "deft_tvm.copy"
 CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
 COPY_SOURCE = """
-__device__ __forceinline__ void copy_16_bytes(void* tile, const void* row) {
+__device__ __forceinline__ void deft_copy_16_bytes(void* tile, const void* row) {
   if ((size_t)row % 16 == 0) {
     *(uint4*)tile = *(const uint4*)row;
   } else {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_16_bytes(void* tile, const void* row) {
 """
 
 WIDEN_SOURCE = """
-__device__ __forceinline__ void widen_16_bytes(float* tile, const %(type)s* row) {
+__device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s* row) {
   %(type)s held[8];
   if ((size_t)row %% 16 == 0) {
     *(uint4*)held = *(const uint4*)row;
@@ -48,16 +48,18 @@ __device__ __forceinline__ void widen_16_bytes(float* tile, const %(type)s* row)
 """
 
 
-def load_tile(
-    sch: Schedule, block: str, source: str, operand: str, width: int, warps: Any
-) -> None:
-    """All threads load the block's tile of rows `width` wide out of a `source` cache."""
+def whole_lanes(source: str, operand: str, width: int) -> int:
+    """Elements of a `source` cache that one copy moves into a tile of `operand`; 1: no copies."""
     lanes = BYTES // DTYPE_BYTES[source]
-    whole = width % lanes == 0 and operand in (source, "float32")
+    return lanes if width % lanes == 0 and operand in (source, "float32") else 1
+
+
+def load_tile(sch: Schedule, block: str, warps: Any, lanes: int) -> None:
+    """All threads load the block's two-dimensional tile, `lanes` elements at a time."""
     fused = sch.fuse(*sch.get_loops(sch.get_sblock(block))[-2:])
-    _, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes if whole else 1])
+    _, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes])
     bind_threads(sch, warp, lane)
-    if whole:
+    if lanes > 1:
         sch.annotate(piece, COPY, 1)
 
 
@@ -76,11 +78,13 @@ def _copy(loop: tirx.For) -> tirx.Stmt:
         loop.body, [(Var, lambda var: tirx.IntImm("int32", 0) if var.same_as(loop.loop_var) else var)]
     )
     store, row = _parts(first)
-    tile = tirx.BufferLoad(store.buffer, store.indices)
+    # An access pointer, since TVM's barriers take no notice of a plain address.
+    (offset,) = store.buffer.offset_of(store.indices)
+    tile = store.buffer.access_ptr("w", offset=offset, extent=int(loop.extent))
     same = storage(str(row.source.ty.dtype)) == str(store.buffer.ty.dtype)
-    function = "copy_16_bytes" if same else "widen_16_bytes"
+    function = "deft_copy_16_bytes" if same else "deft_widen_16_bytes"
     text = COPY_SOURCE if same else WIDEN_SOURCE % {"type": CUDA_TYPES[str(row.source.ty.dtype)]}
-    call = T.cuda.func_call(function, T.address_of(tile), T.address_of(row), source_code=text)
+    call = T.cuda.func_call(function, tile, T.address_of(row), source_code=text)
     return tirx.Evaluate(call)
 
 

@@ -18,7 +18,13 @@ from tvm.tirx.compilation_pipeline import (
 )
 
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
-from deft_tvm.schedules.cuda.fragments import keep_own_share
+from deft_tvm.schedules.cuda.shares import (
+    DEALT,
+    DEALT_ROWS,
+    DEALT_THREADS,
+    FRAGMENT,
+    keep_own_share,
+)
 
 PIPELINE = "deft_tvm_cuda"
 
@@ -77,6 +83,7 @@ def lowered(module: IRModule, arch: str) -> IRModule:
 def _threaded() -> list[transform.Pass]:
     lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
     return [
+        keep_own_share(DEALT, DEALT_ROWS, DEALT_THREADS),
         lower.CanonicalizeLoop(),
         lower.LowerCrossThreadReduction(),
         lower.LowerInitBlock(),
@@ -87,7 +94,7 @@ def _threaded() -> list[transform.Pass]:
         lower.UnifyThreadBinding(),
         lower.LowerMatchBuffer(),
         copy_whole_vectors,
-        keep_own_share,
+        keep_own_share(FRAGMENT),
         simplify(),
         lower.LowerOpaqueBlock(),
         tirx.transform.FlattenBuffer(),

@@ -1,0 +1,8 @@
+"""Tree attention in torch: plan and run, operators for compile and export, merging of states."""
+
+from __future__ import annotations
+
+from deft_tvm.pytorch.attention import TreeAttention, TreeAttentionModule, load
+from deft_tvm.pytorch.merge import merge_states
+
+__all__ = ["TreeAttention", "TreeAttentionModule", "load", "merge_states"]

@@ -1,0 +1,331 @@
+"""Tree attention as users call it: plan once a step, run in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from deft_tvm.artifact import Artifact, check_fits, find
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import InputError, PlanError
+from deft_tvm.manifest import AnyPath
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import Plan, Traffic, make_plan, traffic
+from deft_tvm.pytorch.checks import check_extent
+from deft_tvm.pytorch.loaded import make_key, remember
+from deft_tvm.pytorch.operands import Operands, operands_of
+from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT
+from deft_tvm.pytorch.watch import Watch
+from deft_tvm.spec import AttentionSpec
+from deft_tvm.tree import Forest
+from deft_tvm.tuning.log import measured
+
+
+class _Step(NamedTuple):
+    """A plan and what its runs need of it.
+
+    Attributes:
+        needed: pages (or tokens) that every cache buffer must have.
+    """
+
+    plan: Plan
+    pages: PageTable
+    operands: Operands
+    needed: int
+    paged: bool
+    watch: Watch | None
+
+
+class TreeAttention:
+    """Exact attention over a forest of token trees; one for all layers with the same spec.
+
+    Attributes:
+        spec: the attention.
+        artifact: the module that runs.
+        device: where plans and tensors live.
+        profile: rates of the device, by which plans are chosen.
+        grouping: how forests are divided into work, see `deft_tvm.plan.make_plan`.
+        deterministic: whether a row's bits depend on its own tree alone.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        module: AnyPath | Artifact | None = None,
+        device: torch.device | str | None = None,
+        *,
+        deterministic: bool = False,
+        grouping: str = "auto",
+    ) -> None:
+        """Takes the best module for `spec` and the device, or builds and caches the default.
+
+        Args:
+            spec: the attention.
+            module: this one instead: an artifact, or its folder.
+            device: ``cpu`` (the default, or what `module` is for) or ``cuda``.
+            deterministic: see the attributes.
+            grouping: see the attributes.
+
+        Raises:
+            ArtifactError: the module is damaged, or not for this spec or device.
+            CompilerMissing: there is no module, and no compiler to build one.
+        """
+        self.spec = spec
+        self.device = torch.device(device or _kind_of(module))
+        kind = self.device.type
+        self.profile = measured(DeviceProfile.detect(cast(Literal["cpu", "cuda"], kind)))
+        self.artifact = _artifact(spec, module, self.profile)
+        self.deterministic = deterministic
+        self.grouping = grouping
+        self._step: _Step | None = None
+        directory = None if module is None else self.artifact.directory
+        self._key = make_key(spec, self.artifact.tiles, directory)
+        remember(self._key, kind, self.artifact)
+
+    def __repr__(self) -> str:
+        return f"TreeAttention({str(self.spec)!r}, {str(self.device)!r}, plan={self.last_plan})"
+
+    def plan(
+        self,
+        forest: Forest,
+        page_indices: ArrayLike | Tensor | PageTable | None = None,
+        page_indptr: ArrayLike | Tensor | None = None,
+        first_slot: ArrayLike | Tensor | None = None,
+    ) -> Plan:
+        """Plan one step; all runs until the next plan or update follow it.
+
+        Args:
+            forest: the trees, with lengths and rows.
+            page_indices: int[P], pages of all nodes, end to end, or a whole `PageTable`. None:
+                the cache has no pages, and nodes lie in it back to back in the caller's order.
+            page_indptr: int[nodes + 1], node i's pages are
+                ``page_indices[page_indptr[i]:page_indptr[i + 1]]``.
+            first_slot: int[nodes], slot of the node's first token in the first of them, by
+                default 0.
+
+        Raises:
+            PageError: the pages do not hold the forest's tokens.
+            PlanError: the grouping does not fit.
+        """
+        pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
+        made = make_plan(
+            forest,
+            pages,
+            self.spec,
+            self.artifact.tiles,
+            self.profile,
+            grouping=self.grouping,
+            deterministic=self.deterministic,
+        )
+        return self.use(made, pages)
+
+    def update(
+        self,
+        lengths: ArrayLike | Tensor | Forest | None = None,
+        page_indices: ArrayLike | Tensor | PageTable | None = None,
+        page_indptr: ArrayLike | Tensor | None = None,
+        first_slot: ArrayLike | Tensor | None = None,
+    ) -> Plan:
+        """Plan the next step where only lengths or pages changed; cheaper than `plan`.
+
+        Args:
+            lengths: int[nodes], KV tokens of each node, or a forest with the same parents and
+                rows; None: as they were.
+            page_indices: as in `plan`; None: pages as they were.
+            page_indptr: as in `plan`.
+            first_slot: as in `plan`.
+
+        Raises:
+            PlanError: nothing was planned yet, or parents or rows changed.
+            TreeError: the lengths do not fit the nodes.
+            PageError: the pages do not hold the tokens.
+        """
+        step = self._planned("update")
+        forest, pages = step.plan.forest, step.pages
+        if isinstance(lengths, Forest):
+            forest = lengths
+        elif lengths is not None:
+            forest = forest.with_lengths(_on_host(lengths))
+        if page_indices is not None or pages.is_contiguous:
+            pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
+        return self.use(step.plan.update(forest, pages), pages)
+
+    def use(self, plan: Plan, pages: PageTable) -> Plan:
+        """Follow a plan that was made elsewhere, as for another spec with the same tile classes.
+
+        Raises:
+            PlanError: the plan is for other tile classes.
+        """
+        if plan.tiles != self.artifact.tiles:
+            raise PlanError(
+                f"plan has tile classes {[tile.name for tile in plan.tiles]}; expected those of "
+                f"the module, {[tile.name for tile in self.artifact.tiles]}"
+            )
+        paged = not pages.is_contiguous
+        self._step = _Step(
+            plan=plan,
+            pages=pages,
+            operands=operands_of(plan, paged, self.device, self._key),
+            needed=plan.max_page + 1 if paged else plan.forest.num_tokens,
+            paged=paged,
+            watch=Watch.wanted(self.spec, plan, pages),
+        )
+        return plan
+
+    def run(
+        self,
+        q: Tensor,
+        kv: Sequence[Tensor],
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of one layer; nothing is copied, and nothing allocated if `out` and `lse` are.
+
+        Args:
+            q: [R, query heads, q_width] in the spec's dtype, nope then rope, rows node by node in
+                the caller's order; strides but the last are free.
+            kv: the layer's cache in the order of ``spec.buffers``, each [pages, page_size, heads,
+                width], with layout HND [pages, heads, page_size, width], or [tokens, heads, width]
+                if the plan has no pages; strides but the last are free.
+            out: [R, query heads, v_width] in q's dtype, contiguous; by default a new tensor.
+            lse: [R, query heads], float32, contiguous; by default a new tensor.
+
+        Returns:
+            `out`, and `lse`: the natural logarithm of the sum of exponentials of the scaled
+            logits. A row that sees nothing has zeros and -inf.
+
+        Raises:
+            PlanError: nothing was planned yet.
+            InputError: a tensor does not fit the spec or the plan, or requires grad.
+        """
+        step = self._planned("run")
+        if isinstance(kv, Tensor):
+            raise InputError(f"kv is one tensor; expected {len(self.spec.buffers)} in a tuple")
+        check_extent(kv, step.needed, step.paged)
+        if step.watch is not None and not torch.compiler.is_compiling():
+            return step.watch.run(lambda: self._run(step.operands, q, kv, out, lse), q, kv)
+        return self._run(step.operands, q, kv, out, lse)
+
+    def _run(
+        self,
+        operands: Operands,
+        q: Tensor,
+        kv: Sequence[Tensor],
+        out: Tensor | None,
+        lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if out is None and lse is None:
+            return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *operands))
+        if out is None:
+            out = q.new_empty((*q.shape[:2], self.spec.v_width))
+        if lse is None:
+            lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        TREE_ATTENTION_OUT(q, kv, *operands, out, lse)
+        return out, lse
+
+    @property
+    def last_plan(self) -> Plan | None:
+        """The current plan; None before the first."""
+        return None if self._step is None else self._step.plan
+
+    @property
+    def operands(self) -> Operands:
+        """The current plan as ``torch.ops.deft_tvm.tree_attention(q, kv, *operands)`` takes it.
+
+        Raises:
+            PlanError: nothing was planned yet.
+        """
+        return self._planned("operands").operands
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes and FLOPs of one run of the current plan, and what sharing saves.
+
+        Raises:
+            PlanError: nothing was planned yet.
+        """
+        return traffic(self._planned("traffic").plan, self.spec)
+
+    def _planned(self, caller: str) -> _Step:
+        if self._step is None:
+            raise PlanError(f"{caller} came before plan; expected a plan first")
+        return self._step
+
+
+class TreeAttentionModule(nn.Module):
+    """`TreeAttention` as a part of a torch model; all layers may share one ``attention``.
+
+    Plan with ``attention.plan`` outside the model, before each step.
+    """
+
+    def __init__(self, attention: TreeAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, q: Tensor, kv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """out and lse of one layer; see `TreeAttention.run`."""
+        return self.attention.run(q, kv)
+
+    def extra_repr(self) -> str:
+        return str(self.attention.spec)
+
+
+def load(path: AnyPath, device: torch.device | str | None = None, **options: Any) -> TreeAttention:
+    """Tree attention by an exported module.
+
+    Args:
+        path: the artifact's folder.
+        device: by default what the module is for.
+        options: ``deterministic`` and ``grouping`` of `TreeAttention`.
+
+    Raises:
+        ArtifactError: there is no module, or it does not run here.
+    """
+    artifact = Artifact.load(path)
+    return TreeAttention(artifact.spec, artifact, device, **options)
+
+
+def _kind_of(module: AnyPath | Artifact | None) -> str:
+    if module is None:
+        return "cpu"
+    artifact = module if isinstance(module, Artifact) else Artifact.load(module)
+    return artifact.manifest.device_kind
+
+
+def _artifact(
+    spec: AttentionSpec, module: AnyPath | Artifact | None, profile: DeviceProfile
+) -> Artifact:
+    if module is None:
+        return find(spec, profile)
+    if isinstance(module, Artifact):
+        check_fits(module.directory, module.manifest, profile, spec)
+        return module
+    return Artifact.load(module, profile, spec)
+
+
+def _page_table(
+    spec: AttentionSpec,
+    forest: Forest,
+    page_indices: ArrayLike | Tensor | PageTable | None,
+    page_indptr: ArrayLike | Tensor | None,
+    first_slot: ArrayLike | Tensor | None,
+) -> PageTable:
+    if isinstance(page_indices, PageTable):
+        return page_indices
+    if page_indices is None and (page_indptr is not None or first_slot is not None):
+        raise InputError("page_indices is None beside page_indptr or first_slot; expected all")
+    if page_indices is None:
+        return PageTable.contiguous(forest)
+    if page_indptr is None:
+        raise InputError("page_indptr is None; expected where in page_indices each node begins")
+    indices, indptr = _on_host(page_indices), _on_host(page_indptr)
+    slots = None if first_slot is None else _on_host(first_slot)
+    return PageTable(indices, indptr, slots, page_size=spec.page_size)
+
+
+def _on_host(values: ArrayLike | Tensor) -> ArrayLike:
+    return values.cpu().numpy() if isinstance(values, Tensor) else values

@@ -1,0 +1,112 @@
+"""Loaded modules by key: the string by which an operator names one, here and in another process.
+
+A key is ``<spec>#<tile>+<tile>...``, and ends in ``@<folder>`` where the module was given by its
+path; otherwise the best module of the process that resolves it is taken. The tile classes belong
+to it since plan arrays are made for them.
+"""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import tvm_ffi
+
+from deft_tvm.artifact import Artifact, find
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import ArtifactError
+from deft_tvm.spec import AttentionSpec, TileShape
+
+
+class Loaded:
+    """What a call needs of an artifact, looked up once.
+
+    Attributes:
+        artifact: the module and its manifest.
+        spec: the attention.
+        partials: kernels of stage 1, one for each tile class.
+        merge: the kernel of stage 2.
+        regions: numbers of the buffers that a kernel takes as K, V and rope.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        spec = artifact.spec
+        self.artifact = artifact
+        self.spec = spec
+        self.partials: tuple[tvm_ffi.Function, ...] = tuple(
+            artifact.partial(tile) for tile in range(len(artifact.tiles))
+        )
+        self.merge: tvm_ffi.Function = artifact.merge
+        rope = spec.k.buffer if spec.rope is None else spec.rope
+        self.regions = (spec.k.buffer, spec.v.buffer, rope)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of q and out."""
+        return cast(torch.dtype, getattr(torch, self.spec.dtype))
+
+    @cached_property
+    def cache_dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(getattr(torch, buffer.dtype) for buffer in self.spec.buffers)
+
+    @cached_property
+    def page_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each cache buffer all but the first dimension."""
+        size, nhd = self.spec.page_size, self.spec.layout == "NHD"
+        return tuple(
+            (size, b.heads, b.width) if nhd else (b.heads, size, b.width) for b in self.spec.buffers
+        )
+
+    @cached_property
+    def token_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The same for caches without pages."""
+        return tuple((buffer.heads, buffer.width) for buffer in self.spec.buffers)
+
+
+def make_key(spec: AttentionSpec, tiles: tuple[TileShape, ...], directory: Path | None) -> str:
+    """The key of a module; `directory` where it must be this one and not the best."""
+    names = "+".join(tile.name for tile in tiles)
+    return f"{spec}#{names}" + ("" if directory is None else f"@{directory}")
+
+
+@cache
+def spec_of(key: str) -> AttentionSpec:
+    """The attention that a key names; loads nothing."""
+    return AttentionSpec.parse(key.partition("#")[0])
+
+
+def remember(key: str, kind: str, artifact: Artifact) -> None:
+    """Let `resolve` answer with `artifact`, so that a module is not looked for twice."""
+    _resolved[key, kind] = Loaded(artifact)
+
+
+def resolve(key: str, kind: str) -> Loaded:
+    """The module of a key, on a device of `kind`.
+
+    Raises:
+        ArtifactError: it cannot be loaded here, or has other tile classes.
+        CompilerMissing: there is none, and no compiler to build one.
+    """
+    found = _resolved.get((key, kind))
+    if found is None:
+        remember(key, kind, _load(key, kind))
+        found = _resolved[key, kind]
+    return found
+
+
+_resolved: dict[tuple[str, str], Loaded] = {}
+
+
+def _load(key: str, kind: str) -> Artifact:
+    tiles, _, directory = key.partition("#")[2].partition("@")
+    spec, device = spec_of(key), DeviceProfile.detect(cast(Literal["cpu", "cuda"], kind))
+    artifact = Artifact.load(directory, device, spec) if directory else find(spec, device)
+    names = "+".join(tile.name for tile in artifact.tiles)
+    if names != tiles:
+        raise ArtifactError(
+            f"{artifact.directory}: tile classes are {names}; expected {tiles}, "
+            f"for which the plan was made: export the program again"
+        )
+    return artifact

@@ -1,0 +1,111 @@
+"""A run under observation: against the oracle (``DEFT_TVM_CHECK``), and timed (``DEFT_TVM_DEBUG``).
+
+Both are asked for by environment variables, which are read at each plan.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deft_tvm import env
+from deft_tvm.errors import ExactnessError
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import Plan, traffic
+from deft_tvm.spec import AttentionSpec
+
+
+class Watch(NamedTuple):
+    """What to do beside each run of a plan."""
+
+    spec: AttentionSpec
+    plan: Plan
+    pages: PageTable
+    check: bool
+    timed: bool
+
+    @classmethod
+    def wanted(cls, spec: AttentionSpec, plan: Plan, pages: PageTable) -> Watch | None:
+        """As the environment says; None if nothing was asked for. Prints what was planned."""
+        timed = env.DEBUG.get() >= 2
+        if timed:
+            _say(f"{plan}")
+            _say(f"{traffic(plan, spec)}")
+        check = env.CHECK.get()
+        return cls(spec, plan, pages, check, timed) if check or timed else None
+
+    def run(
+        self, run: Callable[[], tuple[Tensor, Tensor]], q: Tensor, kv: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What `run` returns for q and kv.
+
+        Raises:
+            ExactnessError: it is further from the oracle than rounding explains.
+        """
+        _synchronise(q.device)
+        begin = time.perf_counter()
+        out, lse = run()
+        _synchronise(q.device)
+        if self.timed:
+            self._report(time.perf_counter() - begin)
+        if self.check:
+            self._compare(q, kv, out, lse)
+        return out, lse
+
+    def _report(self, seconds: float) -> None:
+        moved = traffic(self.plan, self.spec).tree.total
+        _say(
+            f"{self.plan.num_items} items, {moved} bytes, {seconds * 1e6:.1f} µs, "
+            f"{moved / seconds / 1e9:.2f} GB/s"
+        )
+
+    def _compare(self, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
+        from deft_tvm.reference import tree_attention
+
+        spec, forest, pages = self.spec, self.plan.forest, self.pages
+        paged = not pages.is_contiguous
+        exact = tree_attention(
+            q,
+            kv,
+            forest.parents.tolist(),
+            forest.lengths.tolist(),
+            forest.rows.tolist(),
+            pages.page_indices.tolist() if paged else None,
+            pages.page_indptr.tolist() if paged else None,
+            pages.first_slot.tolist() if paged else None,
+            page_size=spec.page_size,
+            layout=spec.layout,
+            num_kv_heads=spec.num_kv_heads,
+            k=(spec.k.buffer, spec.k.begin, spec.k.end),
+            v=(spec.v.buffer, spec.v.begin, spec.v.end),
+            rope=spec.rope,
+            scale=spec.scale,
+        )
+        bounds = [exact.bound(tile.operand, spec.dtype) for tile in self.plan.tiles]
+        _hold("out", out, exact.out, max(bound.out for bound in bounds))
+        _hold("lse", lse, exact.lse, max(bound.lse for bound in bounds))
+
+
+def _hold(name: str, found: Tensor, exact: Tensor, bound: float) -> None:
+    same = found.double() == exact  # infinities, whose difference is none
+    error = (found.double() - exact).abs().where(~same, 0.0)
+    worst = float(error.nan_to_num(torch.inf).max()) if error.numel() else 0.0
+    if worst > bound:
+        raise ExactnessError(
+            f"{name} is {worst:.3g} from the oracle's; expected at most {bound:.3g} (DEFT_TVM_CHECK)"
+        )
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        print(f"deft_tvm: {line}", file=sys.stderr)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

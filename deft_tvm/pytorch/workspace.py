@@ -1,0 +1,41 @@
+"""Room for partials between the two stages, kept from call to call."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+class _Kept(threading.local):
+    """By heads and width; each thread its own, since two may run at once."""
+
+    def __init__(self) -> None:
+        self.by_shape: dict[tuple[int, int], Pair] = {}
+
+
+_kept = _Kept()
+
+
+def workspace(device: torch.device, slots: int, heads: int, width: int) -> Pair:
+    """Partial outputs ``[W, heads, width]`` and LSE ``[W, heads]``, float32, with ``W >= slots``.
+
+    On a CPU fresh pages would be faulted in at every call, so a thread keeps the largest workspace
+    that it has needed. On a GPU torch's allocator keeps them, by stream and for graphs.
+    """
+    if device.type != "cpu":
+        return _allocate(device, slots, heads, width)
+    pair = _kept.by_shape.get((heads, width))
+    if pair is None or pair[0].shape[0] < slots:
+        # Powers of two: partials that grow with every token are not moved with every token.
+        pair = _allocate(device, 1 << (slots - 1).bit_length(), heads, width)
+        _kept.by_shape[heads, width] = pair
+    return pair
+
+
+def _allocate(device: torch.device, slots: int, heads: int, width: int) -> Pair:
+    out = torch.empty(slots, heads, width, dtype=torch.float32, device=device)
+    return out, torch.empty(slots, heads, dtype=torch.float32, device=device)

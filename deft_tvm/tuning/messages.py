@@ -1,0 +1,70 @@
+"""What the tuner asks its worker processes, and what they answer: lines of JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from deft_tvm.tuning.log import Status
+from deft_tvm.tuning.subject import Subject
+
+
+class Build(msgspec.Struct, frozen=True, tag=True):
+    """Compile a scheduled module, in TVM's JSON, into a library at `path`."""
+
+    module: str
+    target: dict[str, Any]
+    path: str
+
+
+class Time(msgspec.Struct, frozen=True, tag=True):
+    """Run one function of each of some libraries on a subject's arguments: check it, then time it.
+
+    Attributes:
+        subject: makes the arguments.
+        libraries: paths; they are timed in turn.
+        function: the symbol.
+        seconds: to spend on timing all of them.
+    """
+
+    subject: Subject
+    libraries: tuple[str, ...]
+    function: str
+    seconds: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker has imported what it needs."""
+
+
+class Built(msgspec.Struct, frozen=True, tag=True):
+    """A library is there; it took so many seconds."""
+
+    seconds: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The request raised an exception; its text."""
+
+    error: str
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What came of one candidate: the fields of a `Trial` that are measured."""
+
+    status: Status
+    latency_us: tuple[float, ...] = ()
+    compile_s: float | None = None
+    max_error: float | None = None
+    error: str = ""
+
+
+class Timed(msgspec.Struct, frozen=True, tag=True):
+    """What running each library gave."""
+
+    outcomes: tuple[Outcome, ...]
+
+
+Request = Build | Time
+Answer = Ready | Built | Timed | Failed

@@ -1,0 +1,142 @@
+"""A worker process and its life: started early, asked with a time limit, started again if it dies."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from deft_tvm.errors import TuningError
+from deft_tvm.tuning.messages import Answer, Failed, Ready, Request
+
+START_SECONDS = 180.0
+"""Imports take two to four seconds; on a machine that others keep busy, far more."""
+
+ERROR_LINES = 8
+
+T = TypeVar("T")
+
+
+class WorkerDied(Exception):
+    """The worker ended in the middle of a request; what it said last."""
+
+
+class WorkerTimeout(Exception):
+    """The worker did not answer in time and was killed."""
+
+
+class RequestFailed(Exception):
+    """The worker raised an exception; its text."""
+
+
+class Worker:
+    """One process that answers one request at a time.
+
+    It is started at once and imports in the background; only the first request waits for that.
+
+    Args:
+        role: ``build`` or ``time``, as in `worker.main`.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self._errors = tempfile.TemporaryFile()
+        self._start()
+
+    def _start(self) -> None:
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._errors.truncate(0)
+        self._ready = False
+        self._process = subprocess.Popen(
+            (sys.executable, "-m", "deft_tvm.tuning.worker", self.role),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait for its imports.
+
+        Raises:
+            TuningError: it cannot start.
+        """
+        if self._ready:
+            return
+        try:
+            self._receive(Ready, START_SECONDS)
+        except (WorkerDied, WorkerTimeout, RequestFailed) as error:
+            raise TuningError(f"the process to {self.role} kernels did not start: {error}") from None
+        self._ready = True
+
+    def ask(self, request: Request, answer: type[T], seconds: float) -> T:
+        """The answer to `request`, if it comes within `seconds`.
+
+        Raises:
+            RequestFailed: the worker raised an exception.
+            WorkerDied: it ended without an answer; another one has been started.
+            WorkerTimeout: it did not answer and was killed; another one has been started.
+            TuningError: it cannot start.
+        """
+        self.wait_until_ready()
+        try:
+            self._send(request)
+            return self._receive(answer, seconds)
+        except (WorkerDied, WorkerTimeout):
+            self.close()
+            self._start()
+            raise
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _send(self, request: Request) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerDied(self._last_words()) from None
+
+    def _receive(self, expected: type[T], seconds: float) -> T:
+        answer: Answer = msgspec.json.decode(self._line(seconds), type=Answer)
+        if isinstance(answer, Failed):
+            raise RequestFailed(answer.error)
+        assert isinstance(answer, expected)
+        return answer
+
+    def _line(self, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        stream, deadline, line = self._process.stdout.fileno(), time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([stream], [], [], left)[0]:
+                raise WorkerTimeout(f"no answer within {seconds:.0f} s")
+            part = os.read(stream, 1 << 16)
+            if not part:
+                raise WorkerDied(self._last_words())
+            line += part
+        return line
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        return "\n".join([f"the process ended with {how}", *said[-ERROR_LINES:]])
