@@ -93,6 +93,8 @@ def natural_lse(maximum: Expr, total: Expr) -> Expr:
 def _bfloat16_bits(value: Expr) -> Expr:
     """Round a float32 to nearest even in its upper half (NaN payloads may carry; NaN stays NaN)."""
     bits = tirx.reinterpret("uint32", value)
-    odd = tirx.bitwise_and(tirx.shift_right(bits, tirx.const(16, "uint32")), tirx.const(1, "uint32"))
+    odd = tirx.bitwise_and(
+        tirx.shift_right(bits, tirx.const(16, "uint32")), tirx.const(1, "uint32")
+    )
     rounded = bits + tirx.const(0x7FFF, "uint32") + odd
     return tirx.Cast("uint16", tirx.shift_right(rounded, tirx.const(16, "uint32")))

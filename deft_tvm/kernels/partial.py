@@ -28,22 +28,25 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import (
-    LOG2_E,
-    exp2_polynomial,
-    finite,
-    narrow,
-    natural_lse,
-    storage,
-    widen,
+from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, storage
+from deft_tvm.kernels.stages import (
+    exponentiate,
+    fill,
+    find_cut,
+    gather,
+    grow_max,
+    keep,
+    load,
+    locate,
+    masked_logits,
+    product,
+    seek,
+    weigh,
+    whole_logits,
+    write,
 )
 from deft_tvm.kernels.work import work_loop
 from deft_tvm.spec import AttentionSpec, TileShape
-
-# Blocks by stage, for schedules to address.
-TOKEN_BLOCKS = ("seek", "locate", "find_cut")
-ROW_BLOCKS = ("init_max", "init_sum", "new_max", "rescale", "new_sum", "keep_max", "keep_sum")
-
 
 def partial_attention(
     spec: AttentionSpec, tile: TileShape, kind: str = "llvm", name: str = "partial"
@@ -181,37 +184,14 @@ def partial_attention(
                         with T.sblock("prologue"):
                             T.reads()
                             T.writes()
-                            for i, d in T.grid(M, KW):
-                                with T.sblock("load_q"):
-                                    vi, vd = T.axis.remap("SS", [i, d])
-                                    row: T.let[T.int32] = row_order[
-                                        row_begin + T.min(vi, lanes - 1) // G
-                                    ]
-                                    Q[vi, vd] = T.Select(
-                                        vi < lanes,
-                                        narrow(q[row, head * G + vi % G, vd], operand),
-                                        T.Cast(TILE, 0),
-                                    )
+                            gather(Q, q, row_order, row_begin, lanes, head, G, 0, operand, "load_q")
                             if ROPED:
-                                for i, d in T.grid(M, RW):
-                                    with T.sblock("load_q_rope"):
-                                        vi, vd = T.axis.remap("SS", [i, d])
-                                        row: T.let[T.int32] = row_order[
-                                            row_begin + T.min(vi, lanes - 1) // G
-                                        ]
-                                        Q_rope[vi, vd] = T.Select(
-                                            vi < lanes,
-                                            narrow(q[row, head * G + vi % G, KW + vd], operand),
-                                            T.Cast(TILE, 0),
-                                        )
-                            for i in range(M):
-                                with T.sblock("init_max"):
-                                    vi = T.axis.spatial(M, i)
-                                    m[vi] = T.float32("-inf")
-                            for i in range(M):
-                                with T.sblock("init_sum"):
-                                    vi = T.axis.spatial(M, i)
-                                    total[vi] = T.float32(0)
+                                gather(
+                                    Q_rope, q, row_order, row_begin, lanes, head, G, KW, operand,
+                                    "load_q_rope",
+                                )  # fmt: skip
+                            fill(m, "-inf", "init_max")
+                            fill(total, 0, "init_sum")
                             for i, d in T.grid(M, VW):
                                 with T.sblock("init_out"):
                                     vi, vd = T.axis.remap("SS", [i, d])
@@ -226,115 +206,48 @@ def partial_attention(
                                     T.reads()
                                     T.writes()
                                     run_of = T.sblock_alloc_buffer((N,), "int32")
-                                    for j, s in T.grid(N, search_steps + 1):
-                                        with T.sblock("seek"):
-                                            vj, vs = T.axis.remap("SR", [j, s])
-                                            with T.init():
-                                                run_of[vj] = run_begin
-                                            run_of[vj] = _seek(
-                                                runs,
-                                                run_of[vj],
-                                                run_end,
-                                                search_steps - vs,
-                                                T.min(t0 + vj, num_tokens - 1),
-                                            )
-                                    for j in range(N):
-                                        with T.sblock("locate"):
-                                            vj = T.axis.spatial(N, j)
-                                            run: T.let[T.int32] = run_of[vj]
-                                            t: T.let[T.int32] = (
-                                                T.min(t0 + vj, num_tokens - 1) - runs[run, 0]
-                                            )
-                                            x: T.let[T.int32] = runs[run, 2] + t
-                                            page[vj] = page_indices[
-                                                runs[run, 1] + T.shift_right(x, page_shift)
-                                            ]
-                                            slot[vj] = T.bitwise_and(
-                                                x, T.shift_left(1, page_shift) - 1
-                                            )
-                                            lane_begin[vj] = (
-                                                runs[run, 3]
-                                                + T.max(0, t - runs[run, 5])
-                                                - row_begin
-                                            ) * G
-                                            lane_end[vj] = T.Select(
-                                                t0 + vj < num_tokens,
-                                                (runs[run, 4] - row_begin) * G,
-                                                0,
-                                            )
-                                    for j in range(N):
-                                        with T.sblock("find_cut"):
-                                            vj = T.axis.reduce(N, j)
-                                            with T.init():
-                                                cut[0] = 0
-                                            cut[0] = cut[0] + T.Select(
-                                                T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]),
-                                                0,
-                                                1,
-                                            )
+                                    seek(
+                                        run_of,
+                                        runs,
+                                        run_begin,
+                                        run_end,
+                                        search_steps,
+                                        t0,
+                                        num_tokens,
+                                    )
+                                    locate(
+                                        page, slot, lane_begin, lane_end, run_of, runs,
+                                        page_indices, page_shift, row_begin, G, t0, num_tokens,
+                                    )  # fmt: skip
+                                    find_cut(cut, lane_begin, lane_end, lanes)
                             for _ in T.serial(1):
                                 with T.sblock("loading"):
                                     T.reads()
                                     T.writes()
                                     if not TIED:
-                                        for j, d in T.grid(N, KW):
-                                            with T.sblock("load_k"):
-                                                vj, vd = T.axis.remap("SS", [j, d])
-                                                K[vj, vd] = narrow(
-                                                    at(k_cache, page[vj], slot[vj], head, K0 + vd),
-                                                    operand,
-                                                )
-                                    for j, d in T.grid(N, VW):
-                                        with T.sblock("load_v"):
-                                            vj, vd = T.axis.remap("SS", [j, d])
-                                            V[vj, vd] = narrow(
-                                                at(v_cache, page[vj], slot[vj], head, V0 + vd),
-                                                operand,
-                                            )
+                                        load(
+                                            K, k_cache, at, page, slot, head, K0, operand, "load_k"
+                                        )
+                                    load(V, v_cache, at, page, slot, head, V0, operand, "load_v")
                                     if ROPED:
-                                        for j, d in T.grid(N, RW):
-                                            with T.sblock("load_rope"):
-                                                vj, vd = T.axis.remap("SS", [j, d])
-                                                rope[vj, vd] = narrow(
-                                                    at(
-                                                        rope_cache,
-                                                        page[vj],
-                                                        slot[vj],
-                                                        T.min(head, R_HEADS - 1),
-                                                        vd,
-                                                    ),
-                                                    operand,
-                                                )
+                                        load(
+                                            rope, rope_cache, at, page, slot,
+                                            T.min(head, R_HEADS - 1), 0, operand, "load_rope",
+                                        )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("qk"):
                                     T.reads()
                                     T.writes()
-                                    for i, j, d in T.grid(M, N, KW):
-                                        with T.sblock("scores"):
-                                            vi, vj, vd = T.axis.remap("SSR", [i, j, d])
-                                            with T.init():
-                                                S[vi, vj] = T.float32(0)
-                                            if TIED:
-                                                S[vi, vj] = S[vi, vj] + widen(
-                                                    Q[vi, vd], operand
-                                                ) * widen(V[vj, K_IN_V + vd], operand)
-                                            else:
-                                                S[vi, vj] = S[vi, vj] + widen(
-                                                    Q[vi, vd], operand
-                                                ) * widen(K[vj, vd], operand)
+                                    if TIED:
+                                        product(S, Q, V, K_IN_V, operand, "scores")
+                                    else:
+                                        product(S, Q, K, 0, operand, "scores")
                             if ROPED:
                                 for _ in T.serial(1):
                                     with T.sblock("qk_rope"):
                                         T.reads()
                                         T.writes()
-                                        for i, j, d in T.grid(M, N, RW):
-                                            with T.sblock("scores_rope"):
-                                                vi, vj, vd = T.axis.remap("SSR", [i, j, d])
-                                                with T.init():
-                                                    S_rope[vi, vj] = T.float32(0)
-                                                S_rope[vi, vj] = S_rope[vi, vj] + widen(
-                                                    Q_rope[vi, vd], operand
-                                                ) * widen(rope[vj, vd], operand)
+                                        product(S_rope, Q_rope, rope, 0, operand, "scores_rope")
                             for _ in T.serial(1):
                                 with T.sblock("masking"):
                                     T.reads()
@@ -344,29 +257,15 @@ def partial_attention(
                                             with T.sblock("whole"):
                                                 T.reads()
                                                 T.writes()
-                                                for i, j in T.grid(M, N):
-                                                    with T.sblock("logits"):
-                                                        vi, vj = T.axis.remap("SS", [i, j])
-                                                        X[vi, vj] = (
-                                                            _score(S, S_rope, vi, vj, ROPED) * SCALE
-                                                        )
+                                                whole_logits(X, S, S_rope, ROPED, SCALE)
                                     else:
                                         for _ in T.serial(1):
                                             with T.sblock("masked"):
                                                 T.reads()
                                                 T.writes()
-                                                for i, j in T.grid(M, N):
-                                                    with T.sblock("masked_logits"):
-                                                        vi, vj = T.axis.remap("SS", [i, j])
-                                                        X[vi, vj] = T.Select(
-                                                            T.And(
-                                                                lane_begin[vj] <= vi,
-                                                                vi < lane_end[vj],
-                                                            ),
-                                                            _score(S, S_rope, vi, vj, ROPED)
-                                                            * SCALE,
-                                                            T.float32("-inf"),
-                                                        )
+                                                masked_logits(
+                                                    X, S, S_rope, ROPED, SCALE, lane_begin, lane_end
+                                                )
                             for _ in T.serial(1):
                                 with T.sblock("softmax"):
                                     T.reads()
@@ -374,110 +273,39 @@ def partial_attention(
                                     E = T.sblock_alloc_buffer((M, N), "float32")
                                     m_tile = T.sblock_alloc_buffer((M,), "float32")
                                     total_tile = T.sblock_alloc_buffer((M,), "float32")
-                                    for i, j in T.grid(M, N):
-                                        with T.sblock("row_max"):
-                                            vi, vj = T.axis.remap("SR", [i, j])
-                                            with T.init():
-                                                m_tile[vi] = T.min_value("float32")
-                                            m_tile[vi] = T.max(m_tile[vi], X[vi, vj])
-                                    for i in range(M):
-                                        with T.sblock("new_max"):
-                                            vi = T.axis.spatial(M, i)
-                                            m_new[vi] = T.max(m[vi], m_tile[vi])
-                                    for i in range(M):
-                                        with T.sblock("rescale"):
-                                            vi = T.axis.spatial(M, i)
-                                            factor[vi] = exp2(m[vi] - finite(m_new[vi]))
-                                    for i, j in T.grid(M, N):
-                                        with T.sblock("exponentials"):
-                                            vi, vj = T.axis.remap("SS", [i, j])
-                                            E[vi, vj] = exp2(X[vi, vj] - finite(m_new[vi]))
-                                    for i, j in T.grid(M, N):
-                                        with T.sblock("row_sum"):
-                                            vi, vj = T.axis.remap("SR", [i, j])
-                                            with T.init():
-                                                total_tile[vi] = T.float32(0)
-                                            total_tile[vi] = total_tile[vi] + E[vi, vj]
-                                    for i in range(M):
-                                        with T.sblock("new_sum"):
-                                            vi = T.axis.spatial(M, i)
-                                            total_new[vi] = total[vi] * factor[vi] + total_tile[vi]
-                                    for i, j in T.grid(M, N):
-                                        with T.sblock("probabilities"):
-                                            vi, vj = T.axis.remap("SS", [i, j])
-                                            P[vi, vj] = narrow(E[vi, vj], operand)
+                                    grow_max(m_new, factor, m_tile, m, X, exp2)
+                                    exponentiate(
+                                        P,
+                                        E,
+                                        total_new,
+                                        total_tile,
+                                        total,
+                                        factor,
+                                        X,
+                                        m_new,
+                                        exp2,
+                                        operand,
+                                    )
                             for _ in T.serial(1):
                                 with T.sblock("pv"):
                                     T.reads()
                                     T.writes()
                                     U = T.sblock_alloc_buffer((M, VW), "float32")
-                                    for i, d, j in T.grid(M, VW, N):
-                                        with T.sblock("accumulate"):
-                                            vi, vd, vj = T.axis.remap("SSR", [i, d, j])
-                                            with T.init():
-                                                U[vi, vd] = T.float32(0)
-                                            U[vi, vd] = U[vi, vd] + widen(
-                                                P[vi, vj], operand
-                                            ) * widen(V[vj, vd], operand)
-                                    for i, d in T.grid(M, VW):
-                                        with T.sblock("fold"):
-                                            vi, vd = T.axis.remap("SS", [i, d])
-                                            A_new[vi, vd] = A[vi, vd] * factor[vi] + U[vi, vd]
+                                    weigh(A_new, U, A, factor, P, V, operand)
                             for _ in T.serial(1):
                                 with T.sblock("keeping"):
                                     T.reads()
                                     T.writes()
-                                    for i, d in T.grid(M, VW):
-                                        with T.sblock("keep_out"):
-                                            vi, vd = T.axis.remap("SS", [i, d])
-                                            A[vi, vd] = A_new[vi, vd]
-                                    for i in range(M):
-                                        with T.sblock("keep_max"):
-                                            vi = T.axis.spatial(M, i)
-                                            m[vi] = m_new[vi]
-                                    for i in range(M):
-                                        with T.sblock("keep_sum"):
-                                            vi = T.axis.spatial(M, i)
-                                            total[vi] = total_new[vi]
+                                    keep(A, A_new, m, m_new, total, total_new)
                     for _ in T.serial(1):
                         with T.sblock("epilogue"):
                             T.reads()
                             T.writes()
                             inverse = T.sblock_alloc_buffer((M,), "float32")
-                            for i in range(M):
-                                with T.sblock("normalise"):
-                                    vi = T.axis.spatial(M, i)
-                                    inverse[vi] = T.if_then_else(
-                                        total[vi] == T.float32(0),
-                                        T.float32(0),
-                                        T.float32(1) / total[vi],
-                                    )
-                            for i, d in T.grid(M, VW):
-                                with T.sblock("write_out"):
-                                    vi, vd = T.axis.remap("SS", [i, d])
-                                    if vi < lanes:
-                                        dest: T.let[T.int32] = dests[dest_begin + vi // G]
-                                        if dest >= 0:
-                                            partial_out[dest, head * G + vi % G, vd] = (
-                                                A[vi, vd] * inverse[vi]
-                                            )
-                                        else:
-                                            out[-1 - dest, head * G + vi % G, vd] = T.Cast(
-                                                spec.dtype, A[vi, vd] * inverse[vi]
-                                            )
-                            for i in range(M):
-                                with T.sblock("write_lse"):
-                                    vi = T.axis.spatial(M, i)
-                                    if vi < lanes:
-                                        dest: T.let[T.int32] = dests[dest_begin + vi // G]
-                                        if dest >= 0:
-                                            partial_lse[dest, head * G + vi % G] = natural_lse(
-                                                m[vi], total[vi]
-                                            )
-                                        else:
-                                            lse[-1 - dest, head * G + vi % G] = natural_lse(
-                                                m[vi], total[vi]
-                                            )
+                            write(
+                                out, lse, partial_out, partial_lse, inverse, A, m, total,
+                                dests, dest_begin, lanes, head, G, spec.dtype,
+                            )  # fmt: skip
 
     return kernel.with_attr("global_symbol", name)
 
@@ -492,15 +320,3 @@ def _cache_index(layout: str) -> Callable[..., Expr]:
     if layout == "NHD":
         return lambda cache, page, slot, head, d: cache[page, slot, head, d]
     return lambda cache, page, slot, head, d: cache[page, head, slot, d]
-
-
-def _seek(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
-    """One step of the binary search for the run of `token`: go 2^step runs on if they begin by it."""
-    ahead = run + tirx.shift_left(tirx.const(1, "int32"), step)
-    # The index is clamped since both sides of a select are read.
-    begins = runs[tirx.min(ahead, run_end - 1), 0]
-    return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
-
-
-def _score(S: Any, S_rope: Any, i: Any, j: Any, roped: bool) -> Expr:
-    return S[i, j] + S_rope[i, j] if roped else S[i, j]

@@ -1,0 +1,277 @@
+"""The stages of the partial kernel: pieces of TensorIR that `partial` puts in their place.
+
+    gather      query rows of the item, permuted and folded, into a tile
+    locate      page, slot and the rows that see it, for each token of the tile
+    load        K, V or rope of the tile's tokens out of their pages
+    product     scores of all rows and tokens
+    logits      scores scaled to base 2; -inf where the row does not see the token
+    softmax     online: new maximum, probabilities, sums, and the factor that rescales the past
+    weigh       probabilities times V, folded into the rescaled output
+    keep        the new state becomes the state
+    write       normalised output and LSE, to a partial slot or straight to the caller's row
+
+Tiles are [M rows, N tokens, width]; i is a row, j a token, d a column. `operand` is the type in
+which the products' factors are kept (see `numerics.storage`). Blocks are named by what they
+compute: schedules address them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import finite, narrow, natural_lse, storage, widen
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """TensorIR that is parsed where it is called.
+
+    ``T.inline`` counts its calls and numbers block names by them, over all kernels of the process;
+    a fresh one for each call keeps the names.
+    """
+
+    @wraps(function)
+    def placed(*args: Any) -> None:
+        return T.inline(function)(*args)
+
+    return placed
+
+
+def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
+    """One step of the binary search: go 2^step runs on if those begin by `token`."""
+    ahead = run + tirx.shift_left(tirx.const(1, "int32"), step)
+    # The index is clamped since both sides of a select are read.
+    begins = runs[tirx.min(ahead, run_end - 1), 0]
+    return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
+
+
+def score(S: Any, S_rope: Any, i: Any, j: Any, roped: bool) -> Expr:
+    return S[i, j] + S_rope[i, j] if roped else S[i, j]
+
+
+@stage
+def gather(Q, q, row_order, row_begin, lanes, head, group, first, operand, block):
+    """Columns from `first` of the item's query rows; zeros past its last row."""
+    for i, d in T.grid(Q.shape[0], Q.shape[1]):
+        with T.sblock(block):
+            vi, vd = T.axis.remap("SS", [i, d])
+            row: T.let[T.int32] = row_order[row_begin + T.min(vi, lanes - 1) // group]
+            Q[vi, vd] = T.Select(
+                vi < lanes,
+                narrow(q[row, head * group + vi % group, first + vd], operand),
+                T.Cast(storage(operand), 0),
+            )
+
+
+@stage
+def fill(buffer, value, block):
+    """One value in every row of a vector."""
+    for i in range(buffer.shape[0]):
+        with T.sblock(block):
+            vi = T.axis.spatial(buffer.shape[0], i)
+            buffer[vi] = T.float32(value)
+
+
+@stage
+def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens):
+    """The run of each token, by binary search over the runs' offsets.
+
+    Tokens past the item's last are taken for its last, so that nothing outside is ever read.
+    """
+    for j, s in T.grid(run_of.shape[0], search_steps + 1):
+        with T.sblock("seek"):
+            vj, vs = T.axis.remap("SR", [j, s])
+            with T.init():
+                run_of[vj] = run_begin
+            run_of[vj] = next_run(
+                runs,
+                run_of[vj],
+                run_end,
+                search_steps - vs,
+                T.min(t0 + vj, num_tokens - 1),
+            )
+
+
+@stage
+def locate(
+    page, slot, lane_begin, lane_end, run_of, runs, page_indices, page_shift,
+    row_begin, group, t0, num_tokens,
+):  # fmt: skip
+    """Where each token lies, and the interval of lane rows that see it; none past the last."""
+    for j in range(page.shape[0]):
+        with T.sblock("locate"):
+            vj = T.axis.spatial(page.shape[0], j)
+            run: T.let[T.int32] = run_of[vj]
+            t: T.let[T.int32] = T.min(t0 + vj, num_tokens - 1) - runs[run, 0]
+            x: T.let[T.int32] = runs[run, 2] + t
+            page[vj] = page_indices[runs[run, 1] + T.shift_right(x, page_shift)]
+            slot[vj] = T.bitwise_and(x, T.shift_left(1, page_shift) - 1)
+            lane_begin[vj] = (runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin) * group
+            lane_end[vj] = T.Select(t0 + vj < num_tokens, (runs[run, 4] - row_begin) * group, 0)
+
+
+@stage
+def find_cut(cut, lane_begin, lane_end, lanes):
+    """How many tokens of the tile some row of the item does not see."""
+    for j in range(lane_begin.shape[0]):
+        with T.sblock("find_cut"):
+            vj = T.axis.reduce(lane_begin.shape[0], j)
+            with T.init():
+                cut[0] = 0
+            cut[0] = cut[0] + T.Select(T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]), 0, 1)
+
+
+@stage
+def load(tile, cache, at, page, slot, head, first, operand, block):
+    """Columns from `first` of each token of the tile."""
+    for j, d in T.grid(tile.shape[0], tile.shape[1]):
+        with T.sblock(block):
+            vj, vd = T.axis.remap("SS", [j, d])
+            tile[vj, vd] = narrow(at(cache, page[vj], slot[vj], head, first + vd), operand)
+
+
+@stage
+def product(S, Q, K, first, operand, block):
+    """S[i, j] = Q[i] · K[j, first:]."""
+    for i, j, d in T.grid(Q.shape[0], K.shape[0], Q.shape[1]):
+        with T.sblock(block):
+            vi, vj, vd = T.axis.remap("SSR", [i, j, d])
+            with T.init():
+                S[vi, vj] = T.float32(0)
+            S[vi, vj] = S[vi, vj] + widen(Q[vi, vd], operand) * widen(K[vj, first + vd], operand)
+
+
+@stage
+def whole_logits(X, S, S_rope, roped, scale):
+    """Every row sees every token."""
+    for i, j in T.grid(X.shape[0], X.shape[1]):
+        with T.sblock("logits"):
+            vi, vj = T.axis.remap("SS", [i, j])
+            X[vi, vj] = score(S, S_rope, vi, vj, roped) * scale
+
+
+@stage
+def masked_logits(X, S, S_rope, roped, scale, lane_begin, lane_end):
+    """A row sees the tokens whose interval holds it."""
+    for i, j in T.grid(X.shape[0], X.shape[1]):
+        with T.sblock("masked_logits"):
+            vi, vj = T.axis.remap("SS", [i, j])
+            X[vi, vj] = T.Select(
+                T.And(lane_begin[vj] <= vi, vi < lane_end[vj]),
+                score(S, S_rope, vi, vj, roped) * scale,
+                T.float32("-inf"),
+            )
+
+
+@stage
+def grow_max(m_new, factor, m_tile, m, X, exp2):
+    """The running maximum with this tile, and 2^(old - new)."""
+    for i, j in T.grid(X.shape[0], X.shape[1]):
+        with T.sblock("row_max"):
+            vi, vj = T.axis.remap("SR", [i, j])
+            with T.init():
+                # Not -inf: a reduction over threads must begin with TVM's own identity of max.
+                m_tile[vi] = T.min_value("float32")
+            m_tile[vi] = T.max(m_tile[vi], X[vi, vj])
+    for i in range(X.shape[0]):
+        with T.sblock("new_max"):
+            vi = T.axis.spatial(X.shape[0], i)
+            m_new[vi] = T.max(m[vi], m_tile[vi])
+    for i in range(X.shape[0]):
+        with T.sblock("rescale"):
+            vi = T.axis.spatial(X.shape[0], i)
+            factor[vi] = exp2(m[vi] - finite(m_new[vi]))
+
+
+@stage
+def exponentiate(P, E, total_new, total_tile, total, factor, X, m_new, exp2, operand):
+    """Probabilities relative to the new maximum, rounded only after they were summed."""
+    for i, j in T.grid(X.shape[0], X.shape[1]):
+        with T.sblock("exponentials"):
+            vi, vj = T.axis.remap("SS", [i, j])
+            E[vi, vj] = exp2(X[vi, vj] - finite(m_new[vi]))
+    for i, j in T.grid(X.shape[0], X.shape[1]):
+        with T.sblock("row_sum"):
+            vi, vj = T.axis.remap("SR", [i, j])
+            with T.init():
+                total_tile[vi] = T.float32(0)
+            total_tile[vi] = total_tile[vi] + E[vi, vj]
+    for i in range(X.shape[0]):
+        with T.sblock("new_sum"):
+            vi = T.axis.spatial(X.shape[0], i)
+            total_new[vi] = total[vi] * factor[vi] + total_tile[vi]
+    for i, j in T.grid(X.shape[0], X.shape[1]):
+        with T.sblock("probabilities"):
+            vi, vj = T.axis.remap("SS", [i, j])
+            P[vi, vj] = narrow(E[vi, vj], operand)
+
+
+@stage
+def weigh(A_new, U, A, factor, P, V, operand):
+    """A_new[i] = A[i] · factor[i] + Σ_j P[i, j] V[j]."""
+    for i, d, j in T.grid(P.shape[0], V.shape[1], V.shape[0]):
+        with T.sblock("accumulate"):
+            vi, vd, vj = T.axis.remap("SSR", [i, d, j])
+            with T.init():
+                U[vi, vd] = T.float32(0)
+            U[vi, vd] = U[vi, vd] + widen(P[vi, vj], operand) * widen(V[vj, vd], operand)
+    for i, d in T.grid(A.shape[0], A.shape[1]):
+        with T.sblock("fold"):
+            vi, vd = T.axis.remap("SS", [i, d])
+            A_new[vi, vd] = A[vi, vd] * factor[vi] + U[vi, vd]
+
+
+@stage
+def keep(A, A_new, m, m_new, total, total_new):
+    """The new state becomes the state."""
+    for i, d in T.grid(A.shape[0], A.shape[1]):
+        with T.sblock("keep_out"):
+            vi, vd = T.axis.remap("SS", [i, d])
+            A[vi, vd] = A_new[vi, vd]
+    for i in range(m.shape[0]):
+        with T.sblock("keep_max"):
+            vi = T.axis.spatial(m.shape[0], i)
+            m[vi] = m_new[vi]
+    for i in range(m.shape[0]):
+        with T.sblock("keep_sum"):
+            vi = T.axis.spatial(m.shape[0], i)
+            total[vi] = total_new[vi]
+
+
+@stage
+def write(
+    out, lse, partial_out, partial_lse, inverse, A, m, total,
+    dests, dest_begin, lanes, head, group, dtype,
+):  # fmt: skip
+    """Normalise, and store where the plan says: a partial slot, or ~row of the caller."""
+    for i in range(m.shape[0]):
+        with T.sblock("normalise"):
+            vi = T.axis.spatial(m.shape[0], i)
+            inverse[vi] = T.if_then_else(
+                total[vi] == T.float32(0), T.float32(0), T.float32(1) / total[vi]
+            )
+    for i, d in T.grid(A.shape[0], A.shape[1]):
+        with T.sblock("write_out"):
+            vi, vd = T.axis.remap("SS", [i, d])
+            if vi < lanes:
+                dest: T.let[T.int32] = dests[dest_begin + vi // group]
+                if dest >= 0:
+                    partial_out[dest, head * group + vi % group, vd] = A[vi, vd] * inverse[vi]
+                else:
+                    out[-1 - dest, head * group + vi % group, vd] = T.Cast(
+                        dtype, A[vi, vd] * inverse[vi]
+                    )
+    for i in range(m.shape[0]):
+        with T.sblock("write_lse"):
+            vi = T.axis.spatial(m.shape[0], i)
+            if vi < lanes:
+                dest: T.let[T.int32] = dests[dest_begin + vi // group]
+                if dest >= 0:
+                    partial_lse[dest, head * group + vi % group] = natural_lse(m[vi], total[vi])
+                else:
+                    lse[-1 - dest, head * group + vi % group] = natural_lse(m[vi], total[vi])
