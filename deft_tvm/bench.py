@@ -13,7 +13,7 @@ import torch
 
 from deft_tvm.errors import InputError
 from deft_tvm.peers import PEERS, Gathered
-from deft_tvm.plan import Traffic, traffic
+from deft_tvm.plan import Traffic
 from deft_tvm.timing import Summary, Timing
 from deft_tvm.timing import measure as measure_calls
 from deft_tvm.workloads import Case
@@ -87,11 +87,11 @@ def measure(
     return Measurement(
         workload=name,
         spec=str(case.spec),
-        device=attention.device.slug,
+        device=attention.profile.slug,
         module=str(attention.artifact.directory),
         timings=timings,
         plan=plan,
-        traffic=traffic(attention.current_plan, case.spec),
+        traffic=attention.traffic,
         left_out=left_out,
     )
 
@@ -139,12 +139,7 @@ def step(case: Case, attention: TreeAttention) -> Callable[[], object]:
 
 def planning(case: Case, attention: TreeAttention) -> Callable[[], object]:
     """One full plan."""
-    pages = case.pages
-    if pages.is_contiguous:
-        return lambda: attention.plan(case.forest)
-    return lambda: attention.plan(
-        case.forest, pages.page_indices, pages.page_indptr, first_slot=pages.first_slot
-    )
+    return lambda: attention.plan(case.forest, case.pages)
 
 
 def _fitting(gathered: Gathered, peers: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -40,6 +40,7 @@ class Cache:
     Attributes:
         pages: the pages of each node, enough for all its tokens.
         layers: K and V of each layer, ``[pages, page_size, heads, width]``.
+        prompt: slots of the prompt's tokens.
     """
 
     def __init__(self, spec: AttentionSpec, layers: int, tokens: Sequence[int]) -> None:
@@ -54,6 +55,7 @@ class Cache:
             (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
             for _ in range(layers)
         ]
+        self.prompt = self.slots(PROMPT, 0, tokens[PROMPT])
 
     def slots(self, node: int, begin: int, end: int) -> Tensor:
         """int64[end - begin], where tokens of `node` lie, counted through all pages."""
@@ -92,10 +94,9 @@ Nudge = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def prefill(model: Transformer, text: FewShot, spec: AttentionSpec) -> Cache:
     """The cache after the prompt, with room for all branches."""
     cache = Cache(spec, model.shape.layers, [len(text.prompt), *text.lengths])
-    slots = cache.slots(PROMPT, 0, len(text.prompt))
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.write(layer, slots, k, v)
+        cache.write(layer, cache.prompt, k, v)
         return _sdpa(q, k, v, is_causal=True)
 
     model(text.prompt, torch.arange(len(text.prompt)), attend)
@@ -133,36 +134,38 @@ def decode_tree(
 
 
 def decode_each(
-    model: Transformer, text: FewShot, cache: Cache, nudge: Nudge = lambda out, *_: out
+    model: Transformer,
+    branches: Sequence[Tensor],
+    cache: Cache,
+    nudge: Nudge = lambda out, *_: out,
 ) -> list[Tensor]:
     """Logits of each branch by itself, through SDPA over its whole sequence.
 
     Args:
         model: the same as for `decode_tree`.
-        text: likewise.
+        branches: tokens of each.
         cache: of which the prompt's part is read.
         nudge: applied to the output of every attention.
     """
-    slots = cache.slots(PROMPT, 0, len(text.prompt))
+    slots = cache.prompt
     prompt = [cache.read(layer, slots) for layer in range(len(cache.layers))]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (torch.cat(parts) for parts in zip(prompt[layer], (k, v), strict=True))
         seen = torch.ones(len(q), len(keys), dtype=torch.bool).tril(len(slots))
-        return nudge(_sdpa(q, keys, values, attn_mask=seen), q, keys, values)
+        return nudge(_sdpa(q, keys, values, mask=seen), q, keys, values)
 
-    return [
-        model(branch, torch.arange(len(branch)) + len(slots), attend) for branch in text.branches
-    ]
+    return [model(branch, torch.arange(len(branch)) + len(slots), attend) for branch in branches]
 
 
-def rounding_nudge(spec: AttentionSpec, operand: str, seed: int = 0) -> Nudge:
+def rounding_nudge(spec: AttentionSpec, seed: int = 0) -> Nudge:
     """Moves each output up or down by as much as two right kernels may differ.
 
-    Both are within `Exact.bound` of the exact output, so within twice that of each other; what it
-    does to the logits, through all later layers, is what rounding in attention explains. The rest
-    of the model is the same in both paths. A logit is at most the product of the longest q and the
-    longest K (Cauchy and Schwarz).
+    Both are within `Exact.bound` of the exact output, so within twice that of each other; both may
+    round probabilities to the spec's dtype. What this does to the model's logits, through all
+    later layers, is what rounding in attention explains; the rest of the model is the same in both
+    paths. An attention logit is at most the product of the longest q and the longest K (Cauchy and
+    Schwarz).
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -170,7 +173,7 @@ def rounding_nudge(spec: AttentionSpec, operand: str, seed: int = 0) -> Nudge:
         logit = spec.scale * float(q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
         like = Exact(out, out, logit, float(v.abs().max()), len(k))
         signs = torch.randint(0, 2, out.shape, generator=random) * 2 - 1
-        return (out + 2 * like.bound(operand, spec.dtype).out * signs).to(out.dtype)
+        return (out + 2 * like.bound(spec.dtype, spec.dtype).out * signs).to(out.dtype)
 
     return nudge
 
@@ -182,15 +185,20 @@ def _forest(text: FewShot, begin: list[int], end: list[int]) -> Forest:
 
 
 def _plan(attention: TreeAttention, cache: Cache, before: Forest | None, now: Forest) -> Forest:
-    """Plan `now`, the cheap way where only lengths have grown since."""
-    grown = before is not None and before.rows.tolist() == now.rows.tolist()
-    plan = attention.update if grown else attention.plan
-    plan(now, cache.pages.page_indices, cache.pages.page_indptr)
+    """Plan `now`, the cheap way where only lengths have grown since `before`."""
+    if before is not None and before.rows.tolist() == now.rows.tolist():
+        attention.update(now)
+    else:
+        attention.plan(now, cache.pages)
     return now
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask: Tensor | bool) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
     """SDPA with tokens first: ``[rows, heads, width]``."""
-    batched = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*batched, enable_gqa=True, **mask)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True
+    )
     return out.squeeze(0).transpose(0, 1)

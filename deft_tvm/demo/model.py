@@ -81,12 +81,12 @@ class Transformer(nn.Module):
 
     def _initialise(self, seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
-        for weight in self.parameters():
+        for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=random)
-        for layer in self.layers:
-            # Logits of deviation 2 and not 1: heads that look at some bytes more than at others.
-            layer.qkv.weight.data[: layer.out.in_features] *= 2
+            if name.endswith("qkv.weight"):
+                # Logits of deviation 2 and not 1: heads look at some bytes more than at others.
+                weight.data[: self.shape.q_heads * self.shape.head_width] *= 2
         nn.init.normal_(self.embed.weight, generator=random)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

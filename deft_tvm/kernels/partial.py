@@ -48,6 +48,7 @@ from deft_tvm.kernels.stages import (
 from deft_tvm.kernels.work import work_loop
 from deft_tvm.spec import AttentionSpec, TileShape
 
+
 def partial_attention(
     spec: AttentionSpec, tile: TileShape, kind: str = "llvm", name: str = "partial"
 ) -> tirx.PrimFunc:

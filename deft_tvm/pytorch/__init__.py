@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deft_tvm.pytorch.attention import TreeAttention, TreeAttentionModule, load
+from deft_tvm.pytorch.attention import TreeAttention, load
+from deft_tvm.pytorch.layer import TreeAttentionModule
 from deft_tvm.pytorch.merge import merge_states
 
 __all__ = ["TreeAttention", "TreeAttentionModule", "load", "merge_states"]

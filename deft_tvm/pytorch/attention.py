@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from deft_tvm.artifact import Artifact, check_fits, find
 from deft_tvm.device import DeviceProfile
@@ -15,10 +15,10 @@ from deft_tvm.errors import InputError, PlanError
 from deft_tvm.manifest import AnyPath
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Traffic, make_plan, traffic
-from deft_tvm.pytorch.checks import check_extent
+from deft_tvm.pytorch.checks import check_types
 from deft_tvm.pytorch.loaded import make_key, remember
-from deft_tvm.pytorch.operands import Operands, operands_of
-from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT
+from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands
+from deft_tvm.pytorch.packing import pack
 from deft_tvm.pytorch.watch import Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -26,17 +26,11 @@ from deft_tvm.tuning.log import measured
 
 
 class _Step(NamedTuple):
-    """A plan and what its runs need of it.
-
-    Attributes:
-        needed: pages (or tokens) that every cache buffer must have.
-    """
+    """A plan and what its runs need of it."""
 
     plan: Plan
     pages: PageTable
     operands: Operands
-    needed: int
-    paged: bool
     watch: Watch | None
 
 
@@ -165,15 +159,9 @@ class TreeAttention:
                 f"plan has tile classes {[tile.name for tile in plan.tiles]}; expected those of "
                 f"the module, {[tile.name for tile in self.artifact.tiles]}"
             )
-        paged = not pages.is_contiguous
-        self._step = _Step(
-            plan=plan,
-            pages=pages,
-            operands=operands_of(plan, paged, self.device, self._key),
-            needed=plan.max_page + 1 if paged else plan.forest.num_tokens,
-            paged=paged,
-            watch=Watch.wanted(self.spec, plan, pages),
-        )
+        packed = pack(plan, not pages.is_contiguous, self.device)
+        watch = Watch.wanted(self.spec, plan, pages)
+        self._step = _Step(plan, pages, Operands(*packed, self._key), watch)
         return plan
 
     def run(
@@ -203,9 +191,7 @@ class TreeAttention:
             InputError: a tensor does not fit the spec or the plan, or requires grad.
         """
         step = self._planned("run")
-        if isinstance(kv, Tensor):
-            raise InputError(f"kv is one tensor; expected {len(self.spec.buffers)} in a tuple")
-        check_extent(kv, step.needed, step.paged)
+        check_types(q, kv)
         if step.watch is not None and not torch.compiler.is_compiling():
             return step.watch.run(lambda: self._run(step.operands, q, kv, out, lse), q, kv)
         return self._run(step.operands, q, kv, out, lse)
@@ -254,24 +240,6 @@ class TreeAttention:
         if self._step is None:
             raise PlanError(f"{caller} came before plan; expected a plan first")
         return self._step
-
-
-class TreeAttentionModule(nn.Module):
-    """`TreeAttention` as a part of a torch model; all layers may share one ``attention``.
-
-    Plan with ``attention.plan`` outside the model, before each step.
-    """
-
-    def __init__(self, attention: TreeAttention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, q: Tensor, kv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """out and lse of one layer; see `TreeAttention.run`."""
-        return self.attention.run(q, kv)
-
-    def extra_repr(self) -> str:
-        return str(self.attention.spec)
 
 
 def load(path: AnyPath, device: torch.device | str | None = None, **options: Any) -> TreeAttention:

@@ -1,6 +1,7 @@
-"""Refusals of tensors: a cheap test for the call, and a sentence where it fails.
+"""Refusals of tensors: a cheap test in every call, and a sentence where it fails.
 
-Kernels check what they are given too, but neither the page size nor that no gradient is lost.
+Kernels check what they are given too, but not the page size, nor whether pages exist, nor that no
+gradient is lost.
 """
 
 from __future__ import annotations
@@ -13,64 +14,63 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError
 from deft_tvm.pytorch.loaded import Loaded
+from deft_tvm.pytorch.packing import Unpacked
 
 
-def check_inputs(
-    loaded: Loaded, q: Tensor, kv: Sequence[Tensor], rows: Tensor, paged: bool
-) -> None:
-    """Refuse q or a cache buffer that does not fit.
+def check_types(q: Tensor, kv: Sequence[Tensor]) -> None:
+    """Refuse what torch would refuse by printing all of it.
 
-    Args:
-        loaded: the module; its spec says what fits.
-        q: [R, query heads, q_width].
-        kv: the buffers, in the order of ``spec.buffers``.
-        rows: the plan's ``row_order``, so [R] on the plan's device.
-        paged: whether buffers have pages, or tokens.
+    Raises:
+        InputError: `q` is no tensor, or `kv` no tuple of tensors.
+    """
+    if isinstance(kv, Tensor):
+        raise InputError("kv is one tensor; expected a tuple of them, such as kv.unbind()")
+    for i, tensor in enumerate((q, *kv)):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")
+
+
+def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]) -> None:
+    """Refuse q or a cache buffer that does not fit the module's spec or the plan.
 
     Raises:
         InputError: names the tensor, what it is and what was expected.
     """
     check_no_gradient(q, kv)
-    spec, device = loaded.spec, rows.device
-    expected = (rows.shape[0], spec.num_q_heads, spec.q_width)
+    device, wanted = step.row_order.device, (step.row_order.shape[0], *loaded.q_shape)
     if not (
-        q.dtype is loaded.dtype
-        and q.shape == expected
-        and q.device == device
-        and q.stride(2) == 1
+        q.shape == wanted and q.dtype is loaded.dtype and q.device == device and q.stride(2) == 1
     ):
-        _refuse("q", q, loaded.dtype, expected, device)
-    if len(kv) != len(spec.buffers):
-        names = ", ".join(buffer.name for buffer in spec.buffers)
-        raise InputError(f"kv has {len(kv)} tensors; expected {len(spec.buffers)}: {names}")
-    shapes = loaded.page_shapes if paged else loaded.token_shapes
-    for i, (buffer, shape, dtype) in enumerate(
-        zip(kv, shapes, loaded.cache_dtypes, strict=True)
-    ):
+        _refuse("q", q, loaded.dtype, wanted, device)
+    if len(kv) != len(loaded.spec.buffers):
+        names = ", ".join(buffer.name for buffer in loaded.spec.buffers)
+        raise InputError(f"kv has {len(kv)} tensors; expected {len(loaded.spec.buffers)}: {names}")
+    shapes = loaded.page_shapes if step.paged else loaded.token_shapes
+    for buffer, shape, dtype in zip(kv, shapes, loaded.cache_dtypes, strict=True):
         if not (
-            buffer.dtype is dtype
-            and buffer.shape[1:] == shape
+            buffer.shape[1:] == shape
+            and buffer.dtype is dtype
+            and buffer.shape[0] >= step.needed
             and buffer.device == device
             and buffer.stride(-1) == 1
         ):
-            first = "pages" if paged else "tokens"
-            _refuse(f"kv[{i}] ({spec.buffers[i].name})", buffer, dtype, (first, *shape), device)
+            _refuse_cache(loaded, step, kv, device)
 
 
-def check_outputs(loaded: Loaded, out: Tensor, lse: Tensor, rows: Tensor) -> None:
+def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> None:
     """Refuse outputs that kernels cannot write to.
 
     Raises:
         InputError: names the tensor, what it is and what was expected.
     """
-    spec = loaded.spec
-    expected = (rows.shape[0], spec.num_q_heads)
-    for name, tensor, dtype, shape in (
-        ("out", out, loaded.dtype, (*expected, spec.v_width)),
-        ("lse", lse, torch.float32, expected),
+    rows, device = step.row_order.shape[0], step.row_order.device
+    shape = (rows, *loaded.partial_shape)
+    for name, tensor, dtype, expected in (
+        ("out", out, loaded.dtype, shape),
+        ("lse", lse, torch.float32, shape[:2]),
     ):
-        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != rows.device:
-            _refuse(name, tensor, dtype, shape, rows.device)
+        if tensor.shape != expected or tensor.dtype is not dtype or tensor.device != device:
+            _refuse(name, tensor, dtype, expected, device)
         if not tensor.is_contiguous():
             raise InputError(f"{name} has strides {tensor.stride()}; expected it contiguous")
 
@@ -83,34 +83,45 @@ def check_no_gradient(q: Tensor, kv: Sequence[Tensor]) -> None:
     """
     if not torch.is_grad_enabled():
         return
-    for name, tensor in (("q", q), *((f"kv[{i}]", buffer) for i, buffer in enumerate(kv))):
+    for i, tensor in enumerate((q, *kv)):
         if tensor.requires_grad:
             raise InputError(
-                f"{name} requires grad, and there is no backward; expected torch.no_grad(), "
-                f"torch.inference_mode() or {name}.detach()"
+                f"{_name(i)} requires grad, and there is no backward; expected torch.no_grad(), "
+                f"torch.inference_mode() or {_name(i)}.detach()"
             )
 
 
-def check_extent(kv: Sequence[Tensor], needed: int, paged: bool) -> None:
-    """Refuse a cache that lacks pages (or tokens) that the plan reads.
+def check_devices(device: torch.device, *tensors: Tensor) -> None:
+    """Refuse a call that mixes devices, of which torch would run the one that has no data.
 
     Raises:
-        InputError: names the buffer, its size, and what the plan needs.
+        InputError: a tensor is not on `device`, where the plan is.
     """
-    for i, buffer in enumerate(kv):
-        if buffer.dim() == 4 - (not paged) and buffer.shape[0] >= needed:
-            continue
-        if buffer.dim() != 4 - (not paged):
-            expected = "4, [pages, ...]" if paged else "3, [tokens, heads, width]: no page_indices"
-            raise InputError(f"kv[{i}] has {buffer.dim()} dimensions; expected {expected}")
-        if paged:
+    for tensor in tensors:
+        if tensor.device != device:
             raise InputError(
-                f"page {needed - 1} of page_indices is out of range: kv[{i}] has "
-                f"{buffer.shape[0]} pages; expected {needed} or more"
+                f"a tensor {list(tensor.shape)} is on {tensor.device}; expected {device}, where "
+                f"the plan is"
             )
-        raise InputError(
-            f"kv[{i}] has {buffer.shape[0]} tokens; expected {needed} or more, as the forest has"
-        )
+
+
+def _refuse_cache(
+    loaded: Loaded, step: Unpacked, kv: Sequence[Tensor], device: torch.device
+) -> None:
+    """Find the buffer that does not fit, and say why."""
+    unit = "pages" if step.paged else "tokens"
+    shapes = loaded.page_shapes if step.paged else loaded.token_shapes
+    for i, (buffer, shape) in enumerate(zip(kv, shapes, strict=True)):
+        name = f"kv[{i}] ({loaded.spec.buffers[i].name})"
+        fits = buffer.shape[1:] == shape and buffer.dtype is loaded.cache_dtypes[i]
+        if not fits or buffer.device != device or buffer.stride(-1) != 1:
+            _refuse(name, buffer, loaded.cache_dtypes[i], (unit, *shape), device)
+        if buffer.shape[0] < step.needed:
+            page = f"page {step.needed - 1} of page_indices is out of range: "
+            raise InputError(
+                f"{page if step.paged else ''}{name} has {buffer.shape[0]} {unit}; "
+                f"expected {step.needed} or more"
+            )
 
 
 def _refuse(
@@ -121,18 +132,22 @@ def _refuse(
     device: torch.device,
 ) -> NoReturn:
     """Say the first thing that is wrong with `tensor`; a word in `shape` stands for any size."""
-    found = list(tensor.shape)
-    fits = len(found) == len(shape) and all(
-        isinstance(wanted, str) or wanted == size
-        for size, wanted in zip(found, shape, strict=True)
-    )
+    sizes = list(tensor.shape)
     if tensor.dtype is not dtype:
         raise InputError(f"{name} has dtype {_short(tensor.dtype)}; expected {_short(dtype)}")
-    if not fits:
-        raise InputError(f"{name} has shape {found}; expected [{', '.join(map(str, shape))}]")
+    if len(sizes) != len(shape) or any(
+        isinstance(wanted, int) and wanted != size
+        for size, wanted in zip(sizes, shape, strict=True)
+    ):
+        raise InputError(f"{name} has shape {sizes}; expected [{', '.join(map(str, shape))}]")
     if tensor.device != device:
         raise InputError(f"{name} is on {tensor.device}; expected {device}, where the plan is")
     raise InputError(f"{name} has strides {tensor.stride()}; expected 1 as the last")
+
+
+def _name(index: int) -> str:
+    """What the tensor of a number is called, where q comes first."""
+    return f"kv[{index - 1}]" if index else "q"
 
 
 def _short(dtype: torch.dtype) -> str:

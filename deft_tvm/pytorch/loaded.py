@@ -7,7 +7,7 @@ to it since plan arrays are made for them.
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -29,6 +29,12 @@ class Loaded:
         partials: kernels of stage 1, one for each tile class.
         merge: the kernel of stage 2.
         regions: numbers of the buffers that a kernel takes as K, V and rope.
+        dtype: of q and out.
+        q_shape: of q, all but its rows.
+        partial_shape: of a partial, and of out all but its rows.
+        cache_dtypes: of each cache buffer.
+        page_shapes: of each cache buffer all but its pages.
+        token_shapes: of each cache buffer without pages all but its tokens.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -41,28 +47,19 @@ class Loaded:
         self.merge: tvm_ffi.Function = artifact.merge
         rope = spec.k.buffer if spec.rope is None else spec.rope
         self.regions = (spec.k.buffer, spec.v.buffer, rope)
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """Of q and out."""
-        return cast(torch.dtype, getattr(torch, self.spec.dtype))
-
-    @cached_property
-    def cache_dtypes(self) -> tuple[torch.dtype, ...]:
-        return tuple(getattr(torch, buffer.dtype) for buffer in self.spec.buffers)
-
-    @cached_property
-    def page_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of each cache buffer all but the first dimension."""
-        size, nhd = self.spec.page_size, self.spec.layout == "NHD"
-        return tuple(
-            (size, b.heads, b.width) if nhd else (b.heads, size, b.width) for b in self.spec.buffers
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.q_shape = (spec.num_q_heads, spec.q_width)
+        self.partial_shape = (spec.num_q_heads, spec.v_width)
+        self.cache_dtypes: tuple[torch.dtype, ...] = tuple(
+            getattr(torch, buffer.dtype) for buffer in spec.buffers
         )
-
-    @cached_property
-    def token_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The same for caches without pages."""
-        return tuple((buffer.heads, buffer.width) for buffer in self.spec.buffers)
+        self.page_shapes = tuple(
+            (spec.page_size, b.heads, b.width)
+            if spec.layout == "NHD"
+            else (b.heads, spec.page_size, b.width)
+            for b in spec.buffers
+        )
+        self.token_shapes = tuple((buffer.heads, buffer.width) for buffer in spec.buffers)
 
 
 def make_key(spec: AttentionSpec, tiles: tuple[TileShape, ...], directory: Path | None) -> str:

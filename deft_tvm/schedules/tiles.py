@@ -1,8 +1,7 @@
 """Which tile classes a module gets: how many lane rows an item may hold, one kernel for each count.
 
 One fixed tile is the costliest choice there is (PAT, ASPLOS 2026: 39 % lost), and every class costs
-compile time. Few rows are bound by reading the KV, so their products stay in float32; from one full
-vector of rows on, the operand is whatever the device multiplies fastest.
+compile time. The operand is whatever the device multiplies fastest.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
     """
     if kind == "cuda":
         return tuple(TileShape(r, CUDA_KV_TILE, _cuda_operand(spec, r)) for r in _cuda_rows(spec))
-    few = [(rows, "float32") for rows in (spec.group, 8) if spec.group <= rows < 16]
+    few_operand = _few_operand(spec, features)
+    few = [(rows, few_operand) for rows in (spec.group, 8) if spec.group <= rows < 16]
     many = [(rows, _cpu_operand(spec, features)) for rows in (16, 32, 64, 128)]
     fitting = [(rows, operand) for rows, operand in few + many if rows >= spec.group]
     wanted = dict(fitting or [(-(-spec.group // 16) * 16, _cpu_operand(spec, features))])
@@ -37,6 +37,12 @@ def _cpu_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
     pairs = spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
     native = spec.dtype == "bfloat16" and "avx512bf16" in features and pairs
     return "bfloat16" if native else "float32"
+
+
+def _few_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
+    """bfloat16 where a token's key is whole vectors of pairs."""
+    whole = spec.k_width % 32 == 0 and spec.rope_width % 32 == 0
+    return _cpu_operand(spec, features) if whole else "float32"
 
 
 def _cuda_rows(spec: AttentionSpec) -> tuple[int, ...]:

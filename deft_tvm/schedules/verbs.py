@@ -33,7 +33,7 @@ def vectorize_last(sch: Schedule, block: str, lanes: int) -> None:
 def vectorize_over(sch: Schedule, block: str, axis: int, lanes: int) -> None:
     """Make one of the last two loops of `block` innermost, in vectors of `lanes`.
 
-        for i, j: B[j, i] = f(i, j)   →   for j, i/lanes: B[j, i : i + lanes] = f(…)
+    for i, j: B[j, i] = f(i, j)   →   for j, i/lanes: B[j, i : i + lanes] = f(…)
     """
     loops = sch.get_loops(sch.get_sblock(block))[-2:]
     outer, inner = sch.split(loops[axis], [None, lanes])
@@ -57,7 +57,7 @@ def store_tile(sch: Schedule, block: SBlockRV, lanes: int) -> None:
 def reduce_in_lanes(sch: Schedule, block: str, lanes: int) -> None:
     """Reduce over the last loop with the one before it in vector lanes, in registers.
 
-        for i, j: m[i] = max(m[i], X[j, i])   →   for i/lanes: v = max over j of X[j, i : i + lanes]
+    for i, j: m[i] = max(m[i], X[j, i])   →   for i/lanes: v = max over j of X[j, i : i + lanes]
     """
     reduction = sch.get_sblock(block)
     kept, reduced = sch.get_loops(reduction)[-2:]

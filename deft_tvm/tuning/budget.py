@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 Key = TypeVar("Key")
@@ -29,8 +29,3 @@ def allot(
             break
         has[max(open_, key=lambda key: weights[key] / (has[key] + 1))] += 1
     return {key: has[key] - made[key] for key in weights}
-
-
-def in_order_of(weights: Mapping[Key, float]) -> Sequence[Key]:
-    """Heaviest first."""
-    return sorted(weights, key=lambda key: -weights[key])

@@ -124,8 +124,8 @@ def _tokens(launch: Launch, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
 
 def _merged(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
     partial_out, partial_lse, indptr, rows = (tensor.cpu() for tensor in launch.inputs)
-    for row, begin, end in zip(rows.tolist(), indptr[:-1].tolist(), indptr[1:].tolist(), strict=True):
-        part = slice(begin, end)
+    for row, *span in zip(rows.tolist(), indptr[:-1].tolist(), indptr[1:].tolist(), strict=True):
+        part = slice(*span)
         outputs[0][row], outputs[1][row] = merge_states(partial_out[part], partial_lse[part])
     written = rows.long()
     return Exact(

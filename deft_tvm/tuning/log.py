@@ -208,14 +208,19 @@ def fastest(trials: Sequence[Trial]) -> Trial:
 
 def log_roots() -> list[Path]:
     """Folders that hold logs, in the order in which they are asked: the user's before shipped."""
-    package = Path(__file__).parents[1]
     named = env.LOGS.get()
-    return [*([named] if named else []), user_logs(), package / "logs", package.parent / "logs"]
+    return [*([named] if named else []), user_logs(), *shipped_logs()]
 
 
 def user_logs() -> Path:
     """The user's own logs."""
     return platformdirs.user_data_path("deft_tvm", appauthor=False) / "logs"
+
+
+def shipped_logs() -> list[Path]:
+    """Logs in an installed package, and in a checkout."""
+    package = Path(__file__).parents[1]
+    return [package / "logs", package.parent / "logs"]
 
 
 def writable_root(root: AnyPath | None = None) -> Path:

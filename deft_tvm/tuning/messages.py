@@ -9,6 +9,8 @@ import msgspec
 from deft_tvm.tuning.log import Status
 from deft_tvm.tuning.subject import Subject
 
+ERROR_PART = 400
+
 
 class Build(msgspec.Struct, frozen=True, tag=True):
     """Compile a scheduled module, in TVM's JSON, into a library at `path`."""
@@ -64,6 +66,13 @@ class Timed(msgspec.Struct, frozen=True, tag=True):
     """What running each library gave."""
 
     outcomes: tuple[Outcome, ...]
+
+
+def brief(error: str) -> str:
+    """The beginning and the end of an error: TVM prints whole modules in between."""
+    if len(error) <= 2 * ERROR_PART:
+        return error
+    return f"{error[:ERROR_PART]} … {error[-ERROR_PART:]}"
 
 
 Request = Build | Time

@@ -1,4 +1,4 @@
-"""A worker process and its life: started early, asked with a time limit, started again if it dies."""
+"""A worker process: started early, asked with a time limit, started again if it dies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Worker:
 
     def __init__(self, role: str) -> None:
         self.role = role
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
         self._start()
 
     def _start(self) -> None:
@@ -76,7 +76,7 @@ class Worker:
         try:
             self._receive(Ready, START_SECONDS)
         except (WorkerDied, WorkerTimeout, RequestFailed) as error:
-            raise TuningError(f"the process to {self.role} kernels did not start: {error}") from None
+            raise TuningError(f"the {self.role} process did not start: {error}") from None
         self._ready = True
 
     def ask(self, request: Request, answer: type[T], seconds: float) -> T:

@@ -105,8 +105,9 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
         try:
             return self.space.candidate(number)
         except Exception as error:
-            self.tried[number] = ()
-            self.refuse(number, f"{type(error).__name__}: {error}")
+            if number not in self.tried:
+                self.tried[number] = ()
+                self.refuse(number, f"{type(error).__name__}: {error}")
             return None
 
     def _pool(self, rng: random.Random) -> list[int]:
@@ -138,6 +139,15 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
             rest = [number for number in ranked if number not in picked]
             picked.append(rng.choice(rest) if rng.random() < EPSILON else rest[0])
         return picked
+
+
+def new_cost_model() -> ms.CostModel:
+    """MetaSchedule's model on XGBoost, untaught.
+
+    On one core: with the few hundred rows of these spaces XGBoost's threads only wait for each
+    other, thirty times as long as the work takes.
+    """
+    return ms.cost_model.XGBModel(num_warmup_samples=FEWEST_TO_RANK, num_tuning_cores=1)
 
 
 def runner_result(seconds: Sequence[float]) -> ms.runner.RunnerResult:

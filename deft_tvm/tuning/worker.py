@@ -25,7 +25,18 @@ from deft_tvm import threads
 from deft_tvm.device import DeviceProfile
 from deft_tvm.timing import measure
 from deft_tvm.tuning.expected import Expected, expected
-from deft_tvm.tuning.messages import Answer, Build, Built, Failed, Outcome, Ready, Request, Time, Timed
+from deft_tvm.tuning.messages import (
+    Answer,
+    Build,
+    Built,
+    Failed,
+    Outcome,
+    Ready,
+    Request,
+    Time,
+    Timed,
+    brief,
+)
 from deft_tvm.tuning.subject import Launch
 
 MOST_SAMPLES = 30
@@ -88,8 +99,11 @@ def _time(request: Time) -> Timed:
     outcomes: dict[str, Outcome] = {}
     calls: dict[str, Callable[[], object]] = {}
     for library in request.libraries:
-        call = partial(_load(library, request.function, device), *launch.arguments)
-        outcomes[library] = _check(call, launch)
+        try:
+            call = partial(_load(library, request.function, device), *launch.arguments)
+            outcomes[library] = _check(call, launch)
+        except Exception as error:
+            outcomes[library] = Outcome("runtime", error=brief(f"{type(error).__name__}: {error}"))
         if outcomes[library].status == "ok":
             calls[library] = call
     timings = measure(

@@ -101,6 +101,55 @@ static T __shfl_down_sync(uint, T value, int delta, int = WARP) {
   return from_lane(value, lane < WARP ? lane : lane_number());
 }
 
+// ldmatrix.x4: lane l gives the address of row l % 8 of matrix l / 8 and gets two elements of each.
+static inline void load_matrices(unsigned* held, const void* row, bool transposed) {
+  static const uint16_t* rows[1024];
+  rows[thread_number()] = (const uint16_t*)row;
+  __syncwarp();
+  int lane = lane_number();
+  uint16_t elements[8];
+  for (int matrix = 0; matrix < 4; ++matrix)
+    for (int e = 0; e < 2; ++e) {
+      int r = lane / 4, c = lane % 4 * 2 + e;
+      if (transposed) std::swap(r, c);
+      elements[2 * matrix + e] = rows[warp_begin() + matrix * 8 + r][c];
+    }
+  __syncwarp();
+  std::memcpy(held, elements, 16);
+}
+
+// mma.m16n8k16: every lane gives its parts of A and B, and gets four elements of C.
+template <class T>
+static void multiply_fragments(float* c, const unsigned* a, const unsigned* b) {
+  static T all_a[1024][8], all_b[1024][4];
+  int lane = lane_number(), begin = warp_begin();
+  std::memcpy(all_a[thread_number()], a, 16);
+  std::memcpy(all_b[thread_number()], b, 8);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      T left = all_a[begin + row % 8 * 4 + k % 8 / 2][k / 8 * 4 + row / 8 * 2 + k % 2];
+      T right = all_b[begin + column * 4 + k % 8 / 2][k / 8 * 2 + k % 2];
+      c[i] += float(left) * float(right);
+    }
+  }
+  __syncwarp();
+}
+
+#define TENSOR_CORES(NAME, T)                                                        \
+  static inline void deft_ldmatrix_##NAME(unsigned* held, const void* row) {         \
+    load_matrices(held, row, false);                                                 \
+  }                                                                                  \
+  static inline void deft_ldmatrix_trans_##NAME(unsigned* held, const void* row) {   \
+    load_matrices(held, row, true);                                                  \
+  }                                                                                  \
+  static inline void deft_mma_##NAME(float* c, const unsigned* a, const unsigned* b) { \
+    multiply_fragments<T>(c, a, b);                                                  \
+  }
+TENSOR_CORES(f16, half)
+TENSOR_CORES(bf16, nv_bfloat16)
+
 alignas(1024) static uchar buf_dyn_shmem_ptr[232448];
 
 template <class Body>

@@ -85,7 +85,7 @@ def translate(source: str, symbol: str) -> Kernel:
     assert found is not None, f"no kernel {symbol}_kernel"
     threads, listed = int(found[1]), found[2].split(",")
     parameters = tuple(_parameter(text) for text in listed)
-    functions = [text for text in OWN_FUNCTION.findall(source) if "asm" not in text]
+    functions = dict.fromkeys(t for t in OWN_FUNCTION.findall(source) if "asm" not in t)
     body = source[source.rindex(found[0]) :]
     end = body.index("\n}\n") + 3
     launch = LAUNCH.format(

@@ -1,4 +1,4 @@
-"""Schedules for CPUs: rows in the vector lanes where there are many, the width where there are few."""
+"""Schedules for CPUs: query rows in the vector lanes where they are many, else the head width."""
 
 from __future__ import annotations
 

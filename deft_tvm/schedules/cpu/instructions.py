@@ -13,11 +13,16 @@ from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import narrow, widen
+from deft_tvm.kernels.numerics import narrow, storage, widen
+from deft_tvm.schedules.verbs import power_of_two_in
 
 LANES = 16
 
 _INTERLEAVE = ", ".join(f"i32 {i}, i32 {i + LANES}" for i in range(LANES))
+
+DPBF16PS = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+"""
 
 BFLOAT16_LLVM = f"""
 define i32 @deft_dot_pairs(ptr %c, ptr %b, ptr %a) alwaysinline {{
@@ -27,12 +32,12 @@ define i32 @deft_dot_pairs(ptr %c, ptr %b, ptr %a) alwaysinline {{
   %all = shufflevector <16 x i32> %first, <16 x i32> poison, <16 x i32> zeroinitializer
   %pair = bitcast <16 x i32> %all to <32 x bfloat>
   %rows = load <32 x bfloat>, ptr %b, align 2
-  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %pair, <32 x bfloat> %rows)
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+    <16 x float> %acc, <32 x bfloat> %pair, <32 x bfloat> %rows)
   store <16 x float> %sum, ptr %c, align 4
   ret i32 0
 }}
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-
+{DPBF16PS}
 define i32 @deft_interleave(ptr %o, ptr %x, ptr %y) alwaysinline {{
   %even = load <16 x i16>, ptr %x, align 2
   %odd = load <16 x i16>, ptr %y, align 2
@@ -44,7 +49,8 @@ define i32 @deft_interleave(ptr %o, ptr %x, ptr %y) alwaysinline {{
 define i32 @deft_narrow_pairs(ptr %o, ptr %x, ptr %y) alwaysinline {{
   %even = load <16 x float>, ptr %x, align 4
   %odd = load <16 x float>, ptr %y, align 4
-  %both = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %odd, <16 x float> %even)
+  %both = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(
+    <16 x float> %odd, <16 x float> %even)
   %pairs = shufflevector <32 x bfloat> %both, <32 x bfloat> poison, <32 x i32> <{_INTERLEAVE}>
   store <32 x bfloat> %pairs, ptr %o, align 2
   ret i32 0
@@ -53,37 +59,51 @@ declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x
 """
 
 
-def dot_llvm(shapes: Iterable[tuple[int, int]]) -> str:
-    """``deft_dot_WIDTH(c, a, b)`` for each (width, lanes): c += Σ_d a_d · b_d over float32."""
-    unique = sorted(set(shapes))
-    declared = sorted({lanes for _, lanes in unique})
-    return "".join([_dot_function(*shape) for shape in unique] + [_declared(n) for n in declared])
+def dot_name(width: int, operand: str) -> str:
+    return f"deft_dot_{width}_{operand}"
 
 
-def _dot_function(width: int, lanes: int) -> str:
-    vector = f"<{lanes} x float>"
+def dot_llvm(widths: Iterable[int], lanes: int, operand: str) -> str:
+    """The functions ``dot_name(width, operand)(c, a, b)``: c += Σ_d a_d · b_d.
+
+    float32 rows are multiplied up to `lanes` at a time, bfloat16 rows 32 at a time.
+    """
+    unique = sorted(set(widths))
+    if operand == "bfloat16":
+        functions = [_dot_function(w, 16, operand) for w in unique]
+        return "".join(functions) + DPBF16PS + _reduce_add(16)
+    steps = {width: power_of_two_in(width, lanes) for width in unique}
+    functions = [_dot_function(width, step, operand) for width, step in steps.items()]
+    return "".join(functions) + "".join(_fma(n) + _reduce_add(n) for n in {*steps.values()})
+
+
+def _dot_function(width: int, lanes: int, operand: str) -> str:
+    """Two chains of multiply-adds, which hide each other's latency, then one sum across lanes."""
+    vector, paired = f"<{lanes} x float>", operand == "bfloat16"
+    element, step = ("bfloat", 2 * lanes) if paired else ("float", lanes)
     body = []
-    for n in range(width // lanes):
-        for operand in "ab":
+    for n in range(width // step):
+        for row in "ab":
             body += [
-                f"  %{operand}p{n} = getelementptr float, ptr %{operand}, i64 {n * lanes}",
-                f"  %{operand}{n} = load {vector}, ptr %{operand}p{n}, align 4",
+                f"%{row}p{n} = getelementptr {element}, ptr %{row}, i64 {n * step}",
+                f"%{row}{n} = load <{step} x {element}>, ptr %{row}p{n}, align 2",
             ]
-        # Two chains hide the latency of the fused multiply-add.
-        before = "zeroinitializer" if n < 2 else f"%s{n - 2}"
+        so_far = "zeroinitializer" if n < 2 else f"%s{n - 2}"
+        factors = f"<{step} x {element}> %a{n}, <{step} x {element}> %b{n}"
         body.append(
-            f"  %s{n} = call {vector} @llvm.fma.v{lanes}f32"
-            f"({vector} %a{n}, {vector} %b{n}, {vector} {before})"
+            f"%s{n} = call {vector} @llvm.x86.avx512bf16.dpbf16ps.512({vector} {so_far}, {factors})"
+            if paired
+            else f"%s{n} = call {vector} @llvm.fma.v{lanes}f32({factors}, {vector} {so_far})"
         )
-    last = width // lanes - 1
+    last = width // step - 1
     total = f"%s{last}"
     if last:
-        body.append(f"  %both = fadd {vector} %s{last - 1}, %s{last}")
+        body.append(f"%both = fadd {vector} %s{last - 1}, %s{last}")
         total = "%both"
-    lines = "\n".join(body)
+    lines = "\n  ".join(body)
     return f"""
-define i32 @deft_dot_{width}(ptr %c, ptr %a, ptr %b) alwaysinline {{
-{lines}
+define i32 @{dot_name(width, operand)}(ptr %c, ptr %a, ptr %b) alwaysinline {{
+  {lines}
   %old = load float, ptr %c, align 4
   %sum = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float %old, {vector} {total})
   store float %sum, ptr %c, align 4
@@ -92,12 +112,13 @@ define i32 @deft_dot_{width}(ptr %c, ptr %a, ptr %b) alwaysinline {{
 """
 
 
-def _declared(lanes: int) -> str:
+def _fma(lanes: int) -> str:
     vector = f"<{lanes} x float>"
-    return f"""
-declare {vector} @llvm.fma.v{lanes}f32({vector}, {vector}, {vector})
-declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, {vector})
-"""
+    return f"declare {vector} @llvm.fma.v{lanes}f32({vector}, {vector}, {vector})\n"
+
+
+def _reduce_add(lanes: int) -> str:
+    return f"declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, <{lanes} x float>)\n"
 
 
 @cache
@@ -213,13 +234,15 @@ def narrow_pairs() -> str:
 
 
 @cache
-def dot(width: int) -> str:
-    """Intrinsic: the scalar product of two rows of `width` float32, added to one float32."""
+def dot(width: int, operand: str) -> str:
+    """Intrinsic: the scalar product of two rows of `width` elements, added to one float32."""
+    function = dot_name(width, operand)
+    TILE = storage(operand)
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (width,), "float32", offset_factor=1)
-        B = T.match_buffer(b, (width,), "float32", offset_factor=1)
+        A = T.match_buffer(a, (width,), TILE, offset_factor=1)
+        B = T.match_buffer(b, (width,), TILE, offset_factor=1)
         C = T.match_buffer(c, (1,), "float32", offset_factor=1)
         with T.sblock("root"):
             T.reads(C[0], A[0:width], B[0:width])
@@ -227,12 +250,12 @@ def dot(width: int) -> str:
             for d in range(width):
                 with T.sblock("product"):
                     vd = T.axis.reduce(width, d)
-                    C[0] = C[0] + A[vd] * B[vd]
+                    C[0] = C[0] + widen(A[vd], operand) * widen(B[vd], operand)
 
     @T.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (width,), "float32", offset_factor=1)
-        B = T.match_buffer(b, (width,), "float32", offset_factor=1)
+        A = T.match_buffer(a, (width,), TILE, offset_factor=1)
+        B = T.match_buffer(b, (width,), TILE, offset_factor=1)
         C = T.match_buffer(c, (1,), "float32", offset_factor=1)
         with T.sblock("root"):
             T.reads(C[0], A[0:width], B[0:width])
@@ -240,14 +263,14 @@ def dot(width: int) -> str:
             T.evaluate(
                 T.call_extern(
                     "int32",
-                    f"deft_dot_{width}",
+                    function,
                     T.address_of(C[0]),
                     T.address_of(A[0]),
                     T.address_of(B[0]),
                 )
             )
 
-    return _register(f"deft_dot_{width}", description, implementation)
+    return _register(function, description, implementation)
 
 
 def _register(name: str, description: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:

@@ -126,7 +126,9 @@ def _transpose(task: KernelTask, sch: Schedule, paired: bool) -> None:
         sch.transform_layout(sch.get_sblock("scores_rope"), ("write", 0), swap)
         queries.append(("load_q_rope", "scores_rope"))
     for load, _ in queries:
-        sch.transform_layout(sch.get_sblock(load), ("write", 0), pairs_of_second if paired else swap)
+        sch.transform_layout(
+            sch.get_sblock(load), ("write", 0), pairs_of_second if paired else swap
+        )
     sch.transform_layout(
         sch.get_sblock("probabilities"), ("write", 0), pairs_of_second if paired else swap
     )
@@ -153,13 +155,14 @@ def _product(
 ) -> None:
     """One of the two products on a register tile of `deep` × `rows`, the reduction outside it.
 
-        for i, j, k: C[j, i] += …
-        → for i/rows, j/deep:  c[deep, rows] = 0;  for k: c += …;  C[…] = c   (or fold, then store)
+    for i, j, k: C[j, i] += …
+    → for i/rows, j/deep:  c[deep, rows] = 0;  for k: c += …;  C[…] = c   (or fold, then store)
     """
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
     j_outer, j_tile = sch.split(j, [None, deep])
-    i_outer, i_across, i_lanes = sch.split(i, [None, *_across(sch, rows, lanes)])
+    i_outer, i_tile = sch.split(i, [None, rows])
+    i_across, i_lanes = sch.split(i_tile, [None, lanes])
     if paired:
         k, pair = sch.split(k, [None, 2])
         sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes, pair)
@@ -178,11 +181,6 @@ def _product(
         sch.vectorize(i_lanes)
         sch.decompose_reduction(block, k)
     store_tile(sch, result, lanes)
-
-
-def _across(sch: Schedule, rows: Any, lanes: int) -> tuple[Any, int]:
-    """`rows` as whole vectors."""
-    return rows // lanes, lanes
 
 
 def _pair_values(sch: Schedule) -> None:

@@ -9,6 +9,8 @@ natural layout:
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm.s_tir import Schedule
 
 from deft_tvm.schedules.cpu.instructions import dot, dot_llvm
@@ -26,43 +28,51 @@ from deft_tvm.schedules.verbs import (
 
 
 def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
-    """The rule: partial kernels of few rows, with float32 products."""
-    if task.tile is None or task.tile.operand != "float32":
+    """The rule: partial kernels of few rows."""
+    if task.tile is None or not _accepts(task):
         return False
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
-    k_lanes = power_of_two_in(spec.k_width, lanes)
     v_lanes = power_of_two_in(spec.v_width, lanes)
-    rope_lanes = power_of_two_in(spec.rope_width, lanes) if spec.rope is not None else lanes
-    if min(k_lanes, v_lanes, rope_lanes) < 2:
-        return False
     token_choices = divisors(tile.kv_tile, (1, 2, 4, 8))
     score_tokens = knobs.pick("score_tokens", token_choices, nearest(token_choices, 2))
     part_choices = divisors(spec.v_width, [v_lanes * n for n in (1, 2, 4, 8)])
     fits = registers(task.features) // 2 * v_lanes // tile.lane_rows
     out_dims = knobs.pick("out_dims", part_choices, nearest(part_choices, fits))
 
-    _dot_products(sch, "scores", spec.k_width, score_tokens)
-    dots = [(spec.k_width, k_lanes)]
+    widths = {"scores": spec.k_width}
     if spec.rope is not None:
-        _dot_products(sch, "scores_rope", spec.rope_width, score_tokens)
-        dots.append((spec.rope_width, rope_lanes))
-    import_llvm(sch, "item", dot_llvm(dots))
+        widths["scores_rope"] = spec.rope_width
+    for block, width in widths.items():
+        _dot_products(sch, block, width, tile.operand, score_tokens)
+    import_llvm(sch, "item", dot_llvm(widths.values(), lanes, tile.operand))
     _weighted_sum(sch, out_dims, v_lanes)
 
     for block in ("init_out", "keep_out", "write_out", "load_v"):
         vectorize_last(sch, block, v_lanes)
-    for block in ("load_q",) if spec.tied else ("load_q", "load_k"):
-        vectorize_last(sch, block, k_lanes)
-    if spec.rope is not None:
-        for block in ("load_q_rope", "load_rope"):
-            vectorize_last(sch, block, rope_lanes)
+    keys = ["load_q"] if spec.tied else ["load_q", "load_k"]
+    rotated = ["load_q_rope", "load_rope"] if spec.rope is not None else []
+    for block, width in {
+        **dict.fromkeys(keys, spec.k_width),
+        **dict.fromkeys(rotated, spec.rope_width),
+    }.items():
+        vectorize_last(sch, block, power_of_two_in(width, lanes))
     token_lanes = power_of_two_in(tile.kv_tile, lanes)
     for block in ("logits", "masked_logits", "exponentials", "probabilities"):
         vectorize_last(sch, block, token_lanes)
     return True
 
 
-def _dot_products(sch: Schedule, block_name: str, width: int, tokens: object) -> None:
+def _accepts(task: KernelTask) -> bool:
+    """float32 rows of some even width; bfloat16 rows where 32 elements are multiplied at once."""
+    spec, tile = task.spec, task.tile
+    widths = [spec.k_width] if spec.rope is None else [spec.k_width, spec.rope_width]
+    if tile is not None and tile.operand == "bfloat16":
+        return "avx512bf16" in task.features and all(width % 32 == 0 for width in widths)
+    even = all(width % 2 == 0 for width in (*widths, spec.v_width))
+    return tile is not None and tile.operand == "float32" and even
+
+
+def _dot_products(sch: Schedule, block_name: str, width: int, operand: str, tokens: Any) -> None:
     """for j: for i: S[i, j] = dot(Q[i], K[j]), a few tokens at a time."""
     block = sch.get_sblock(block_name)
     i, j, d = sch.get_loops(block)[-3:]
@@ -70,10 +80,10 @@ def _dot_products(sch: Schedule, block_name: str, width: int, tokens: object) ->
     sch.reorder(j_outer, i, j_inner, d)
     unroll_all(sch, (i, j_inner))
     sch.decompose_reduction(block, d)
-    sch.tensorize(d, dot(width))
+    sch.tensorize(d, dot(width, operand))
 
 
-def _weighted_sum(sch: Schedule, out_dims: object, lanes: int) -> None:
+def _weighted_sum(sch: Schedule, out_dims: Any, lanes: int) -> None:
     """for d/out_dims: for j: U[:, d : d + out_dims] += P[:, j] V[j, d : d + out_dims]."""
     block = sch.get_sblock("accumulate")
     i, d, j = sch.get_loops(block)[-3:]

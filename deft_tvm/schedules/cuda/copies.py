@@ -30,6 +30,7 @@ __device__ __forceinline__ void deft_copy_16_bytes(void* tile, const void* row) 
   if ((size_t)row % 16 == 0) {
     *(uint4*)tile = *(const uint4*)row;
   } else {
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
   }
 }
@@ -41,8 +42,10 @@ __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s*
   if ((size_t)row %% 16 == 0) {
     *(uint4*)held = *(const uint4*)row;
   } else {
+#pragma unroll
     for (int i = 0; i < 8; ++i) held[i] = row[i];
   }
+#pragma unroll
   for (int i = 0; i < 8; ++i) tile[i] = (float)held[i];
 }
 """
@@ -74,24 +77,25 @@ def copy_whole_vectors(
 def _copy(loop: tirx.For) -> tirx.Stmt:
     if COPY not in loop.annotations:
         return loop
-    first = tvm_ffi.structural_map(
-        loop.body, [(Var, lambda var: tirx.IntImm("int32", 0) if var.same_as(loop.loop_var) else var)]
-    )
-    store, row = _parts(first)
+
+    def first(var: Any) -> Any:
+        return tirx.IntImm("int32", 0) if var.same_as(loop.loop_var) else var
+
+    # The guard of a last, partial round stays around the call.
+    body = tvm_ffi.structural_map(loop.body, [(Var, first)])
+    return tvm_ffi.structural_map(body, [(tirx.BufferStore, lambda s: _call(s, int(loop.extent)))])
+
+
+def _call(store: Any, lanes: int) -> tirx.Stmt:
+    """The device function for a store of the first of `lanes` elements."""
+    loads: list[Any] = []
+    tvm_ffi.structural_walk(store.value, [(TensorLoad, loads.append)])
+    (row,) = (load for load in loads if load.source.scope() == "global")
+    source = str(row.source.ty.dtype)
+    same = storage(source) == str(store.buffer.ty.dtype)
+    function = "deft_copy_16_bytes" if same else "deft_widen_16_bytes"
+    text = COPY_SOURCE if same else WIDEN_SOURCE % {"type": CUDA_TYPES[source]}
     # An access pointer, since TVM's barriers take no notice of a plain address.
     (offset,) = store.buffer.offset_of(store.indices)
-    tile = store.buffer.access_ptr("w", offset=offset, extent=int(loop.extent))
-    same = storage(str(row.source.ty.dtype)) == str(store.buffer.ty.dtype)
-    function = "deft_copy_16_bytes" if same else "deft_widen_16_bytes"
-    text = COPY_SOURCE if same else WIDEN_SOURCE % {"type": CUDA_TYPES[str(row.source.ty.dtype)]}
-    call = T.cuda.func_call(function, tile, T.address_of(row), source_code=text)
-    return tirx.Evaluate(call)
-
-
-def _parts(body: tirx.Stmt) -> tuple[Any, Any]:
-    """The store into the tile, and the load from the cache under it."""
-    stores, loads = [], []
-    tvm_ffi.structural_walk(body, [(tirx.BufferStore, stores.append), (TensorLoad, loads.append)])
-    (store,) = stores
-    (row,) = (load for load in loads if load.source.scope() == "global")
-    return store, row
+    tile = store.buffer.access_ptr("w", offset=offset, extent=lanes)
+    return tirx.Evaluate(T.cuda.func_call(function, tile, T.address_of(row), source_code=text))

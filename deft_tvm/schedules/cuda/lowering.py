@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import IRModule, runtime, s_tir, tirx, transform
+from tvm import IRModule, s_tir, tirx, transform
 from tvm import compile as tvm_compile
 from tvm.target import Target
 from tvm.tirx.compilation_pipeline import (
@@ -17,6 +17,7 @@ from tvm.tirx.compilation_pipeline import (
     register_tir_pipeline,
 )
 
+from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
@@ -95,6 +96,7 @@ def _threaded() -> list[transform.Pass]:
         lower.LowerMatchBuffer(),
         copy_whole_vectors,
         keep_own_share(FRAGMENT),
+        lift_registers,
         simplify(),
         lower.LowerOpaqueBlock(),
         tirx.transform.FlattenBuffer(),
@@ -108,7 +110,6 @@ def _threaded() -> list[transform.Pass]:
         simplify(),
         tirx.transform.RemoveNoOp(),
         lower.RewriteUnsafeSelect(),
-        tirx.transform.CommonSubexprElim(),
         tirx.transform.VerifyMemory(),
         tirx.transform.AnnotateEntryFunc(),
         lower.ThreadSync("shared"),

@@ -1,4 +1,4 @@
-"""Where candidates are compiled and timed: two worker processes, so that none of them ends tuning."""
+"""Where candidates are compiled and timed: in processes of their own, so that none ends tuning."""
 
 from __future__ import annotations
 
@@ -11,29 +11,26 @@ import msgspec
 import tvm
 from tvm import IRModule
 
-from deft_tvm.tuning.messages import Build, Built, Outcome, Time, Timed
+from deft_tvm.tuning.messages import Build, Built, Outcome, Time, Timed, brief
 from deft_tvm.tuning.process import RequestFailed, Worker, WorkerDied, WorkerTimeout
 from deft_tvm.tuning.subject import Subject
 
 COMPILE_LIMIT = 120.0
 RUN_LIMIT = 60.0
-ERROR_CHARACTERS = 1000
 
 
-class Bench(Protocol):
+class Runner(Protocol):
     """Compiles and times scheduled modules of one function each."""
 
-    def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float
-    ) -> list[Outcome]:
+    def time(self, modules: Sequence[IRModule], subject: Subject, seconds: float) -> list[Outcome]:
         """What comes of each module; those that work are timed in turn, `seconds` in all."""
 
     def close(self) -> None:
         """Give back what it holds."""
 
 
-class LocalBench:
-    """The bench on this machine.
+class LocalRunner:
+    """The runner on this machine.
 
     Args:
         compile_limit: seconds after which a compilation counts as hung.
@@ -46,9 +43,7 @@ class LocalBench:
         self._scratch = tempfile.TemporaryDirectory(prefix="deft-tvm-")
         self._libraries = 0
 
-    def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float
-    ) -> list[Outcome]:
+    def time(self, modules: Sequence[IRModule], subject: Subject, seconds: float) -> list[Outcome]:
         built = [self._build(module, subject) for module in modules]
         libraries = tuple(path for path, _ in built if path)
         symbol = str(modules[0].get_global_vars()[0].name_hint)
@@ -73,7 +68,7 @@ class LocalBench:
         except WorkerTimeout as error:
             return "", Outcome("timeout", error=f"compiling: {error}")
         except (WorkerDied, RequestFailed) as error:
-            return "", Outcome("compile", error=str(error)[:ERROR_CHARACTERS])
+            return "", Outcome("compile", error=brief(str(error)))
         return path, Outcome("ok", compile_s=round(answer.seconds, 3))
 
     def _time(self, request: Time) -> Sequence[Outcome]:
@@ -85,5 +80,5 @@ class LocalBench:
         except WorkerTimeout as error:
             outcome = Outcome("timeout", error=f"running: {error}")
         except (WorkerDied, RequestFailed) as error:
-            outcome = Outcome("runtime", error=str(error)[:ERROR_CHARACTERS])
+            outcome = Outcome("runtime", error=brief(str(error)))
         return (outcome,) * len(request.libraries)

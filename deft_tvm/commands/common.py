@@ -1,0 +1,103 @@
+"""What the commands share: their options, and printing as text or as JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from deft_tvm import workloads
+from deft_tvm.errors import CompilerMissing
+from deft_tvm.spec import AttentionSpec
+from deft_tvm.workloads import FAMILIES, Workload
+
+if TYPE_CHECKING:
+    from deft_tvm.pytorch import TreeAttention
+
+DEFAULT_SPEC = "gqa:hq=32,hkv=8,d=128,dtype=f32,page=16,layout=nhd"
+DEFAULT_WORKLOAD = "few_shot"
+CHECK_FAILED = 1
+
+SpecOption = Annotated[
+    str,
+    typer.Option(
+        "--spec",
+        metavar="SPEC",
+        help="The attention: query heads, KV heads, head width, dtype (f32, f16, bf16), "
+        "page size, layout (nhd, hnd).",
+    ),
+]
+WorkloadArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKLOAD",
+        help=f"The tree: {', '.join(FAMILIES)}, with arguments as in few_shot:prompt=1000 or "
+        "speculative:nodes=64,context=4000.",
+    ),
+]
+ModuleOption = Annotated[
+    Path | None,
+    typer.Option("--module", help="An exported module's folder, instead of the best one."),
+]
+GroupingOption = Annotated[
+    str,
+    typer.Option(help="How the tree is divided: auto, packed, node, node_chunk, flatten, sequence"),
+]
+SeedOption = Annotated[int, typer.Option(help="Another one: other random numbers.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no text.")]
+
+
+def parse(spec: str, workload: str) -> tuple[AttentionSpec, Workload]:
+    """Both from what the user typed.
+
+    Raises:
+        SpecError: the spec cannot be read.
+        WorkloadError: the workload cannot be read.
+    """
+    return AttentionSpec.parse(spec), workloads.parse(workload)
+
+
+def console() -> Console:
+    """Where text goes; without colours and boxes where it is not a terminal."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def attention_by(spec: AttentionSpec, module: Path | None, grouping: str) -> TreeAttention:
+    """Tree attention by the best module, or by `module`; says so where it has to be built."""
+    with Console(stderr=True).status("taking the best module, or building the default"):
+        from deft_tvm.pytorch import TreeAttention
+
+        return TreeAttention(spec, module, grouping=grouping)
+
+
+def print_json(value: Any) -> None:
+    text = msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2)
+    typer.echo(text.decode())
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:
+    """A plain table, its first column to the left and numbers to the right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def needs_compiler(command: str) -> None:
+    """Refuse early, with the command that helps, where the compiler is not installed.
+
+    Raises:
+        CompilerMissing: it is not.
+    """
+    if importlib.util.find_spec("tvm") is None:
+        raise CompilerMissing(
+            f"`deft-tvm {command}` needs the compiler; run `pip install 'deft-tvm[tune]'`"
+        )

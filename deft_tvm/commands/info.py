@@ -1,0 +1,128 @@
+"""``deft-tvm info``: this device, and which logs and modules fit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import ArtifactError
+
+MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "sm_")
+"""Beginnings of the names of features that multiply matrices, or pairs of 16-bit numbers."""
+
+
+@dataclass(frozen=True)
+class FittingLog:
+    """A tuning log of this device: where, and how many trials were good."""
+
+    path: Path
+    trials: int
+    good: int
+
+
+@dataclass(frozen=True)
+class FittingModule:
+    """A module that runs on this device."""
+
+    path: Path
+    spec: str
+    tuned: bool
+    device: str
+
+
+def info(
+    measure: Annotated[
+        bool, typer.Option(help="Measure bandwidth and matrix rate again, and keep them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show this device, its instruction sets, its rates, and the logs and modules that fit it.
+
+    Rates are nominal until they were measured, by `deft-tvm tune` or with --measure.
+
+    Example: deft-tvm info --json
+    """
+    from deft_tvm.tuning.log import measured
+
+    device = measured(DeviceProfile.detect())
+    if measure:
+        device = _measured_now()
+    logs, modules = fitting_logs(device), fitting_modules(device)
+    if as_json:
+        print_json({"device": device, "logs": logs, "modules": modules})
+    else:
+        _print(device, logs, modules)
+
+
+def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
+    """All logs of `device`, in the order in which they are looked for."""
+    from deft_tvm.tuning.log import TRIALS, TuningLog, log_roots
+
+    found = []
+    for file in (
+        f for root in log_roots() for f in sorted((root / device.slug).glob(f"*/{TRIALS}"))
+    ):
+        trials = TuningLog(file.parent).read().trials
+        good = sum(trial.status == "ok" for trial in trials)
+        found.append(FittingLog(file.parent, len(trials), good))
+    return found
+
+
+def fitting_modules(device: DeviceProfile) -> list[FittingModule]:
+    """All modules on the search path that run on `device`."""
+    from deft_tvm.artifact import check_fits, search_path
+    from deft_tvm.manifest import MANIFEST, read_manifest
+
+    found = []
+    for file in (f for root in search_path() for f in sorted(root.glob(f"**/{MANIFEST}"))):
+        try:
+            manifest = read_manifest(file.parent)
+            check_fits(file.parent, manifest, device)
+        except ArtifactError:
+            continue
+        found.append(FittingModule(file.parent, manifest.spec, manifest.tuned, manifest.device))
+    return found
+
+
+def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingModule]) -> None:
+    matrix = [name for name in device.features if name.startswith(MATRIX)]
+    vector = [name for name in device.features if name not in matrix]
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in device.matrix_rate.items())
+    provenance = f"measured {device.date}" if device.measured else "nominal; --measure measures"
+    rows = [
+        ("device", device.slug),
+        ("name", device.name),
+        ("cores", str(device.cores)),
+        ("caches", f"L2 {device.l2_bytes >> 10} KiB a core, L3 {device.l3_bytes >> 20} MiB"),
+        ("vector", " ".join(vector)),
+        ("matrix", " ".join(matrix) or "none"),
+        ("read bandwidth", f"{device.read_bandwidth / 1e9:.1f} GB/s ({provenance})"),
+        ("matrix rate", f"{rates} GFLOP/s ({provenance})"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    out = console()
+    for name, value in rows:
+        out.print(f"{name:<{width}}  {value}")
+    out.print("\nlogs of this device" if logs else "\nno log: `deft-tvm tune` makes one")
+    for log in logs:
+        out.print(f"{log.path}\n    {log.trials} trials, {log.good} of them good")
+    out.print("\nmodules for it" if modules else "\nno module: `deft-tvm build` makes one")
+    for module in modules:
+        decisions = "tuned" if module.tuned else "default"
+        out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
+
+
+def _measured_now() -> DeviceProfile:
+    needs_compiler("info --measure")
+    from deft_tvm.tuning.probe import probe, write_profile
+
+    with Console(stderr=True).status("measuring bandwidth and matrix rate"):
+        device = probe()
+    write_profile(device)
+    return device

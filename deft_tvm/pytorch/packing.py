@@ -1,0 +1,107 @@
+"""A plan as two tensors: what kernels read, in one piece, and how it is divided.
+
+Two, so that a GPU gets one transfer, and that a compiled program sees the one size of a plan change
+and not those of ten arrays, of which each being 0, 1 or more would compile it again. The layout
+stays on the CPU, where reading it waits for nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deft_tvm.plan import Plan
+
+RECENT = 8
+"""Plans that a thread keeps unpacked: those that the layers of a model alternate between."""
+
+_COLUMNS = 6
+_HEADER = 8
+
+
+class Unpacked(NamedTuple):
+    """The arrays of `deft_tvm.plan.Plan` on the device, as views.
+
+    Attributes:
+        items: of each tile class.
+        partials: slots that the workspace must hold.
+        needed: pages, or tokens, that every cache buffer must have.
+        paged: whether it has pages.
+    """
+
+    header: Tensor
+    page_indices: Tensor
+    row_order: Tensor
+    runs: Tensor
+    dests: Tensor
+    merge_indptr: Tensor
+    merge_rows: Tensor
+    items: tuple[Tensor, ...]
+    partials: int
+    needed: int
+    paged: bool
+
+
+def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The operators' ``plan``, int32[N] on `device`, and ``layout``, int64 on the CPU.
+
+    The layout is whether there are pages, the pages (or tokens) needed, the partial slots; then
+    the lengths of page_indices, row_order, runs, dests and merge_rows; then the items of each tile
+    class.
+    """
+    arrays = (plan.page_indices, plan.row_order, plan.runs, plan.dests, plan.merge_rows)
+    packed = (plan.header, *arrays, plan.merge_indptr, plan.items)
+    counts = {tile: end - begin for tile, begin, end in plan.launches}
+    needed = plan.max_page + 1 if paged else plan.forest.num_tokens
+    layout = [paged, needed, plan.num_partials, *map(len, arrays)]
+    layout += [counts.get(tile, 0) for tile in range(len(plan.tiles))]
+    whole = torch.from_numpy(np.concatenate([array.ravel() for array in packed]))
+    return whole.to(device), torch.tensor(layout, dtype=torch.int64)
+
+
+def unpack(plan: Tensor, layout: Tensor) -> Unpacked:
+    """The views of a packed plan; those of recent plans are kept."""
+    # A kept view keeps its storage, so no other plan can come to lie at the same address.
+    key = (plan.data_ptr(), *layout.tolist())
+    found = _recent.plans.get(key)
+    if found is None:
+        while len(_recent.plans) >= RECENT:
+            del _recent.plans[next(iter(_recent.plans))]
+        found = _recent.plans[key] = _divide(plan, *key[1:])
+    return found
+
+
+class _Recent(threading.local):
+    def __init__(self) -> None:
+        self.plans: dict[tuple[int, ...], Unpacked] = {}
+
+
+_recent = _Recent()
+
+
+def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int) -> Unpacked:
+    pages, rows, runs, dests, merged, *items = lengths
+    sizes = [_HEADER, pages, rows, runs * _COLUMNS, dests, merged, merged + 1]
+    header, page_indices, row_order, run, dest, merge_rows, indptr, rest = plan.split(
+        [*sizes, sum(items) * _COLUMNS]
+    )
+    table = rest.view(-1, _COLUMNS)
+    bounds = pairwise(accumulate(items, initial=0))
+    return Unpacked(
+        header=header,
+        page_indices=page_indices,
+        row_order=row_order,
+        runs=run.view(-1, _COLUMNS),
+        dests=dest,
+        merge_indptr=indptr,
+        merge_rows=merge_rows,
+        items=tuple(table[begin:end] for begin, end in bounds),
+        partials=partials,
+        needed=needed,
+        paged=bool(paged),
+    )

@@ -1,0 +1,328 @@
+"""Tensor core instructions as tensor intrinsics over whole warps.
+
+A 16 × 16 tile lies in a warp as PTX lays out the operands of ``mma.m16n8k16`` (PTX ISA, "matrix
+fragments for mma.m16n8k16"): 8 elements in each of 32 lanes. The accumulator's layout is also that
+of the left factor, so that probabilities feed the second product where they are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import storage, widen
+from deft_tvm.schedules.cuda.shares import FRAGMENT
+from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
+from deft_tvm.spec import SHORT_DTYPE
+
+SIDE = 16
+HELD = SIDE * SIDE // LANES
+
+TENSOR_CORES = """
+#ifndef DEFT_TENSOR_CORES_%(type)s
+#define DEFT_TENSOR_CORES_%(type)s
+__device__ __forceinline__ void deft_ldmatrix_%(type)s(unsigned* held, const void* row) {
+  unsigned address = __cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%%0,%%1,%%2,%%3}, [%%4];"
+    : "=r"(held[0]), "=r"(held[1]), "=r"(held[2]), "=r"(held[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void deft_ldmatrix_trans_%(type)s(unsigned* held, const void* row) {
+  unsigned address = __cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%%0,%%1,%%2,%%3}, [%%4];"
+    : "=r"(held[0]), "=r"(held[1]), "=r"(held[2]), "=r"(held[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void deft_mma_%(type)s(float* c, const unsigned* a, const unsigned* b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.%(type)s.%(type)s.f32 "
+    "{%%0,%%1,%%2,%%3}, {%%4,%%5,%%6,%%7}, {%%8,%%9}, {%%0,%%1,%%2,%%3};"
+    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ void deft_load_%(type)s(void* fragment, const void* row) {
+  deft_ldmatrix_%(type)s((unsigned*)fragment, row);
+}
+__device__ __forceinline__ void deft_multiply_%(type)s(float* c, const void* a, const void* row) {
+  unsigned b[4];
+  deft_ldmatrix_trans_%(type)s(b, row);
+  deft_mma_%(type)s(c, (const unsigned*)a, b);
+  deft_mma_%(type)s(c + 4, (const unsigned*)a, b + 2);
+}
+__device__ __forceinline__ void deft_multiply_transposed_%(type)s(
+    float* c, const void* a, const void* row) {
+  unsigned b[4];
+  deft_ldmatrix_%(type)s(b, row);
+  deft_mma_%(type)s(c, (const unsigned*)a, b);
+  deft_mma_%(type)s(c + 4, (const unsigned*)a, b + 2);
+}
+#endif
+"""
+
+# A lane holds parts of two rows, 8 apart; the four lanes of a quad hold the same two.
+ROW_REDUCTION = """
+__device__ __forceinline__ void deft_row_%(name)s_%(tiles)d(const float* x, float* result) {
+  float upper = %(zero)s, lower = %(zero)s;
+#pragma unroll
+  for (int i = 0; i < %(tiles)d * 8; i += 4) {
+    upper = %(upper)s;
+    lower = %(lower)s;
+  }
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    float other_upper = __shfl_xor_sync(0xffffffffu, upper, step);
+    float other_lower = __shfl_xor_sync(0xffffffffu, lower, step);
+    upper = %(join_upper)s;
+    lower = %(join_lower)s;
+  }
+  if (threadIdx.x %% 4 == 0) {
+    int row = threadIdx.x / 4;
+    result[row] = %(keep_upper)s;
+    result[row + 8] = %(keep_lower)s;
+  }
+}
+"""
+
+
+def fragment_of(i: Any, j: Any) -> tuple[Any, Any]:
+    """(lane, register) of element (i, j) of an accumulator or a left factor."""
+    return 4 * (i % 8) + j % 8 // 2, 4 * (j // 8) + i // 8 * 2 + j % 2
+
+
+def fragments_of(i: Any, j: Any) -> tuple[Any, Any, Any, Any]:
+    """The same for a matrix of tiles: (tile row, tile column, lane, register)."""
+    return i // SIDE, j // SIDE, *fragment_of(i % SIDE, j % SIDE)
+
+
+@cache
+def fill_zero() -> str:
+    """The intrinsic that clears an accumulator."""
+
+    @T.prim_func(s_tir=True)
+    def description(tile_handle: T.handle) -> None:
+        tile = T.match_buffer(
+            tile_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
+        )
+        with T.sblock("root"):
+            T.reads()
+            T.writes(tile[0:LANES, 0:HELD])
+            for i, j in T.grid(SIDE, SIDE):
+                with T.sblock("fill"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    lane, register = T.meta_var(fragment_of(vi, vj))
+                    T.reads()
+                    T.writes(tile[lane, register])
+                    tile[lane, register] = T.float32(0)
+
+    @T.prim_func(s_tir=True)
+    def implementation(tile_handle: T.handle) -> None:
+        tile = T.match_buffer(
+            tile_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
+        )
+        with T.sblock("root"):
+            T.reads()
+            T.writes(tile[0:LANES, 0:HELD])
+            for lane in T.thread_binding(LANES, thread="threadIdx.x"):
+                for register in T.unroll(HELD):
+                    tile[lane, register] = T.float32(0)
+
+    return _registered("deft_tvm.fill_zero", description, implementation)
+
+
+@cache
+def load_left(operand: str) -> str:
+    """The intrinsic that loads a left factor's tile out of shared memory."""
+    element = storage(operand)
+    kind = SHORT_DTYPE[operand]
+    text = TENSOR_CORES % {"type": kind}
+
+    @T.prim_func(s_tir=True)
+    def description(tile_handle: T.handle, fragment_handle: T.handle) -> None:
+        tile = T.match_buffer(
+            tile_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1
+        )
+        fragment = T.match_buffer(
+            fragment_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1
+        )
+        with T.sblock("root"):
+            T.reads(tile[0:SIDE, 0:SIDE])
+            T.writes(fragment[0:LANES, 0:HELD])
+            for i, j in T.grid(SIDE, SIDE):
+                with T.sblock("load"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    lane, register = T.meta_var(fragment_of(vi, vj))
+                    T.reads(tile[vi, vj])
+                    T.writes(fragment[lane, register])
+                    fragment[lane, register] = tile[vi, vj]
+
+    @T.prim_func(s_tir=True)
+    def implementation(tile_handle: T.handle, fragment_handle: T.handle) -> None:
+        pitch = T.int32()
+        tile = T.match_buffer(
+            tile_handle,
+            (SIDE, SIDE),
+            element,
+            scope=TILE_SCOPE,
+            offset_factor=1,
+            strides=[pitch, T.int32(1)],
+        )
+        fragment = T.match_buffer(
+            fragment_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1
+        )
+        with T.sblock("root"):
+            T.reads(tile[0:SIDE, 0:SIDE])
+            T.writes(fragment[0:LANES, 0:HELD])
+            for lane in T.thread_binding(LANES, thread="threadIdx.x"):
+                T.evaluate(
+                    T.cuda.func_call(
+                        f"deft_load_{kind}",
+                        T.address_of(fragment[lane, 0]),
+                        tile.access_ptr("r", offset=lane % 16 * pitch + lane // 16 * 8),
+                        source_code=text,
+                    )
+                )
+
+    return _registered(f"deft_tvm.load_left_{operand}", description, implementation)
+
+
+@cache
+def multiply(operand: str, transposed: bool) -> str:
+    """The intrinsic that adds to an accumulator a fragment times a shared tile.
+
+    The tile is [k, n], or [n, k] if `transposed`.
+    """
+    element = storage(operand)
+    kind = SHORT_DTYPE[operand]
+    text = TENSOR_CORES % {"type": kind}
+    function = f"deft_multiply_transposed_{kind}" if transposed else f"deft_multiply_{kind}"
+
+    def tile_index(n: Any, k: Any) -> tuple[Any, Any]:
+        return (n, k) if transposed else (k, n)
+
+    def row_offset(lane: Any, pitch: Any) -> Any:
+        if transposed:
+            return (lane // 16 * 8 + lane % 8) * pitch + lane % 16 // 8 * 8
+        return lane % 16 * pitch + lane // 16 * 8
+
+    @T.prim_func(s_tir=True)
+    def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
+        a = T.match_buffer(a_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
+        b = T.match_buffer(b_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1)
+        c = T.match_buffer(c_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(c[0:LANES, 0:HELD], a[0:LANES, 0:HELD], b[0:SIDE, 0:SIDE])
+            T.writes(c[0:LANES, 0:HELD])
+            for i, n, k in T.grid(SIDE, SIDE, SIDE):
+                with T.sblock("multiply"):
+                    vi, vn, vk = T.axis.remap("SSR", [i, n, k])
+                    lane_c, register_c = T.meta_var(fragment_of(vi, vn))
+                    lane_a, register_a = T.meta_var(fragment_of(vi, vk))
+                    row, column = T.meta_var(tile_index(vn, vk))
+                    T.reads(c[lane_c, register_c], a[lane_a, register_a], b[row, column])
+                    T.writes(c[lane_c, register_c])
+                    c[lane_c, register_c] = c[lane_c, register_c] + widen(
+                        a[lane_a, register_a], operand
+                    ) * widen(b[row, column], operand)
+
+    @T.prim_func(s_tir=True)
+    def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
+        pitch = T.int32()
+        a = T.match_buffer(a_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
+        b = T.match_buffer(
+            b_handle,
+            (SIDE, SIDE),
+            element,
+            scope=TILE_SCOPE,
+            offset_factor=1,
+            strides=[pitch, T.int32(1)],
+        )
+        c = T.match_buffer(c_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(c[0:LANES, 0:HELD], a[0:LANES, 0:HELD], b[0:SIDE, 0:SIDE])
+            T.writes(c[0:LANES, 0:HELD])
+            for lane in T.thread_binding(LANES, thread="threadIdx.x"):
+                T.evaluate(
+                    T.cuda.func_call(
+                        function,
+                        T.address_of(c[lane, 0]),
+                        T.address_of(a[lane, 0]),
+                        b.access_ptr("r", offset=row_offset(lane, pitch)),
+                        source_code=text,
+                    )
+                )
+
+    name = f"deft_tvm.multiply_{operand}_{'nk' if transposed else 'kn'}"
+    return _registered(name, description, implementation)
+
+
+@cache
+def reduce_rows(name: str, columns: int) -> str:
+    """The intrinsic for the ``max`` or ``sum`` of each of 16 rows of accumulators."""
+    tiles = columns // SIDE
+    maximum = name == "max"
+    function = f"deft_row_{name}_{tiles}"
+    text = ROW_REDUCTION % {"name": name, "tiles": tiles, **_steps(maximum)}
+
+    @T.prim_func(s_tir=True)
+    def description(x_handle: T.handle, result_handle: T.handle) -> None:
+        x = T.match_buffer(
+            x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
+        )
+        result = T.match_buffer(
+            result_handle, (SIDE,), "float32", scope=TILE_SCOPE, offset_factor=1
+        )
+        with T.sblock("root"):
+            T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
+            T.writes(result[0:SIDE])
+            for i, j in T.grid(SIDE, columns):
+                with T.sblock("reduce"):
+                    vi, vj = T.axis.remap("SR", [i, j])
+                    lane, register = T.meta_var(fragment_of(vi, vj % SIDE))
+                    T.reads(result[vi], x[vj // SIDE, lane, register])
+                    T.writes(result[vi])
+                    if maximum:
+                        result[vi] = T.max(result[vi], x[vj // SIDE, lane, register])
+                    else:
+                        result[vi] = result[vi] + x[vj // SIDE, lane, register]
+
+    @T.prim_func(s_tir=True)
+    def implementation(x_handle: T.handle, result_handle: T.handle) -> None:
+        x = T.match_buffer(
+            x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
+        )
+        result = T.match_buffer(
+            result_handle, (SIDE,), "float32", scope=TILE_SCOPE, offset_factor=1
+        )
+        with T.sblock("root"):
+            T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
+            T.writes(result[0:SIDE])
+            for lane in T.thread_binding(LANES, thread="threadIdx.x"):
+                T.evaluate(
+                    T.cuda.func_call(
+                        function,
+                        T.address_of(x[0, lane, 0]),
+                        result.access_ptr("rw"),
+                        source_code=text,
+                    )
+                )
+
+    return _registered(f"deft_tvm.row_{name}_{tiles}", description, implementation)
+
+
+def _steps(maximum: bool) -> dict[str, str]:
+    """The expressions of `ROW_REDUCTION`."""
+    joined = "fmaxf({0}, {1})" if maximum else "{0} + {1}"
+    return {
+        "zero": "-INFINITY" if maximum else "0.0f",
+        "upper": joined.format("upper", joined.format("x[i]", "x[i + 1]")),
+        "lower": joined.format("lower", joined.format("x[i + 2]", "x[i + 3]")),
+        "join_upper": joined.format("upper", "other_upper"),
+        "join_lower": joined.format("lower", "other_lower"),
+        "keep_upper": joined.format("result[row]", "upper"),
+        "keep_lower": joined.format("result[row + 8]", "lower"),
+    }
+
+
+def _registered(name: str, description: Any, implementation: Any) -> str:
+    TensorIntrin.register(name, description, implementation, override=True)
+    return name

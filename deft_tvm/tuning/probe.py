@@ -1,0 +1,100 @@
+"""Measures what a device reaches: the rates by which plans are priced. Two to three seconds.
+
+Rates are torch's, and the best that was seen: a plan wants to know what the hardware gives when
+nobody else uses it; how much of that our kernels reach is the cost model's business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import torch
+
+from deft_tvm.device import DeviceProfile
+from deft_tvm.tuning.log import DEVICE, AnyPath, writable_root
+
+FEWEST_ROUNDS = 3
+SECONDS = 0.4
+"""Of measuring one rate: long enough to meet a moment in which no other process has a core."""
+
+BUSY_SECONDS = 1e-4
+"""A longer launch waited for a core that another process had, and is not believed."""
+
+MATRIX_SIZES = {"cpu": (512, 2048), "cuda": (2048, 8192)}
+LONGEST_PRODUCT = 1.0
+"""Seconds that one product may take: some types have no fast kernel, and no larger one is tried."""
+
+
+def probe(device: DeviceProfile | None = None) -> DeviceProfile:
+    """`device`, by default this machine's CPU, with its rates as measured now."""
+    device = device or DeviceProfile.detect()
+    return msgspec.structs.replace(
+        device,
+        read_bandwidth=_read_bandwidth(device),
+        matrix_rate={name: _matrix_rate(device, name) for name in device.matrix_rate},
+        launch_seconds=_launch_seconds(device),
+        measured=True,
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )
+
+
+def device_file(device: DeviceProfile, root: AnyPath | None = None) -> Path:
+    """Where the measured profile of `device` is kept, under `root` as in `writable_root`."""
+    return writable_root(root) / device.slug / DEVICE
+
+
+def write_profile(device: DeviceProfile, root: AnyPath | None = None) -> Path:
+    """Keep a profile with the logs; a reader sees the old one or the new one."""
+    path = device_file(device, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    device.write(scratch)
+    os.replace(scratch, path)
+    return path
+
+
+def _read_bandwidth(device: DeviceProfile) -> float:
+    """Bytes per second of a sum over far more than the last-level cache holds."""
+    size = max(256 << 20, 4 * (device.l3_bytes or device.l2_bytes))
+    buffer = torch.ones(size // 4, device=device.kind)
+    return size / _best_seconds(device, buffer.sum)
+
+
+def _matrix_rate(device: DeviceProfile, dtype: str) -> float:
+    """FLOP per second of the largest square product that does not take too long."""
+    rate = 0.0
+    for n in MATRIX_SIZES[device.kind]:
+        if rate and 2 * n**3 / rate > LONGEST_PRODUCT:
+            break
+        x = torch.ones(n, n, dtype=getattr(torch, dtype), device=device.kind)
+        out = torch.empty_like(x)
+        seconds = _best_seconds(device, partial(torch.mm, x, x, out=out))
+        rate = max(rate, 2 * n**3 / seconds)
+    return rate
+
+
+def _launch_seconds(device: DeviceProfile) -> float:
+    """Of the smallest operator that torch gives to all cores."""
+    buffer = torch.zeros(1 << 16, device=device.kind)
+    seconds = _best_seconds(device, buffer.zero_)
+    return seconds if seconds < BUSY_SECONDS else device.launch_seconds
+
+
+def _best_seconds(device: DeviceProfile, call: Callable[[], object]) -> float:
+    finish = torch.cuda.synchronize if device.kind == "cuda" else lambda: None
+    call()
+    best, rounds, started = float("inf"), 0, time.perf_counter()
+    while rounds < FEWEST_ROUNDS or time.perf_counter() - started < SECONDS:
+        finish()
+        begin = time.perf_counter()
+        call()
+        finish()
+        best = min(best, time.perf_counter() - begin)
+        rounds += 1
+    return best

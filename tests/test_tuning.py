@@ -1,0 +1,386 @@
+"""Tuning: the space, the search, the processes that run candidates, and what a kill leaves."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+import tuning_run
+import tvm
+from tuning_run import SPEC, WORKLOAD, FakeRunner
+from tvm import IRModule, s_tir, tirx
+from tvm.s_tir import meta_schedule as ms
+
+from deft_tvm.build import tasks_for
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import TuningError, WorkloadError
+from deft_tvm.schedules import schedule
+from deft_tvm.spec import AttentionSpec
+from deft_tvm.threads import compile_torch_pool
+from deft_tvm.tuning.budget import allot
+from deft_tvm.tuning.database import FILES, Database
+from deft_tvm.tuning.expected import expected
+from deft_tvm.tuning.log import TuningLog, best
+from deft_tvm.tuning.messages import Time, Timed
+from deft_tvm.tuning.process import Worker, WorkerDied, WorkerTimeout
+from deft_tvm.tuning.runner import LocalRunner
+from deft_tvm.tuning.search import GreedySearch, new_cost_model, runner_result
+from deft_tvm.tuning.space import Space, specialise
+from deft_tvm.tuning.subject import MERGE, Subject, subjects
+
+DEVICE = DeviceProfile.detect()
+TASKS = {task.name: task for task in tasks_for(SPEC, DEVICE)}
+TILES = [task.tile for task in TASKS.values() if task.tile is not None]
+SUBJECTS = {subject.kernel: subject for subject in subjects(SPEC, WORKLOAD, TILES, DEVICE)}
+
+
+def space(kernel: str) -> Space:
+    return Space(SUBJECTS[kernel], TASKS[kernel])
+
+
+@pytest.fixture(scope="module")
+def largest() -> Space:
+    """The space with the most decisions."""
+    return max(map(space, SUBJECTS), key=len)
+
+
+def decisions(log: TuningLog) -> Counter:
+    """How often each decision was tried in the search."""
+    searched = (trial for trial in log.read() if not trial.final)
+    return Counter((*trial.subject, *sorted(trial.decision.items())) for trial in searched)
+
+
+# The space
+
+
+def test_every_decision_has_one_number(largest) -> None:
+    found = [tuple(largest[number].items()) for number in range(len(largest))]
+    assert len(set(found)) == len(found)
+    assert [largest.number(dict(decision)) for decision in found] == list(range(len(largest)))
+
+
+def test_a_decision_that_the_schedule_does_not_know_has_no_number(largest) -> None:
+    decision = largest[0]
+    name = next(iter(decision))
+    assert largest.number(decision | {name: 12345}) is None
+    assert largest.number(decision | {"another": 1}) is None
+    assert largest.number({}) is None
+
+
+def test_a_neighbour_differs_in_one_choice(largest) -> None:
+    rng = random.Random(0)
+    for number in range(0, len(largest), 7):
+        other = largest.neighbour(number, rng)
+        pairs = zip(largest[number].values(), largest[other].values(), strict=True)
+        assert sum(one != two for one, two in pairs) == 1
+
+
+def test_defaults_that_ship_are_taken_where_they_are_offered(largest) -> None:
+    name, candidates = next((n, v) for n, v in largest.table.items() if len(v) > 1)
+    offered = {name: candidates[-1], "another": 3}
+    changed = Space(largest.subject, largest.task, offered)
+    assert changed[changed.start] == largest[largest.start] | {name: candidates[-1]}
+
+
+def test_what_metaschedule_samples_is_a_decision(largest) -> None:
+    (sampled,) = largest.context().generate_design_space()
+    number = largest.number(largest.decision_of(sampled.trace))
+    assert number is not None
+    tvm.ir.assert_structural_equal(largest.candidate(number).sch.mod, sampled.mod)
+
+
+@pytest.mark.parametrize("kernel", SUBJECTS)
+def test_decision_and_trace_replay_alike_on_the_dynamic_function(kernel) -> None:
+    found = space(kernel)
+    number = len(found) // 2
+    trace = found.candidate(number).sch.trace
+    dynamic = s_tir.Schedule(IRModule({found.task.symbol: found.task.computation}))
+    dynamic.work_on(found.task.symbol)
+    trace.apply_to_schedule(dynamic, remove_postproc=False)
+    tvm.ir.assert_structural_equal(dynamic.mod, schedule(found.task, found[number])[0].mod)
+
+
+def test_subjects_are_what_the_plan_launches() -> None:
+    plan = next(iter(SUBJECTS.values())).launch().plan
+    launched = [TILES[tile].name for tile, _, _ in plan.launches]
+    assert list(SUBJECTS) == [*launched, MERGE]
+    assert sum(len(SUBJECTS[name].launch().items) for name in launched) == plan.num_items
+
+
+def test_an_unknown_workload_is_refused() -> None:
+    with pytest.raises(WorkloadError, match="few"):
+        subjects(SPEC, "fewshot", TILES, DEVICE)
+
+
+# What is expected of a launch
+
+
+def test_expected_partials_merge_into_attention() -> None:
+    """The oracle of launches agrees with the oracle of rows, both float64."""
+    launches = [subject.launch() for name, subject in SUBJECTS.items() if name != MERGE]
+    case, plan = launches[0].case, launches[0].plan
+    wanted = case.reference()
+    found = [torch.full(t.shape, torch.nan, dtype=torch.float64) for t in launches[0].outputs]
+    for launch in launches:
+        for tensor, part in zip(found, expected(launch).outputs, strict=True):
+            assert bool((tensor.isnan() | part.isnan()).all()), "written twice"
+            tensor[~part.isnan()] = part[~part.isnan()]
+    out, lse, partial_out, partial_lse = found
+    for k, row in enumerate(plan.merge_rows.tolist()):
+        part = slice(*plan.merge_indptr[k : k + 2].tolist())
+        lse[row] = partial_lse[part].logsumexp(0)
+        out[row] = ((partial_lse[part] - lse[row]).exp()[..., None] * partial_out[part]).sum(0)
+    torch.testing.assert_close(out, wanted.out, atol=1e-12, rtol=0)
+    torch.testing.assert_close(lse, wanted.lse, atol=1e-12, rtol=0)
+
+
+def test_a_result_that_is_missing_or_beside_is_wrong() -> None:
+    launch = SUBJECTS[MERGE].launch()
+    wanted = expected(launch)
+    right = [tensor.clone() for tensor in wanted.outputs]
+    assert wanted.error(right) == (0.0, True)
+    rows = ~wanted.outputs[1].isnan().any(-1)
+    off = [tensor.clone() for tensor in right]
+    off[0][rows] += 1.0
+    assert wanted.error(off) == (pytest.approx(1.0), False)
+    missing = [tensor.clone() for tensor in right]
+    missing[1][rows] = torch.nan
+    assert wanted.error(missing) == (float("inf"), False)
+
+
+# The search
+
+
+def proposals(search: GreedySearch, found: Space, batches: int) -> list[int]:
+    """Numbers in the order of proposal; the seconds of a decision are its number."""
+    context, made = found.context(search), []
+    context.pre_tuning(10**6, 4, [], None, new_cost_model())
+    for _ in range(batches):
+        candidates = context.generate_measure_candidates()
+        if candidates is None:
+            break
+        made += search.proposed
+        results = [runner_result([1e-3 * (1 + n)]) for n in search.proposed]
+        context.notify_runner_results(candidates, results)
+    return made
+
+
+def refuse(number: int, error: str) -> None:
+    raise AssertionError(error)
+
+
+def test_the_search_begins_with_the_default_and_repeats_nothing(largest) -> None:
+    made = proposals(GreedySearch(largest, {}, refuse), largest, 6)
+    assert made[0] == largest.start
+    assert len(set(made)) == len(made) == 1 + 5 * 4
+
+
+def test_the_search_ends_when_all_is_tried() -> None:
+    smallest = min((space(name) for name in SUBJECTS if len(space(name)) > 1), key=len)
+    made = proposals(GreedySearch(smallest, {}, refuse), smallest, 10**6)
+    assert sorted(made) == list(range(len(smallest)))
+
+
+def test_the_search_depends_on_its_seed_and_on_what_was_tried_alone(largest) -> None:
+    """In the batches before the cost model has a say; its training is not ours to repeat."""
+    whole = proposals(GreedySearch(largest, {}, refuse), largest, 2)
+    assert proposals(GreedySearch(largest, {}, refuse), largest, 2) == whole
+    past = {whole[0]: (1e-3 * (1 + whole[0]),)}
+    assert proposals(GreedySearch(largest, past, refuse), largest, 1) == whole[1:]
+    assert proposals(GreedySearch(largest, past, refuse, seed=1), largest, 1) != whole[1:]
+
+
+def test_a_decision_that_the_schedule_declines_is_told_once(largest, monkeypatch) -> None:
+    declined = set(range(0, len(largest), 2)) - {largest.start}
+    candidate = largest.candidate
+
+    def decline(number: int) -> ms.MeasureCandidate:
+        if number in declined:
+            raise ValueError("no such tile")
+        return candidate(number)
+
+    monkeypatch.setattr(largest, "candidate", decline)
+    told: list[int] = []
+    made = proposals(GreedySearch(largest, {}, lambda number, _: told.append(number)), largest, 4)
+    assert told and len(set(told)) == len(told)
+    assert declined.issuperset(told) and declined.isdisjoint(made)
+
+
+@pytest.mark.parametrize(
+    ("trials", "made", "wanted"),
+    [
+        (8, (0, 0), (6, 2)),  # by time
+        (8, (2, 2), (4, 0)),  # what was made counts
+        (4, (0, 4), (0, 0)),  # nothing left
+        (30, (0, 0), (20, 5)),  # no more than there are
+    ],
+)
+def test_trials_follow_the_share_of_time(trials, made, wanted) -> None:
+    keys = ("slow", "fast")
+    found = allot(
+        trials,
+        {"slow": 3.0, "fast": 1.0},
+        dict(zip(keys, made, strict=True)),
+        {"slow": 20, "fast": 5},
+    )
+    assert tuple(found.values()) == wanted
+
+
+# Candidates that misbehave
+
+CRASH = "#include <stdlib.h>\nvoid deft_test(void) { abort(); }"
+HANG = "void deft_test(void) { for (volatile int i = 0;; i = 0) {} }"
+
+
+def library(tmp_path: Path, source: str) -> str:
+    """A library that loads like an exported kernel and does something else."""
+    entry = "int __tvm_ffi_kernel(void* a, void* b, int n, void* r) { deft_test(); return 0; }"
+    path = tmp_path / "bad.c"
+    path.write_text(f"{source}\n{entry}\n")
+    pool = compile_torch_pool(tmp_path)
+    out = str(path.with_suffix(".so"))
+    undefined = "-Wl,--unresolved-symbols=ignore-all"
+    subprocess.run(["cc", "-shared", "-fPIC", undefined, str(path), pool, "-o", out], check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def timer():
+    worker = Worker("time")
+    yield worker
+    worker.close()
+
+
+def test_a_crash_and_a_hang_end_the_candidate_alone(timer, tmp_path) -> None:
+    merge = SUBJECTS[MERGE]
+    with pytest.raises(WorkerDied, match="SIGABRT"):
+        timer.ask(Time(merge, (library(tmp_path, CRASH),), "kernel", 0.1), Timed, 60)
+    timer.wait_until_ready()
+    with pytest.raises(WorkerTimeout, match="no answer within 3 s"):
+        timer.ask(Time(merge, (library(tmp_path, HANG),), "kernel", 0.1), Timed, 3)
+    assert timer.ask(Time(merge, (), "kernel", 0.1), Timed, 60).outcomes == ()
+
+
+def test_candidates_are_judged_and_timed() -> None:
+    """One that is right, one of another scale, one that cannot be compiled."""
+    subject = SUBJECTS[next(iter(SUBJECTS))]
+    found = space(subject.kernel)
+    other = AttentionSpec.gqa(
+        num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4, scale=2 * SPEC.scale
+    )
+    task = next(task for task in tasks_for(other, DEVICE) if task.name == subject.kernel)
+    wrong = specialise(task.computation, subject.launch().arguments)
+    undefined = tirx.PrimFunc([], tirx.Evaluate(tirx.Var("x", "int32")))
+    modules = [found.candidate(found.start).sch.mod]
+    modules += [IRModule({task.symbol: function}) for function in (wrong, undefined)]
+    runner = LocalRunner()
+    try:
+        outcomes = runner.time(modules, subject, 0.1)
+    finally:
+        runner.close()
+    assert [outcome.status for outcome in outcomes] == ["ok", "wrong", "compile"]
+    assert len(outcomes[0].latency_us) >= 6 and min(outcomes[0].latency_us) > 0
+    assert outcomes[1].max_error is not None and outcomes[1].max_error > 1e-3
+    assert "the largest error" in outcomes[1].error
+    assert outcomes[2].compile_s is None and outcomes[2].error
+
+
+# A whole tuning
+
+
+def test_a_tuning_and_one_more(tmp_path) -> None:
+    result = tuning_run.run(str(tmp_path), 12)
+    log = TuningLog(result.log.directory)
+    assert result.new_trials == 12 and sum(decisions(log).values()) == 12
+    assert set(decisions(log).values()) == {1}
+    assert {name: kernel.decision for name, kernel in result.kernels.items()} == {
+        name: trial.decision for name, trial in best(log).items()
+    }
+    for kernel in result.kernels.values():
+        assert kernel.default_us is not None and kernel.best_us <= kernel.default_us
+    assert len(Database(log.directory)) == 12
+
+    runner = FakeRunner()
+    again = tuning_run.run(str(tmp_path), 12, runner=runner)
+    assert again.new_trials == 0 and runner.timed == []
+    more = tuning_run.run(str(tmp_path), 15)
+    assert more.new_trials == 3 and set(decisions(log).values()) == {1}
+
+
+def test_failed_trials_are_kept_and_not_repeated(tmp_path, largest) -> None:
+    start = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
+    result = tuning_run.run(str(tmp_path), 10, runner=FakeRunner(broken=[start]))
+    failed = [trial for trial in result.log.read() if trial.status == "runtime"]
+    assert [trial.error for trial in failed] == ["broken"]
+    assert result.kernels[largest.subject.kernel].default_us is None
+    tuning_run.run(str(tmp_path), 14)
+    assert set(decisions(result.log).values()) == {1}
+
+
+def test_two_tunings_of_one_log_are_refused(tmp_path) -> None:
+    directory = tmp_path / DEVICE.slug / SPEC.slug
+    directory.mkdir(parents=True)
+    with (
+        filelock.FileLock(directory / ".lock"),
+        pytest.raises(TuningError, match="another tuning writes .*; wait for it, or name another"),
+    ):
+        tuning_run.run(str(tmp_path), 2)
+
+
+def test_the_database_is_mended_from_the_log(tmp_path) -> None:
+    directory = tuning_run.run(str(tmp_path), 8).log.directory
+    workloads, records = (directory / name for name in FILES)
+    records.write_bytes(records.read_bytes()[:-30])
+    tuning_run.run(str(tmp_path), 9)
+    assert len(Database(directory)) == 9
+    workloads.write_text("nonsense\n")
+    tuning_run.run(str(tmp_path), 10)
+    assert len(Database(directory)) == 10
+    assert workloads.with_suffix(".unreadable.json").exists()
+
+
+def killed_run(root: Path, log: TuningLog, trials: int, delay: float, *real: str) -> None:
+    """A tuning that dies some time after it has added a trial, if it is not done before."""
+    before = len(log.read())
+    command = [sys.executable, tuning_run.__file__, str(root), str(trials), *real]
+    process = subprocess.Popen(command)
+    while process.poll() is None and len(log.read()) == before:
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+
+
+def test_nothing_is_lost_or_repeated_by_kills(tmp_path) -> None:
+    log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
+    rng, kept = random.Random(time.time_ns()), []
+    for _ in range(4):
+        killed_run(tmp_path, log, 80, rng.uniform(0, 0.5))
+        trials = list(log.read())
+        assert trials[: len(kept)] == kept, "what was recorded stays"
+        kept = trials
+    tuning_run.run(str(tmp_path), len(decisions(log)) + 3)
+    assert set(decisions(log).values()) == {1}
+    assert log.read().skipped <= 4
+    assert len(Database(log.directory)) == len(decisions(log))
+
+
+def test_a_real_tuning_goes_on_after_a_kill(tmp_path) -> None:
+    log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
+    killed_run(tmp_path, log, 5, 0.3, "real")
+    kept = list(log.read())
+    result = tuning_run.run(str(tmp_path), 5, real=True)
+    trials = list(log.read())
+    assert trials[: len(kept)] == kept
+    assert set(decisions(log).values()) == {1} and sum(decisions(log).values()) == 5
+    assert {trial.status for trial in trials} == {"ok"}
+    assert all(trial.max_error is not None for trial in trials)
+    assert all(kernel.best_us > 0 for kernel in result.kernels.values())
+    assert any(trial.final for trial in trials)
