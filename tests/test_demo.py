@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
-from small import SPEC, attention
+from rich.console import Console, RenderableType
+from small import FEW_SHOT, SPEC, attention, module
 
+from deft_tvm.bench import measure
 from deft_tvm.check import check
+from deft_tvm.demo import job
 from deft_tvm.demo.decode import (
     DECODE_STEPS,
     Cache,
@@ -17,8 +22,13 @@ from deft_tvm.demo.decode import (
     prefill,
     rounding_nudge,
 )
+from deft_tvm.demo.job import Outcome
 from deft_tvm.demo.model import Shape, Transformer, rotary_angles, rotate
+from deft_tvm.demo.report import CALLS, introduction, report
 from deft_tvm.demo.text import few_shot
+from deft_tvm.device import DeviceProfile
+from deft_tvm.tuning.log import Trial, TuningLog
+from deft_tvm.workloads import parse, tensors
 
 SHAPE = Shape(width=64, q_heads=8, kv_heads=2, head_width=64)
 TEXT = few_shot(prompt=200, branches=5, longest=30)
@@ -83,6 +93,40 @@ def test_the_last_step_is_left_behind_as_a_case() -> None:
     for case in decoded.cases:
         assert case.forest.lengths.tolist() == [200, *TEXT.lengths]
         assert check(case, attn).holds
+
+
+def test_the_report_tells_all_and_whether_it_is_exact() -> None:
+    attn = attention()
+    case = tensors(parse(FEW_SHOT).forest, SPEC)
+    measurement = measure("test", case, attn, budget=0.01)
+    found = Outcome("float32", check(case, attn), 1e-6, 1e-3, measurement, "the/log", "the/module")
+    text = _printed(report([found]))
+    for part in (*CALLS.values(), "exact", "the/log", "the/module", "saved"):
+        assert part in text
+    assert "NOT EXACT" in _printed(report([msgspec.structs.replace(found, logits_error=1e-2)]))
+    assert "a prompt of 200, 5 branches" in introduction(TEXT, SHAPE, DeviceProfile.nominal())
+
+
+def test_a_finished_log_is_taken_and_an_unfinished_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEFT_TVM_LOGS", str(tmp_path))
+    monkeypatch.setattr(job, "_module", lambda spec, device: module())
+    log = TuningLog(tmp_path / DeviceProfile.detect().slug / SPEC.slug)
+    common = {"kernel": "merge", "spec": str(SPEC), "workload": "beam", "decision": {}}
+    trial = Trial(run="a", trial=0, status="ok", device="here", latency_us=(1.0,), **common)
+    log.append(trial)
+    assert not job._finished(log)
+    log.append(msgspec.structs.replace(trial, trial=1, final=True))
+    found, artifact = job.tuned(SPEC, None)
+    assert found.directory == log.directory
+    assert artifact == module()
+
+
+def _printed(part: RenderableType) -> str:
+    with StringIO() as file:
+        Console(file=file, width=100).print(part)
+        return file.getvalue()
 
 
 def _apart(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:

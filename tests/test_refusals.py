@@ -213,13 +213,15 @@ def test_pages_that_do_not_hold_the_forest(
         module.plan(FOREST, indices, indptr, slots)
 
 
-def test_half_a_page_table(module: TreeAttention) -> None:
+def test_half_a_page_table(attention: TreeAttention) -> None:
     with refused(InputError, "page_indptr is None; expected where in page_indices each node begin"):
-        module.plan(FOREST, [0, 1, 2])
+        attention.plan(FOREST, [0, 1, 2])
     with refused(InputError, "page_indices is None beside page_indptr or first_slot"):
-        module.plan(FOREST, None, [0, 1, 2, 3])
+        attention.plan(FOREST, None, [0, 1, 2, 3])
+    with refused(InputError, "page_indices is None beside page_indptr or first_slot"):
+        attention.update(None, first_slot=[0, 0, 0])
     with refused(PlanError, "pages have page_size 8; expected the spec's, which is 4"):
-        module.plan(FOREST, PageTable([0, 1, 2, 3], [0, 2, 3, 4], page_size=8))
+        attention.plan(FOREST, PageTable([0, 1, 2, 3], [0, 2, 3, 4], page_size=8))
 
 
 def test_a_grouping_that_does_not_exist() -> None:

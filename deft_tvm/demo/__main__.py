@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -31,11 +32,13 @@ def demo(
     text, shape, out = few_shot(), Shape(), console()
     if not as_json:
         out.print(introduction(text, shape, DeviceProfile.detect()))
-    outcomes = [run(text, shape, "float32", trials, seconds)]
-    outcomes.append(run(text, shape, "bfloat16", trials, seconds))
+    say = partial(typer.echo, err=True)
+    outcomes = [run(text, shape, "float32", trials, seconds, say)]
+    outcomes.append(run(text, shape, "bfloat16", trials, seconds, say))
     if as_json:
         print_json({outcome.dtype: outcome for outcome in outcomes})
     else:
+        out.print("")
         out.print(report(outcomes))
     raise typer.Exit(0 if all(outcome.holds for outcome in outcomes) else CHECK_FAILED)
 

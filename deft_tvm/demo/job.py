@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,7 +13,14 @@ from deft_tvm.artifact import find
 from deft_tvm.bench import Measurement, measure
 from deft_tvm.check import Exactness, check
 from deft_tvm.commands.progress import shown
-from deft_tvm.demo.decode import Cache, decode_each, decode_tree, prefill, rounding_nudge
+from deft_tvm.demo.decode import (
+    DECODE_STEPS,
+    Cache,
+    decode_each,
+    decode_tree,
+    prefill,
+    rounding_nudge,
+)
 from deft_tvm.demo.model import Shape, Transformer
 from deft_tvm.demo.text import FewShot
 from deft_tvm.device import DeviceProfile
@@ -56,7 +63,14 @@ class Outcome(msgspec.Struct, frozen=True):
         return self.attention.holds and self.logits_error <= self.logits_bound
 
 
-def run(text: FewShot, shape: Shape, dtype: Dtype, trials: int | None, seconds: float) -> Outcome:
+def run(
+    text: FewShot,
+    shape: Shape,
+    dtype: Dtype,
+    trials: int | None,
+    seconds: float,
+    say: Callable[[str], None],
+) -> Outcome:
     """Everything from tuning to the measurement.
 
     Args:
@@ -65,17 +79,23 @@ def run(text: FewShot, shape: Shape, dtype: Dtype, trials: int | None, seconds: 
         dtype: of its weights and cache.
         trials: that the log shall hold; None: tune only where there is no log.
         seconds: to spend on measuring.
+        say: told of each part before it begins.
     """
     spec = shape.spec(dtype)
     log, module = tuned(spec, trials)
     attention = load(module)
     with torch.inference_mode():
         model = Transformer(shape).to(getattr(torch, dtype))
+        say(f"{dtype}: reading the prompt")
         cache = prefill(model, text, spec)
+        say(f"{dtype}: decoding all branches as a tree, {DECODE_STEPS} steps")
         decoded = decode_tree(model, text, cache, attention)
+        say(f"{dtype}: decoding each branch by itself")
         by_sequence = decode_each(model, text.branches, cache)
         bound = _explained(model, text, cache, spec, by_sequence)
+    say(f"{dtype}: comparing with float64")
     errors = [check(case, attention) for case in decoded.cases]
+    say(f"{dtype}: measuring")
     measurement = measure("the text's last step", decoded.cases[0], attention, budget=seconds)
     return Outcome(
         dtype,

@@ -220,7 +220,6 @@ def partial_attention(
                                         page, slot, lane_begin, lane_end, run_of, runs,
                                         page_indices, page_shift, row_begin, G, t0, num_tokens,
                                     )  # fmt: skip
-                                    find_cut(cut, lane_begin, lane_end, lanes)
                             for _ in T.serial(1):
                                 with T.sblock("loading"):
                                     T.reads()
@@ -249,6 +248,11 @@ def partial_attention(
                                         T.reads()
                                         T.writes()
                                         product(S_rope, Q_rope, rope, 0, operand, "scores_rope")
+                            for _ in T.serial(1):
+                                with T.sblock("cutting"):
+                                    T.reads()
+                                    T.writes()
+                                    find_cut(cut, lane_begin, lane_end, lanes)
                             for _ in T.serial(1):
                                 with T.sblock("masking"):
                                     T.reads()

@@ -9,7 +9,7 @@ Starting from a group for each node, three steps each lower the modelled time:
    merge a child of s rows into a parent of l tokens iff 4·s > l) with the prices of the device
    in place of its constant; FastTree (MLSys 2025) decides its edges likewise.
 3. `merge_neighbours`: groups that follow each other depth first share an item where padding lanes
-   and steps makes that cheaper.
+   and steps makes that cheaper, if they are of one tree.
 
 Nothing loops over nodes: subtrees are ranges of the depth-first walk and their sums differences of
 running totals; chains climb by powers of two; neighbours merge in pairs, in a logarithm of rounds.
@@ -36,14 +36,19 @@ def packed(walk: Walk, prices: Prices) -> Groups:
     groups, mergeable = by_cluster(walk, clusters, hand_down(clusters, prices))
     if len(groups) < 2:
         return groups
-    return merge_neighbours(groups, mergeable, prices, clusters.balanced)
+    tree = (walk.parent < 0).cumsum()[groups.node[groups.indptr[:-1]]]
+    return merge_neighbours(groups, tree, mergeable, prices, clusters.balanced)
 
 
-def merge_neighbours(groups: Groups, mergeable: Bools, prices: Prices, balanced: float) -> Groups:
+def merge_neighbours(
+    groups: Groups, tree: Ints, mergeable: Bools, prices: Prices, balanced: float
+) -> Groups:
     """Merge groups that follow each other while that is cheaper, in rounds of disjoint pairs.
 
     Args:
         groups: in depth-first order.
+        tree: int[G], the number of each group's tree. Trees never share an item: a NaN in the KV
+            of one request would reach the rows of another, since 0 · NaN is NaN.
         mergeable: bool[G], which hold a stretch of the walk with all rows that see it.
         prices: the device.
         balanced: seconds in which the whole plan could end.
@@ -58,12 +63,14 @@ def merge_neighbours(groups: Groups, mergeable: Bools, prices: Prices, balanced:
         # Neighbours in depth-first order touch or overlap, so these rows have a partial in both.
         twice = (end - begin)[:-1] + (end - begin)[1:] - (high - low)
         gain = apart + twice * prices.partial_seconds - merged
-        pairs = _disjoint((gain > MERGE_GAIN * apart) & mergeable[:-1] & mergeable[1:])
+        allowed = mergeable[:-1] & mergeable[1:] & (tree[:-1] == tree[1:])
+        pairs = _disjoint((gain > MERGE_GAIN * apart) & allowed)
         if not len(pairs):
             break
         cost[pairs] = merged[pairs]
         first = np.delete(np.arange(len(start)), pairs + 1)
         start, mergeable, cost = start[first], mergeable[first], cost[first]
+        tree = tree[first]
         begin, end = np.minimum.reduceat(begin, first), np.maximum.reduceat(end, first)
         tokens = np.add.reduceat(tokens, first)
     return replace(groups, indptr=groups.indptr[np.append(start, -1)], row_begin=begin, row_end=end)

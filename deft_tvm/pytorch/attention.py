@@ -144,7 +144,8 @@ class TreeAttention:
             forest = lengths
         elif lengths is not None:
             forest = forest.with_lengths(_on_host(lengths))
-        if page_indices is not None or pages.is_contiguous:
+        moved = any(given is not None for given in (page_indices, page_indptr, first_slot))
+        if moved or pages.is_contiguous:
             pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
         return self.use(step.plan.update(forest, pages), pages)
 

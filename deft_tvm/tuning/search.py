@@ -20,7 +20,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.tuning.space import Space
 
-POOL = 24
+POOL = 16
 BEST = 4
 EPSILON = 0.2
 FEWEST_TO_RANK = 4

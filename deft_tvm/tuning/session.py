@@ -17,93 +17,22 @@ from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.manifest import installed_versions
 from deft_tvm.schedules import schedule
-from deft_tvm.tuning.runner import Runner
 from deft_tvm.tuning.budget import allot
 from deft_tvm.tuning.database import Database
-from deft_tvm.tuning.log import Trial, TuningLog, fastest
+from deft_tvm.tuning.kernel import Kernel
+from deft_tvm.tuning.log import Trial, TuningLog
 from deft_tvm.tuning.messages import Outcome, brief
-from deft_tvm.tuning.result import KernelResult, Listener, Progress
+from deft_tvm.tuning.result import Listener, Phase, Progress
+from deft_tvm.tuning.runner import Runner
 from deft_tvm.tuning.search import GreedySearch, new_cost_model, runner_result
-from deft_tvm.tuning.space import Space
 
 BATCH = 4
 SEARCH_SECONDS = 0.4
 """Of timing one candidate in the search."""
 
-FINALISTS = 3
 FINAL_ROUNDS = 15
 FINAL_SECONDS = 20.0
 """Most seconds of timing the finalists of one kernel."""
-
-
-@dataclass(eq=False)
-class Kernel:
-    """One kernel on its workload, and its trials in the log."""
-
-    space: Space
-    trials: list[Trial]
-    search: Any = None
-    context: Any = None
-
-    @property
-    def name(self) -> str:
-        return self.space.subject.kernel
-
-    @property
-    def tried(self) -> dict[int, tuple[float, ...]]:
-        """Seconds of each decision tried, by its number; none where it failed."""
-        searched = ((self.space.number(t.decision), t) for t in self.trials if not t.final)
-        return {
-            number: tuple(us * 1e-6 for us in trial.latency_us)
-            for number, trial in searched
-            if number is not None
-        }
-
-    @property
-    def good(self) -> list[Trial]:
-        """Trials that worked, of decisions that the schedule still knows."""
-        return [
-            trial
-            for trial in self.trials
-            if trial.status == "ok" and self.space.number(trial.decision) is not None
-        ]
-
-    @property
-    def best_us(self) -> float | None:
-        return min((trial.median_us for trial in self.good), default=None)
-
-    @property
-    def default_us(self) -> float | None:
-        """Of the default decision, in the last measurement."""
-        default = self.space[self.space.start]
-        found = [trial.median_us for trial in self.good if trial.decision == default]
-        return found[-1] if found else None
-
-    @property
-    def settled(self) -> bool:
-        """Nothing was tried since the best ones were measured again, or nothing can be."""
-        return len(self.good) < 2 or self.trials[-1].final
-
-    def finalists(self) -> list[int]:
-        """Numbers of the best decisions, and of the default if it works."""
-        seconds = {number: statistics.median(s) for number, s in self.tried.items() if s}
-        ranked = sorted(seconds, key=seconds.__getitem__)
-        default = [self.space.start] if self.space.start in seconds else []
-        return list(dict.fromkeys([*ranked[:FINALISTS], *default]))
-
-    def result(self) -> KernelResult | None:
-        if not self.good:
-            return None
-        winner = fastest(self.good)
-        return KernelResult(
-            self.name,
-            self.space.subject.workload,
-            winner.decision,
-            winner.median_us,
-            self.default_us,
-            len(self.tried),
-            len(self.space),
-        )
 
 
 @dataclass(eq=False)
@@ -160,7 +89,10 @@ class Session:
         for kernel in self.kernels:
             if kernel.space.start not in kernel.tried and self.made < self.trials:
                 self._search(kernel, 1)
-        weights = {kernel: kernel.default_us or 0.0 for kernel in self.kernels}
+        known = {kernel: kernel.default_us or kernel.best_us for kernel in self.kernels}
+        most = max((us for us in known.values() if us), default=1.0)
+        # A kernel for which nothing works yet is as urgent as the slowest.
+        weights = {kernel: us or most for kernel, us in known.items()}
         further = allot(
             self.trials,
             weights,
@@ -232,7 +164,9 @@ class Session:
         self._lines += 1
         kernel.trials.append(trial)
 
-    def _tell(self, phase: Any, text: str, kernel: Kernel, outcome: Outcome | None = None) -> None:
+    def _tell(
+        self, phase: Phase, text: str, kernel: Kernel, outcome: Outcome | None = None
+    ) -> None:
         self.listener(
             Progress(
                 phase,

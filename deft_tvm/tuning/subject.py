@@ -23,6 +23,9 @@ from deft_tvm.spec import AttentionSpec, TileShape
 
 MERGE = "merge"
 
+Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+"""Inputs and outputs of a kernel."""
+
 
 class Subject(msgspec.Struct, frozen=True):
     """One kernel and the work that it is timed on.
@@ -96,13 +99,14 @@ def _launch(encoded: bytes) -> Launch:
     subject = msgspec.json.decode(encoded, type=Subject)
     case = _case(subject.spec, subject.workload)
     plan = _plan(case, subject.tiles, subject.device)
-    place = _Place("cuda" if subject.device.kind == "cuda" else "cpu")
     if subject.tile is None:
-        return Launch(subject, case, plan, plan.items[:0], *_merge_arguments(case, plan, place))
-    number = subject.tiles.index(subject.tile)
-    begin, end = next(span for tile, *span in plan.launches if tile == number)
-    items = plan.items[begin:end]
-    return Launch(subject, case, plan, items, *_partial_arguments(case, plan, items, place))
+        items, (inputs, outputs) = plan.items[:0], _merge_arguments(case, plan)
+    else:
+        number = subject.tiles.index(subject.tile)
+        begin, end = next(span for tile, *span in plan.launches if tile == number)
+        items = plan.items[begin:end]
+        inputs, outputs = _partial_arguments(case, plan, items)
+    return Launch(subject, case, plan, items, _on(subject, inputs), _on(subject, outputs))
 
 
 @lru_cache(maxsize=2)
@@ -114,43 +118,31 @@ def _plan(case: workloads.Case, tiles: Sequence[TileShape], device: DeviceProfil
     return make_plan(case.forest, case.pages, case.spec, tiles, device)
 
 
-Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The torch device that holds the arguments."""
-
-    device: str
-
-    def __call__(self, values: Tensor | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values).to(
-            self.device
-        )
-
-    def partials(self, case: workloads.Case, plan: Plan) -> tuple[Tensor, Tensor]:
-        shape = (plan.num_partials, case.spec.num_q_heads)
-        return self(torch.zeros(*shape, case.spec.v_width)), self(torch.zeros(shape))
-
-    def results(self, case: workloads.Case, plan: Plan) -> tuple[Tensor, Tensor]:
-        shape = (plan.num_rows, case.spec.num_q_heads)
-        out = torch.zeros(*shape, case.spec.v_width, dtype=case.q.dtype)
-        return self(out), self(torch.zeros(shape))
-
-
-def _partial_arguments(
-    case: workloads.Case, plan: Plan, items: np.ndarray, place: _Place
-) -> Arguments:
-    spec, buffers = case.spec, [place(buffer) for buffer in case.buffers]
+def _partial_arguments(case: workloads.Case, plan: Plan, items: np.ndarray) -> Arguments:
+    spec, buffers = case.spec, case.buffers
     k, v = buffers[spec.k.buffer], buffers[spec.v.buffer]
     rope = k if spec.rope is None else buffers[spec.rope]
     arrays = (plan.header, plan.page_indices, plan.row_order, plan.runs, items, plan.dests)
-    inputs = (place(case.q), k, v, rope, *map(place, arrays))
-    return inputs, (*place.results(case, plan), *place.partials(case, plan))
+    inputs = (case.q, k, v, rope, *map(torch.tensor, arrays))
+    return inputs, (*_results(case), *_partials(case, plan))
 
 
-def _merge_arguments(case: workloads.Case, plan: Plan, place: _Place) -> Arguments:
+def _merge_arguments(case: workloads.Case, plan: Plan) -> Arguments:
     random = torch.Generator().manual_seed(0)
-    partials = (torch.randn(p.shape, generator=random) for p in place.partials(case, plan))
-    arrays = (plan.merge_indptr, plan.merge_rows)
-    return (*map(place, partials), *map(place, arrays)), place.results(case, plan)
+    partials = (partial.normal_(generator=random) for partial in _partials(case, plan))
+    return (*partials, *map(torch.tensor, (plan.merge_indptr, plan.merge_rows))), _results(case)
+
+
+def _results(case: workloads.Case) -> tuple[Tensor, Tensor]:
+    out = torch.zeros(*case.q.shape[:2], case.spec.v_width, dtype=case.q.dtype)
+    return out, torch.zeros(case.q.shape[:2])
+
+
+def _partials(case: workloads.Case, plan: Plan) -> tuple[Tensor, Tensor]:
+    shape = (plan.num_partials, case.spec.num_q_heads)
+    return torch.zeros(*shape, case.spec.v_width), torch.zeros(shape)
+
+
+def _on(subject: Subject, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors on the subject's device."""
+    return tuple(tensor.to(subject.device.kind) for tensor in tensors)

@@ -21,12 +21,13 @@ from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import TuningError
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning.runner import LocalRunner, Runner
 from deft_tvm.tuning.defaults import default_decision
+from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.log import AnyPath, Trial, TuningLog, by_subject, writable_root
 from deft_tvm.tuning.probe import device_file, probe, write_profile
 from deft_tvm.tuning.result import Listener, Progress, TuningResult, ignore
-from deft_tvm.tuning.session import Kernel, Session
+from deft_tvm.tuning.runner import LocalRunner, Runner
+from deft_tvm.tuning.session import Session
 from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.subject import Subject, subjects
 

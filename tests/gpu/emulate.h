@@ -3,12 +3,11 @@
 // follow the fragment maps of the PTX ISA, section "matrix multiply-accumulate instructions".
 #pragma once
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <pthread.h>
 #include <thread>
 #include <vector>
 
@@ -69,14 +68,13 @@ static thread_local Index threadIdx, blockIdx;
 #define CUDART_INF_F std::numeric_limits<float>::infinity()
 
 constexpr int WARP = 32;
-static std::unique_ptr<std::barrier<>> block_barrier;
-static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+static pthread_barrier_t block_barrier, warp_barriers[32];
 
 static inline int thread_number() { return threadIdx.y * WARP + threadIdx.x; }
 static inline int lane_number() { return threadIdx.x; }
 static inline int warp_begin() { return threadIdx.y * WARP; }
-static inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-static inline void __syncwarp() { warp_barriers[threadIdx.y]->arrive_and_wait(); }
+static inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
+static inline void __syncwarp() { pthread_barrier_wait(&warp_barriers[threadIdx.y]); }
 static inline uint __activemask() { return 0xffffffffu; }
 
 // Publishes one value a thread and reads another lane's.
@@ -150,14 +148,27 @@ static void multiply_fragments(float* c, const unsigned* a, const unsigned* b) {
 TENSOR_CORES(f16, half)
 TENSOR_CORES(bf16, nv_bfloat16)
 
+// cp.async lands at the wait and not before, so that a missing wait gives wrong results.
+struct Copy {
+  void* tile;
+  const void* row;
+};
+static thread_local std::vector<Copy> copies_under_way;
+static inline void deft_cp_async(void* tile, const void* row) {
+  copies_under_way.push_back({tile, row});
+}
+static inline void deft_wait_for_copies() {
+  for (const Copy& copy : copies_under_way) std::memcpy(copy.tile, copy.row, 16);
+  copies_under_way.clear();
+}
+
 alignas(1024) static uchar buf_dyn_shmem_ptr[232448];
 
 template <class Body>
 static void run_blocks(int blocks, int threads, Body body) {
-  block_barrier = std::make_unique<std::barrier<>>(threads);
-  warp_barriers.clear();
+  pthread_barrier_init(&block_barrier, nullptr, threads);
   for (int warp = 0; warp < threads / WARP; ++warp)
-    warp_barriers.push_back(std::make_unique<std::barrier<>>(WARP));
+    pthread_barrier_init(&warp_barriers[warp], nullptr, WARP);
   std::vector<std::thread> pool;
   for (int number = 0; number < threads; ++number)
     pool.emplace_back([=] {

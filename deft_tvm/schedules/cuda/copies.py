@@ -22,13 +22,30 @@ from deft_tvm.spec import DTYPE_BYTES
 
 BYTES = 16
 COPY = "deft_tvm.copy"
-"""Annotation of a loop over 16 bytes of a cache row."""
+"""Annotation of a loop over 16 bytes of a cache row, with one of these values."""
+NOW, LATER = 1, 2
+
 CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
 COPY_SOURCE = """
 __device__ __forceinline__ void deft_copy_16_bytes(void* tile, const void* row) {
   if ((size_t)row % 16 == 0) {
     *(uint4*)tile = *(const uint4*)row;
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
+  }
+}
+"""
+
+ASYNCHRONOUS_SOURCE = """
+__device__ __forceinline__ void deft_cp_async(void* tile, const void* row) {
+  unsigned address = __cvta_generic_to_shared(tile);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address), "l"(row) : "memory");
+}
+__device__ __forceinline__ void deft_copy_16_bytes_later(void* tile, const void* row) {
+  if ((size_t)row % 16 == 0) {
+    deft_cp_async(tile, row);
   } else {
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
@@ -63,7 +80,20 @@ def load_tile(sch: Schedule, block: str, warps: Any, lanes: int) -> None:
     _, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes])
     bind_threads(sch, warp, lane)
     if lanes > 1:
-        sch.annotate(piece, COPY, 1)
+        sch.annotate(piece, COPY, NOW)
+
+
+def asynchronous(statement: tirx.Stmt) -> tirx.Stmt:
+    """`statement` with copies that land at the next wait."""
+
+    def later(loop: tirx.For) -> tirx.For:
+        if COPY not in loop.annotations:
+            return loop
+        return tirx.For(
+            loop.loop_var, loop.min, loop.extent, loop.kind, loop.body, annotations={COPY: LATER}
+        )
+
+    return tvm_ffi.structural_map(statement, [(tirx.For, later)])
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.CopyWholeVectors")
@@ -83,19 +113,30 @@ def _copy(loop: tirx.For) -> tirx.Stmt:
 
     # The guard of a last, partial round stays around the call.
     body = tvm_ffi.structural_map(loop.body, [(Var, first)])
-    return tvm_ffi.structural_map(body, [(tirx.BufferStore, lambda s: _call(s, int(loop.extent)))])
+    later = int(loop.annotations[COPY]) == LATER
+
+    def call(store: Any) -> tirx.Stmt:
+        return _call(store, int(loop.extent), later)
+
+    return tvm_ffi.structural_map(body, [(tirx.BufferStore, call)])
 
 
-def _call(store: Any, lanes: int) -> tirx.Stmt:
+def _call(store: Any, lanes: int, later: bool) -> tirx.Stmt:
     """The device function for a store of the first of `lanes` elements."""
     loads: list[Any] = []
     tvm_ffi.structural_walk(store.value, [(TensorLoad, loads.append)])
     (row,) = (load for load in loads if load.source.scope() == "global")
-    source = str(row.source.ty.dtype)
-    same = storage(source) == str(store.buffer.ty.dtype)
-    function = "deft_copy_16_bytes" if same else "deft_widen_16_bytes"
-    text = COPY_SOURCE if same else WIDEN_SOURCE % {"type": CUDA_TYPES[source]}
+    function, text = _device_function(str(row.source.ty.dtype), str(store.buffer.ty.dtype), later)
     # An access pointer, since TVM's barriers take no notice of a plain address.
     (offset,) = store.buffer.offset_of(store.indices)
     tile = store.buffer.access_ptr("w", offset=offset, extent=lanes)
     return tirx.Evaluate(T.cuda.func_call(function, tile, T.address_of(row), source_code=text))
+
+
+def _device_function(source: str, tile: str, later: bool) -> tuple[str, str]:
+    """Name and text of what moves 16 bytes of a `source` cache into a tile of `tile` elements."""
+    if storage(source) != tile:
+        return "deft_widen_16_bytes", WIDEN_SOURCE % {"type": CUDA_TYPES[source]}
+    if later:
+        return "deft_copy_16_bytes_later", ASYNCHRONOUS_SOURCE
+    return "deft_copy_16_bytes", COPY_SOURCE

@@ -8,10 +8,12 @@ from tvm.s_tir import Schedule
 
 from deft_tvm.schedules.cuda.copies import load_tile, whole_lanes
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
+from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
-from deft_tvm.schedules.rule import KernelTask
+from deft_tvm.schedules.rule import KernelTask, Knobs
 
 TABLES = 4
+STAGES = (1, 2)
 
 
 def locate_tokens(sch: Schedule, warps: Any) -> None:
@@ -27,7 +29,7 @@ def locate_tokens(sch: Schedule, warps: Any) -> None:
     sch.bind(sch.split(tokens, [None, LANES])[1], "threadIdx.x")
 
 
-def load_tiles(task: KernelTask, sch: Schedule, warps: Any) -> None:
+def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> None:
     """Q once an item, K, V and rope once a step, by all threads together."""
     spec, operand = task.spec, task.tile.operand if task.tile else ""
     regions = {"load_v": (spec.v.buffer, spec.v_width)}
@@ -42,3 +44,4 @@ def load_tiles(task: KernelTask, sch: Schedule, warps: Any) -> None:
         load_tile(sch, block, warps, 1)
     for block, (buffer, width) in regions.items():
         load_tile(sch, block, warps, whole_lanes(spec.buffers[buffer].dtype, operand, width))
+    load_ahead(sch, knobs.pick("stages", STAGES, 2))

@@ -6,9 +6,11 @@ steps that only other targets or features need, and with two of our own between.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from tvm import IRModule, s_tir, tirx, transform
+import tvm_ffi
+from tvm import DataType, IRModule, s_tir, tirx, transform
 from tvm import compile as tvm_compile
 from tvm.target import Target
 from tvm.tirx.compilation_pipeline import (
@@ -26,6 +28,7 @@ from deft_tvm.schedules.cuda.shares import (
     FRAGMENT,
     keep_own_share,
 )
+from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
 
 PIPELINE = "deft_tvm_cuda"
 
@@ -75,10 +78,29 @@ def cuda_target(arch: str) -> Target:
     )
 
 
+def shared_bytes(module: IRModule, arch: str) -> int:
+    """Shared memory that one block of the module's hungriest kernel takes, static and dynamic."""
+    kernels = lowered(module, arch).functions.values()
+    return max(_shared_bytes(kernel.body) for kernel in kernels)
+
+
 def lowered(module: IRModule, arch: str) -> IRModule:
     """The kernels as loops over flat buffers, just before they are split into host and device."""
     bound = tirx.transform.BindTarget(cuda_target(arch))(module)
     return transform.Sequential(_threaded())(bound)
+
+
+def _shared_bytes(body: tirx.Stmt) -> int:
+    sizes = [0]
+
+    def look(allocation: Any) -> None:
+        buffer = allocation.buffer
+        if buffer.scope().startswith("shared"):
+            elements = math.prod(int(extent) for extent in buffer.ty.shape)
+            sizes.append(elements * DataType(str(buffer.ty.dtype)).itemsize)
+
+    tvm_ffi.structural_walk(body, [(tirx.AllocBuffer, look)])
+    return sum(sizes)
 
 
 def _threaded() -> list[transform.Pass]:
@@ -94,6 +116,7 @@ def _threaded() -> list[transform.Pass]:
         lower.CompactBufferAllocation(),
         lower.UnifyThreadBinding(),
         lower.LowerMatchBuffer(),
+        fetch_one_tile_ahead,
         copy_whole_vectors,
         keep_own_share(FRAGMENT),
         lift_registers,

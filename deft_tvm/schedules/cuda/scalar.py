@@ -60,7 +60,7 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     keep(sch, ("probabilities",), TILE_SCOPE)
 
     locate_tokens(sch, warps)
-    load_tiles(task, sch, warps)
+    load_tiles(task, sch, knobs, warps)
     for block in (*products, "accumulate", *PASSES):
         deal(sch, block, warps)
     for block in ROW_REDUCTIONS:

@@ -56,7 +56,7 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     products = ("scores", "scores_rope") if task.spec.rope is not None else ("scores",)
 
     locate_tokens(sch, warps)
-    load_tiles(task, sch, warps)
+    load_tiles(task, sch, knobs, warps)
 
     fragments = (*products, "init_out", "logits", "exponentials", "probabilities")
     for block in (*fragments, "accumulate", "fold"):

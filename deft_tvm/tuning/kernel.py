@@ -1,0 +1,90 @@
+"""A kernel in the tuner: its decisions, and what the log says of them."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from deft_tvm.tuning.log import Trial, fastest
+from deft_tvm.tuning.result import KernelResult
+from deft_tvm.tuning.space import Space
+
+FINALISTS = 3
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One kernel on its workload, and its trials.
+
+    Attributes:
+        space: its decisions.
+        trials: all in the log, of this kernel and workload.
+        search: the strategy that proposes further ones.
+        context: MetaSchedule's, around `search`.
+    """
+
+    space: Space
+    trials: list[Trial]
+    search: Any = None
+    context: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.space.subject.kernel
+
+    @property
+    def tried(self) -> dict[int, tuple[float, ...]]:
+        """Seconds of each decision tried, by its number; none where it failed."""
+        searched = ((self.space.number(t.decision), t) for t in self.trials if not t.final)
+        return {
+            number: tuple(us * 1e-6 for us in trial.latency_us)
+            for number, trial in searched
+            if number is not None
+        }
+
+    @property
+    def good(self) -> list[Trial]:
+        """Trials that worked, of decisions that the schedule still knows."""
+        return [
+            trial
+            for trial in self.trials
+            if trial.status == "ok" and self.space.number(trial.decision) is not None
+        ]
+
+    @property
+    def best_us(self) -> float | None:
+        return min((trial.median_us for trial in self.good), default=None)
+
+    @property
+    def default_us(self) -> float | None:
+        """Of the default decision, in the last measurement."""
+        default = self.space[self.space.start]
+        found = [trial.median_us for trial in self.good if trial.decision == default]
+        return found[-1] if found else None
+
+    @property
+    def settled(self) -> bool:
+        """Nothing was tried since the best ones were measured again, or nothing can be."""
+        return len(self.good) < 2 or self.trials[-1].final
+
+    def finalists(self) -> list[int]:
+        """Numbers of the best decisions, and of the default if it works."""
+        seconds = {number: statistics.median(s) for number, s in self.tried.items() if s}
+        ranked = sorted(seconds, key=seconds.__getitem__)
+        default = [self.space.start] if self.space.start in seconds else []
+        return list(dict.fromkeys([*ranked[:FINALISTS], *default]))
+
+    def result(self) -> KernelResult | None:
+        if not self.good:
+            return None
+        winner = fastest(self.good)
+        return KernelResult(
+            self.name,
+            self.space.subject.workload,
+            winner.decision,
+            winner.median_us,
+            self.default_us,
+            len(self.tried),
+            len(self.space),
+        )

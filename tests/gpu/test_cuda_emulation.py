@@ -1,0 +1,175 @@
+"""Generated CUDA, run on the CPU one thread for each CUDA thread, against the oracle."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import tvm
+from emulate import Kernel, translate
+from problems import (
+    Problem,
+    check,
+    cuda_of,
+    make_problem,
+    merge_arguments,
+    merge_task,
+    partial_arguments,
+    partial_task,
+    run,
+)
+
+from deft_tvm.schedules.rule import apply_rules
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
+from deft_tvm.tree import Forest
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
+
+# A shared root, a branch with causal rows under it and one with a child; 97 tokens.
+BRANCHES = Forest.from_parents([-1, 0, 0, 1], [70, 13, 5, 9], [0, 3, 1, 2])
+# A draft tree under a context: one token and one row a node.
+DRAFT = Forest.from_parents([-1, 0, 0, 1, 1, 2, 3], [21, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1])
+# Rows of the last 36 of 40 tokens: whole tiles that early rows do not see.
+CAUSAL = Forest.from_parents([-1], [40], [36])
+# A row that sees nothing, and one that only its parent's tokens.
+EMPTY = Forest.from_parents([-1, -1, 1], [0, 3, 0], [1, 0, 2])
+
+
+def gqa(heads: int, kv_heads: int, width: int, dtype: str, **others: object) -> AttentionSpec:
+    return AttentionSpec.gqa(
+        num_q_heads=heads, num_kv_heads=kv_heads, head_dim=width, dtype=dtype, **others
+    )
+
+
+def tied(dtype: str) -> AttentionSpec:
+    """A state 64 wide that is both K and V, with 16 columns of rope under one head."""
+    return AttentionSpec(
+        num_q_heads=4,
+        num_kv_heads=2,
+        buffers=(CacheBuffer("state", 2, 64, dtype), CacheBuffer("rope", 1, 16, dtype)),
+        k=Region(0, 0, 64),
+        v=Region(0, 0, 64),
+        rope=1,
+        scale=0.11,
+        dtype=dtype,
+        page_size=8,
+    )
+
+
+CASES = {
+    "scalar, decode tile": (gqa(8, 2, 64, "float32"), (4, 64, "float32"), BRANCHES, "node"),
+    "scalar, half cache, 128 wide": (
+        gqa(4, 1, 128, "float16"),
+        (4, 64, "float32"),
+        BRANCHES,
+        "packed",
+    ),
+    "scalar, odd sizes": (
+        gqa(3, 1, 80, "bfloat16", layout="HND", page_size=4),
+        (6, 24, "float32"),
+        BRANCHES,
+        "packed",
+    ),
+    "scalar, tied and rope": (tied("float32"), (16, 32, "float32"), DRAFT, "packed"),
+    "tensor cores, half": (gqa(8, 2, 64, "float16"), (32, 64, "float16"), BRANCHES, "packed"),
+    "tensor cores, bfloat16, pages of one": (
+        gqa(4, 2, 128, "bfloat16", page_size=1),
+        (16, 32, "bfloat16"),
+        DRAFT,
+        "node",
+    ),
+    "tensor cores, tied and rope": (tied("float16"), (16, 16, "float16"), BRANCHES, "flatten"),
+    "tensor cores, causal": (
+        gqa(2, 2, 80, "bfloat16", layout="HND"),
+        (64, 16, "bfloat16"),
+        CAUSAL,
+        "node",
+    ),
+    "empty": (gqa(4, 2, 64, "float16"), (16, 16, "float16"), EMPTY, "node"),
+}
+
+
+def problem_of(case: str) -> Problem:
+    spec, tile, forest, grouping = CASES[case]
+    return make_problem(spec, forest, (TileShape(*tile),), grouping)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_oracle(case: str, tmp_path: Path) -> None:
+    problem = problem_of(case)
+    run(problem, tmp_path)
+    check(problem)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_reads_caches_of_odd_strides(dtype: str, tmp_path: Path) -> None:
+    """Rows that no 16-byte load can reach are read element by element."""
+    spec, operand = gqa(4, 2, 64, dtype), dtype
+    problem = make_problem(spec, BRANCHES, (TileShape(16, 32, operand),), "packed")
+    shifted = []
+    for cache in problem.caches:
+        wide = torch.full((*cache.shape[:-1], 67), torch.nan, dtype=cache.dtype)
+        wide[..., 1:65] = cache
+        shifted.append(wide[..., 1:65])
+    object.__setattr__(problem, "caches", tuple(shifted))
+    run(problem, tmp_path)
+    check(problem)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_samples_of_the_space_match_the_oracle(seed: int, tmp_path: Path) -> None:
+    tile = TileShape(16, 16, "float16" if seed % 2 else "float32")
+    problem = make_problem(gqa(4, 2, 64, "float16"), DRAFT, (tile,), "node")
+    run(problem, tmp_path, None)
+    check(problem)
+
+
+@pytest.mark.parametrize("operand", ["float32", "float16"])
+def test_scheduling_leaves_the_module_as_it_was(operand: str) -> None:
+    task = partial_task(gqa(8, 2, 64, "float16"), TileShape(16, 64, operand))
+    module = tvm.IRModule({task.symbol: task.computation})
+    before = module.script()
+    apply_rules(task, tvm.s_tir.Schedule(module), {})
+    assert module.script() == before
+
+
+RACES = ("scalar, decode tile", "tensor cores, half")
+
+
+@pytest.mark.parametrize("case", RACES)
+def test_no_races(case: str, tmp_path: Path) -> None:
+    problem = problem_of(case)
+    kernel, arguments = first_launch(problem)
+    assert kernel.races(tmp_path, 2, arguments) == 0
+
+
+@pytest.mark.parametrize("case", RACES)
+def test_a_missing_barrier_is_reported(case: str, tmp_path: Path) -> None:
+    """The barrier between loading a tile and the first product is the last one before it."""
+    problem = problem_of(case)
+    kernel, arguments = first_launch(problem)
+    planted = Kernel(kernel.parameters, without_barrier_after_loads(kernel.cpp))
+    assert planted.races(tmp_path, 2, arguments) > 0
+
+
+def test_merge_has_no_races(tmp_path: Path) -> None:
+    problem = problem_of("scalar, decode tile")
+    kernel = translate(cuda_of(merge_task(problem.spec)), "merge")
+    for name in ("partial_out", "partial_lse"):
+        getattr(problem, name).zero_()
+    assert kernel.races(tmp_path, 4, merge_arguments(problem)) == 0
+
+
+def first_launch(problem: Problem) -> tuple[Kernel, dict]:
+    tile, begin, end = problem.plan.launches[0]
+    task = partial_task(problem.spec, problem.plan.tiles[tile])
+    return translate(cuda_of(task), "partial"), partial_arguments(problem, begin, end)
+
+
+def without_barrier_after_loads(cpp: str) -> str:
+    loads = [found.end() for found in re.finditer(r"deft_copy_16_bytes\(\(&", cpp)]
+    barrier = cpp.index("__syncthreads();", loads[-1])
+    return cpp[:barrier] + cpp[barrier + len("__syncthreads();") :]
