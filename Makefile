@@ -11,11 +11,9 @@ IN := $(VENV)/bin/python -m
 PIP := $(IN) pip install --constraint constraints.txt
 NEEDS := pyproject.toml constraints.txt
 
-# On Linux a plain torch brings gigabytes of CUDA; without a GPU the smaller build is taken where
-# the site that has it can be reached.
-ifeq ($(shell command -v nvidia-smi),)
-SMALL_TORCH := --retries 1 --find-links https://download.pytorch.org/whl/cpu/torch/
-endif
+# A plain torch for Linux brings gigabytes of CUDA; TORCH_INDEX names an index with a smaller build,
+# as pytorch.org's installation page gives it.
+TORCH_INDEX ?=
 
 .PHONY: run test machine clean
 
@@ -37,7 +35,7 @@ $(VENV)/installed-%: $(VENV)/installed-torch $(NEEDS)
 
 $(VENV)/installed-torch: constraints.txt | machine
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(SMALL_TORCH) torch
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
 # Everything that pip cannot install, each with what to do if it is missing.

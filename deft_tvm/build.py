@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Literal
 
 import tvm
 from tvm import IRModule
@@ -32,6 +33,7 @@ from deft_tvm.schedules.cuda.lowering import compile_cuda
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.threads import compile_torch_pool
+from deft_tvm.tuning.log import best, find_log
 
 MERGE = "merge"
 
@@ -123,8 +125,6 @@ def build_default(spec: AttentionSpec, device: DeviceProfile) -> Path:
 
 def logged_decisions(spec: AttentionSpec, device: DeviceProfile) -> Decisions:
     """The best decisions of the device's log for `spec`; none where nothing was tuned."""
-    from deft_tvm.tuning.log import best, find_log
-
     log = None if env.UNTUNED.get() else find_log(spec, device)
     if log is None:
         return Decisions()
@@ -181,6 +181,6 @@ def _kernel(task: KernelTask, decisions: Decisions) -> Kernel:
     )
 
 
-def _cuda_kind() -> str:
+def _cuda_kind() -> Literal["cuda-cubin", "cuda-source"]:
     """TVM embeds a cubin where it sees a GPU, else source that is compiled at load."""
     return "cuda-cubin" if tvm.cuda(0).exist else "cuda-source"

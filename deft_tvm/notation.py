@@ -75,23 +75,31 @@ def parse_spec(text: str) -> AttentionSpec:
             f"spec {text!r} starts with {kind!r}; expected gqa or kv, as in {EXAMPLE!r}"
         )
     fields = _Fields(text, kind, body)
-    storage = {
-        "dtype": fields.get("dtype", _dtype, "float32"),
-        "page_size": fields.get("page", int, 16),
-        "layout": fields.get("layout", _layout, "NHD"),
-    }
-    heads = {"num_q_heads": fields["hq", int], "num_kv_heads": fields["hkv", int]}
+    num_q_heads, num_kv_heads = fields["hq", int], fields["hkv", int]
+    dtype: Dtype = fields.get("dtype", _dtype, "float32")
+    layout: Layout = fields.get("layout", _layout, "NHD")
+    page_size = fields.get("page", int, 16)
     if kind == "gqa":
-        scale = fields.get("scale", float, None)
-        return AttentionSpec.gqa(head_dim=fields["d", int], scale=scale, **heads, **storage)  # type: ignore[arg-type]
+        return AttentionSpec.gqa(
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=fields["d", int],
+            dtype=dtype,
+            page_size=page_size,
+            layout=layout,
+            scale=fields["scale", float] if "scale" in fields.values else None,
+        )
     return AttentionSpec(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
         buffers=fields["buffers", _buffers],
         k=fields["k", _region],
         v=fields["v", _region],
-        rope=fields.get("rope", int, None),
+        rope=fields["rope", int] if "rope" in fields.values else None,
         scale=fields["scale", float],
-        **heads,
-        **storage,  # type: ignore[arg-type]
+        dtype=dtype,
+        page_size=page_size,
+        layout=layout,
     )
 
 
@@ -122,7 +130,7 @@ class _Fields:
                 f"spec {self.text!r}: {name} is {self.values[name]!r}; expected {wanted}"
             ) from None
 
-    def get(self, name: str, read: Callable[[str], T], default: T | None) -> T | None:
+    def get(self, name: str, read: Callable[[str], T], default: T) -> T:
         return self[name, read] if name in self.values else default
 
 

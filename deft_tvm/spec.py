@@ -122,7 +122,7 @@ class AttentionSpec:
     @cached_property
     def slug(self) -> str:
         """The full canonical form, safe as a file name."""
-        return str(self).translate(str.maketrans({":": "-", "=": "", ",": "-", "*": "x"}))
+        return str(self).replace("=", "").translate(str.maketrans(":,*", "--x"))
 
     @classmethod
     def gqa(
@@ -157,7 +157,7 @@ class AttentionSpec:
 
     @classmethod
     def parse(cls, text: str) -> AttentionSpec:
-        """The spec that `text` spells, as in ``gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd``.
+        """The spec that ``gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd`` or the like spells.
 
         The inverse of ``str(spec)``; see `deft_tvm.notation`.
 

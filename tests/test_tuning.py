@@ -352,7 +352,7 @@ def test_two_tunings_of_one_log_are_refused(tmp_path) -> None:
     directory.mkdir(parents=True)
     with (
         filelock.FileLock(directory / ".lock"),
-        pytest.raises(TuningError, match="another tuning writes .*; wait for it, or name another"),
+        pytest.raises(TuningError, match=r"another tuning writes .*; wait for it, or name another"),
     ):
         tuning_run.run(str(tmp_path), 2)
 

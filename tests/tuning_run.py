@@ -1,4 +1,4 @@
-"""A tuning of a tiny attention, to run in a process of its own and to kill: ``ROOT TRIALS [real]``."""
+"""A tuning of a tiny attention, to be run as a script and killed: ``ROOT TRIALS [real]``."""
 
 from __future__ import annotations
 

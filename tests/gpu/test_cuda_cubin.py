@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 from deft_tvm.schedules import KernelTask, schedule
-from deft_tvm.schedules.cuda.lowering import (
-    SHARED_BYTES,
-    compile_cuda,
-    cuda_source,
-    shared_bytes,
-)
+from deft_tvm.schedules.cuda.limits import shared_limit
+from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source, shared_bytes
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 
@@ -72,4 +68,4 @@ def test_kernels_fit_the_machine(text: str, arch: str, tmp_path: Path) -> None:
         used = usage(task, arch, tmp_path)
         assert (used.stack, used.spill_stores, used.spill_loads) == (0, 0, 0), (tile, used)
         assert used.registers <= 255
-        assert shared_bytes(schedule(task)[0].mod, arch) <= SHARED_BYTES[arch]
+        assert shared_bytes(schedule(task)[0].mod, arch) <= shared_limit(arch)

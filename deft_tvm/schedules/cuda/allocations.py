@@ -21,7 +21,7 @@ def lift(block: SBlock, wanted: Callable[[Any], bool]) -> SBlock:
         return with_allocations(inner, inner.body, kept) if mine else inner
 
     body = tvm_ffi.structural_map(block.body, [(SBlock, without)], order="post")
-    return with_allocations(block, body, [*block.alloc_buffers, *lifted])
+    return with_allocations(block, body, [*block.alloc_buffers, *dict.fromkeys(lifted)])
 
 
 def with_allocations(block: SBlock, body: tirx.Stmt, buffers: list[Any]) -> SBlock:

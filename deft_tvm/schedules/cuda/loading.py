@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cuda.copies import load_tile, whole_lanes
+from deft_tvm.kernels.numerics import storage
+from deft_tvm.schedules.cuda.copies import BYTES, load_tile, whole_lanes
+from deft_tvm.schedules.cuda.limits import ELEMENT_BYTES, fits_staged
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
 from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
 from deft_tvm.schedules.rule import KernelTask, Knobs
 
 TABLES = 4
-STAGES = (1, 2)
 
 
 def locate_tokens(sch: Schedule, warps: Any) -> None:
@@ -31,17 +33,34 @@ def locate_tokens(sch: Schedule, warps: Any) -> None:
 
 def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> None:
     """Q once an item, K, V and rope once a step, by all threads together."""
-    spec, operand = task.spec, task.tile.operand if task.tile else ""
+    assert task.tile is not None
+    spec, operand = task.spec, task.tile.operand
     regions = {"load_v": (spec.v.buffer, spec.v_width)}
+    queries = ["load_q"]
     if not spec.tied:
         regions["load_k"] = (spec.k.buffer, spec.k_width)
-    queries = ["load_q"]
     if spec.rope is not None:
         regions["load_rope"] = (spec.rope, spec.rope_width)
         queries.append("load_q_rope")
     keep(sch, (*queries, *regions), TILE_SCOPE)
+    _pad_rows(sch, (*queries, *regions), operand)
+
     for block in queries:
         load_tile(sch, block, warps, 1)
+    whole = True
     for block, (buffer, width) in regions.items():
-        load_tile(sch, block, warps, whole_lanes(spec.buffers[buffer].dtype, operand, width))
-    load_ahead(sch, knobs.pick("stages", STAGES, 2))
+        source = spec.buffers[buffer].dtype
+        lanes = whole_lanes(source, operand, width)
+        load_tile(sch, block, warps, lanes)
+        whole = whole and source == operand and lanes > 1
+
+    # Only copies of 16 bytes run beside the work; what is converted passes through registers.
+    two = whole and fits_staged(task, 2, BYTES)
+    load_ahead(sch, knobs.pick("stages", (1, 2) if two else (1,), 2 if two else 1))
+
+
+def _pad_rows(sch: Schedule, blocks: Iterable[str], operand: str) -> None:
+    """16 bytes between rows, so that equal columns of neighbouring rows lie in other banks."""
+    lanes = BYTES // ELEMENT_BYTES[storage(operand)]
+    for block in blocks:
+        sch.storage_align(sch.get_sblock(block), 0, -2, 2 * lanes, lanes)

@@ -21,6 +21,7 @@ from tvm.tirx.compilation_pipeline import (
 
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
+from deft_tvm.schedules.cuda.limits import shared_limit
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
     DEALT_ROWS,
@@ -31,17 +32,6 @@ from deft_tvm.schedules.cuda.shares import (
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
 
 PIPELINE = "deft_tvm_cuda"
-
-# Shared memory that one block may ask for, in bytes (CUDA C++ programming guide, table "technical
-# specifications per compute capability").
-SHARED_BYTES = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90a": 227 * 1024,
-    "sm_100a": 227 * 1024,
-    "sm_120a": 99 * 1024,
-}
 
 
 def compile_cuda(module: IRModule, arch: str) -> Any:
@@ -70,7 +60,7 @@ def cuda_target(arch: str) -> Target:
         {
             "kind": "cuda",
             "arch": arch,
-            "max_shared_memory_per_block": SHARED_BYTES.get(arch, 48 * 1024),
+            "max_shared_memory_per_block": shared_limit(arch),
             "max_threads_per_block": 1024,
             "thread_warp_size": 32,
         },

@@ -75,9 +75,9 @@ class _Staged:
         self.bind, *stages = list(self.block.body.seq)
         self.ahead = [stage for stage in stages if _mark(stage)]
         self.rest = [stage for stage in stages if not _mark(stage)]
-        written = _buffers(self.ahead, stores=True)
+        self.written = _buffers(self.ahead, stores=True)
         used = _buffers(self.rest, stores=False)
-        self.doubled = [b for b in written if any(b.same_as(other) for other in used)]
+        self.doubled = [buffer for buffer in self.written if _among(buffer, used)]
 
     def statement(self) -> tirx.Stmt:
         """The loop with all that comes before it, in a block that owns the doubled buffers."""
@@ -95,7 +95,7 @@ class _Staged:
         inner = tirx.For(step, loop.min, loop.extent, loop.kind, realize, loop.thread_binding, {})
         first = self._half(self._fetch(zero, None), zero)
         whole = SBlock([], [], [], "staged", tirx.SeqStmt([*first, inner]), None, [], [], {})
-        return SBlockRealize([], True, lift(whole, self._is_doubled))
+        return SBlockRealize([], True, lift(whole, lambda b: _among(b, self.written)))
 
     def _fetch(self, tile: Any, condition: Any) -> list[tirx.Stmt]:
         """The stages that go ahead, for tile number `tile`."""
@@ -143,7 +143,11 @@ class _Staged:
         return tvm_ffi.structural_map(statement, uses, order="post")
 
     def _is_doubled(self, buffer: Any) -> bool:
-        return any(buffer.same_as(other) for other in self.doubled)
+        return _among(buffer, self.doubled)
+
+
+def _among(buffer: Any, buffers: list[Any]) -> bool:
+    return any(buffer.same_as(other) for other in buffers)
 
 
 def _mark(stage: tirx.Stmt) -> int:
