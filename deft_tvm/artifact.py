@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import filelock
 import tvm_ffi
 
 from deft_tvm import env, threads
+from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, CompilerMissing
 from deft_tvm.manifest import (
@@ -142,9 +142,8 @@ def find(
     passed_over: list[str] = []
     best = _best(spec, device, path, passed_over) or _build_default(spec, device, path, passed_over)
     artifact = Artifact.load(best, device, spec)
-    if env.DEBUG.get() >= 1:
-        for kernel in (*artifact.manifest.tiles, artifact.manifest.merge):
-            print(f"deft_tvm: {best}: {kernel.function}: {kernel.tuned_from}", file=sys.stderr)
+    kernels = (*artifact.manifest.tiles, artifact.manifest.merge)
+    tell(1, "module", lambda: "\n".join(f"{best}: {k.function}: {k.tuned_from}" for k in kernels))
     return artifact
 
 

@@ -18,6 +18,7 @@ import tvm
 from tvm import IRModule
 
 from deft_tvm import env
+from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile, required_features
 from deft_tvm.manifest import (
     DEFAULT,
@@ -29,7 +30,7 @@ from deft_tvm.manifest import (
     write_artifact,
 )
 from deft_tvm.schedules import Decision, KernelTask, schedule
-from deft_tvm.schedules.cuda.lowering import compile_cuda
+from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.threads import compile_torch_pool
@@ -68,8 +69,16 @@ def lower(tasks: Sequence[KernelTask], decisions: Decisions | None = None) -> IR
     decided = (decisions or Decisions()).by_kernel
     module = IRModule()
     for task in tasks:
-        module.update(schedule(task, decided.get(task.name, {}))[0].mod)
+        module.update(_scheduled(task, decided.get(task.name, {})))
     return module
+
+
+def _scheduled(task: KernelTask, decision: Decision) -> IRModule:
+    sch, knobs = schedule(task, decision)
+    tell(3, f"{task.symbol}-schedule", lambda: f"# {knobs.taken}\n{sch.trace}", "py")
+    tell(5, f"{task.symbol}-as-written", task.computation.script, "py")
+    tell(5, f"{task.symbol}-scheduled", sch.mod.script, "py")
+    return sch.mod
 
 
 def compile_module(module: IRModule, target: Mapping[str, object]) -> tvm.runtime.Executable:
@@ -108,10 +117,16 @@ def build(
     decisions = decisions or logged_decisions(spec, device)
     tasks = tasks_for(spec, device, tiles)
     executable = compile_module(lower(tasks, decisions), device.target())
+    on_cpu = device.kind == "cpu"
+    tell(
+        4,
+        "module-source",
+        lambda: executable.mod.inspect_source("asm") if on_cpu else cuda_source(executable),
+        "s" if on_cpu else "cu",
+    )
     directory = cache_directory(spec, device) if out is None else Path(out)
     with tempfile.TemporaryDirectory() as scratch:
         module_file = os.path.join(scratch, "module.so")
-        on_cpu = device.kind == "cpu"
         executable.export_library(
             module_file, addons=[compile_torch_pool(scratch)] if on_cpu else None
         )

@@ -66,7 +66,11 @@ DEBUG = Variable(
     _level,
 )
 DUMP: Variable[Path | None] = Variable(
-    "DEFT_TVM_DUMP", "write what DEBUG says into this folder", None, "a folder", _path
+    "DEFT_TVM_DUMP",
+    "write all that DEBUG could say into this folder, as numbered files",
+    None,
+    "a folder",
+    _path,
 )
 CHECK = Variable("DEFT_TVM_CHECK", "compare each run with the oracle", False, "0 or 1", _flag)
 LOGS: Variable[Path | None] = Variable(

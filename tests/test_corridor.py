@@ -21,6 +21,7 @@ PACKAGE = ROOT / "deft_tvm"
 CORRIDOR = (
     ("errors",),
     ("env", "arrays"),
+    ("debug",),
     ("spec", "notation", "device", "preorder", "prefixes", "tree", "pages"),
     ("plan",),
     ("kernels",),
@@ -91,7 +92,10 @@ def _ours(found: Import) -> str | None:
 
 
 MODULES = {_module(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-IMPORTS = {name: list(_imports(ast.parse(file.read_text(encoding="utf-8")))) for name, file in MODULES.items()}
+IMPORTS = {
+    name: list(_imports(ast.parse(file.read_text(encoding="utf-8"))))
+    for name, file in MODULES.items()
+}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -169,4 +173,6 @@ def test_environment_variables_are_those_that_contributing_lists() -> None:
 def test_no_other_environment_variable_is_spoken_of() -> None:
     known = {variable.name for variable in env.VARIABLES}
     for file in [*MODULES.values(), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
-        assert set(re.findall(r"DEFT_TVM_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))) <= known, file
+        assert (
+            set(re.findall(r"DEFT_TVM_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))) <= known
+        ), file

@@ -169,8 +169,8 @@ def test_the_first_default_that_fits_is_taken(roots) -> None:
     file.write_bytes(
         msgspec.json.encode(
             [
-                {"kernel": "r*f32", "features": ["avx512f"], "decision": {"rows": 32}},
-                {"kernel": "r*f32", "decision": {"rows": 16}},
+                {"kernels": ["r*f32"], "features": ["avx512f"], "decision": {"rows": 32}},
+                {"kernels": ["merge", "r*f32"], "decision": {"rows": 16}},
             ]
         )
     )
@@ -183,6 +183,6 @@ def test_the_first_default_that_fits_is_taken(roots) -> None:
 def test_a_damaged_file_of_defaults_is_refused(roots) -> None:
     file = roots[1] / "default-llvm" / "decisions.json"
     file.parent.mkdir(parents=True)
-    file.write_text('[{"kernel": 3}]')
+    file.write_text('[{"kernels": 3}]')
     with pytest.raises(LogError, match="no list of default decisions"):
         default_decision("merge", "llvm", ())

@@ -19,7 +19,7 @@ from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.build import tasks_for
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import FEATURES, DeviceProfile
 from deft_tvm.errors import TuningError, WorkloadError
 from deft_tvm.schedules import schedule
 from deft_tvm.schedules.tiles import default_tiles
@@ -27,6 +27,7 @@ from deft_tvm.spec import AttentionSpec, CacheBuffer, Region
 from deft_tvm.threads import compile_torch_pool
 from deft_tvm.tuning.budget import allot
 from deft_tvm.tuning.database import FILES, Database
+from deft_tvm.tuning.defaults import default_decision, default_for
 from deft_tvm.tuning.expected import expected
 from deft_tvm.tuning.log import TuningLog, best
 from deft_tvm.tuning.messages import Time, Timed
@@ -83,11 +84,23 @@ def test_a_neighbour_differs_in_one_choice(largest) -> None:
         assert sum(one != two for one, two in pairs) == 1
 
 
-def test_defaults_that_ship_are_taken_where_they_are_offered(largest) -> None:
-    name, candidates = next((n, v) for n, v in largest.table.items() if len(v) > 1)
-    offered = {name: candidates[-1], "another": 3}
-    changed = Space(largest.subject, largest.task, offered)
-    assert changed[changed.start] == largest[largest.start] | {name: candidates[-1]}
+def test_defaults_that_ship_are_taken_where_they_are_candidates(largest, monkeypatch) -> None:
+    own = largest.decision_of(schedule(largest.task)[0].trace)
+    names = [name for name, candidates in largest.table.items() if len(candidates) > 1]
+    other = next(v for v in largest.table[names[0]] if v != own[names[0]])
+    shipped = {names[0]: other, names[1]: 12345, "another": 3}
+    monkeypatch.setattr("deft_tvm.tuning.defaults.default_decision", lambda *_: shipped)
+    changed = Space(largest.subject, largest.task)
+    assert changed[changed.start] == own | {names[0]: other}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shipped_defaults_are_candidates_of_the_usual_attention(dtype) -> None:
+    """Elsewhere what is no candidate is passed over; here it would be a slip."""
+    spec = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128, dtype=dtype)
+    device = DeviceProfile.nominal(features=FEATURES)
+    for task in tasks_for(spec, device):
+        assert default_for(task) == default_decision(task.name, "llvm", device.features)
 
 
 def test_what_metaschedule_samples_is_a_decision(largest) -> None:

@@ -5,7 +5,6 @@ Both are asked for by environment variables, which are read at each plan.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deft_tvm import env
+from deft_tvm.debug import tell
 from deft_tvm.errors import ExactnessError
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, traffic
@@ -33,9 +33,7 @@ class Watch(NamedTuple):
     def wanted(cls, spec: AttentionSpec, plan: Plan, pages: PageTable) -> Watch | None:
         """As the environment says; None if nothing was asked for. Prints what was planned."""
         timed = env.DEBUG.get() >= 2
-        if timed:
-            _say(f"{plan}")
-            _say(f"{traffic(plan, spec)}")
+        tell(2, "plan", lambda: f"{plan}\n{traffic(plan, spec)}")
         check = env.CHECK.get()
         return cls(spec, plan, pages, check, timed) if check or timed else None
 
@@ -59,35 +57,28 @@ class Watch(NamedTuple):
 
     def _report(self, seconds: float) -> None:
         moved = traffic(self.plan, self.spec).tree.total
-        _say(
-            f"{self.plan.num_items} items, {moved} bytes, {seconds * 1e6:.1f} µs, "
-            f"{moved / seconds / 1e9:.2f} GB/s"
+        rate = moved / seconds / 1e9
+        line = (
+            f"{self.plan.num_items} items, {moved} bytes, {seconds * 1e6:.1f} µs, {rate:.2f} GB/s"
         )
+        tell(2, "run", lambda: line)
 
     def _compare(self, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
-        from deft_tvm.check import bound_of
+        from deft_tvm.check import bound_of, largest_error
         from deft_tvm.workloads import Case
 
         exact = Case(self.spec, self.plan.forest, self.pages, q, tuple(kv)).reference()
         bound = bound_of(self.plan, exact, self.spec.dtype)
-        _hold("out", out, exact.out, bound.out)
-        _hold("lse", lse, exact.lse, bound.lse)
+        _hold("out", largest_error(out, exact.out), bound.out)
+        _hold("lse", largest_error(lse, exact.lse), bound.lse)
 
 
-def _hold(name: str, found: Tensor, exact: Tensor, bound: float) -> None:
-    same = found.double() == exact  # infinities, whose difference is not a number
-    error = (found.double() - exact).abs().where(~same, 0.0)
-    worst = float(error.nan_to_num(torch.inf).max()) if error.numel() else 0.0
-    if worst > bound:
+def _hold(name: str, error: float, bound: float) -> None:
+    if error > bound:
         raise ExactnessError(
-            f"{name} is {worst:.3g} from the oracle's; expected at most {bound:.3g}, which "
+            f"{name} is {error:.3g} from the oracle's; expected at most {bound:.3g}, which "
             f"rounding explains ({env.CHECK.name} is set)"
         )
-
-
-def _say(text: str) -> None:
-    for line in text.splitlines():
-        print(f"deft_tvm: {line}", file=sys.stderr)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -70,12 +70,14 @@ class Knobs:
     """The choices of one schedule, by name.
 
     With ``decision=None`` every choice is left to be sampled by the search; otherwise a choice is
-    what `decision` says, or its default. `table` records every choice made: name → candidates.
+    what `decision` says, or its default. `table` records every choice made, name → candidates, and
+    `taken` what was taken where nothing is left to be sampled.
     """
 
     sch: s_tir.Schedule
     decision: Decision | None
     table: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)
 
     def pick(self, name: str, candidates: Sequence[int], default: int) -> Any:
         """One sampled integer, as a random variable of the schedule's trace."""
@@ -83,7 +85,8 @@ class Knobs:
         weights = [1.0 / len(candidates)] * len(candidates)
         if self.decision is None:
             return self.sch.sample_categorical(list(candidates), weights)
-        index = self._index(name, candidates, self.decision.get(name, default))
+        self.taken[name] = self.decision.get(name, default)
+        index = self._index(name, candidates, self.taken[name])
         return self.sch.sample_categorical(list(candidates), weights, decision=index)
 
     def _index(self, name: str, candidates: Sequence[int], value: int) -> int:

@@ -1,4 +1,4 @@
-"""Decisions for devices that have no log: data that ships, by kernel and instruction set. A leaf.
+"""Decisions for devices that have no log: data that ships, by kernel and instruction set.
 
 ``logs/default-llvm/decisions.json`` is a list; the first entry that fits a kernel on a device is
 taken. What it does not name, and a kernel that no entry fits, is left to the schedule's own
@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from deft_tvm.errors import LogError
+from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.tuning.log import log_roots
 
 DECISIONS = "decisions.json"
@@ -24,16 +25,27 @@ class Default(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One entry.
 
     Attributes:
-        kernel: pattern of kernel names, ``r*f32`` for all tile classes with float32 operands.
+        kernels: patterns of kernel names, ``r*f32`` for all tile classes with float32 operands.
         features: what the device must have.
         decision: choices by name.
         source: where it was found: device, date, time.
     """
 
-    kernel: str
+    kernels: tuple[str, ...]
     decision: dict[str, int]
     features: tuple[str, ...] = ()
     source: str = ""
+
+
+def default_for(task: KernelTask) -> dict[str, int]:
+    """The default decision of `task`, as far as its schedule has such candidates.
+
+    Raises:
+        LogError: the file of defaults cannot be read.
+    """
+    table = schedule(task)[1].table
+    found = default_decision(task.name, task.kind, task.features)
+    return {name: value for name, value in found.items() if value in table.get(name, ())}
 
 
 def default_decision(kernel: str, kind: str, features: Iterable[str]) -> dict[str, int]:
@@ -51,7 +63,8 @@ def default_decision(kernel: str, kind: str, features: Iterable[str]) -> dict[st
     files = (root / f"default-{kind}" / DECISIONS for root in log_roots())
     entries = next((_read(file) for file in files if file.is_file()), ())
     for entry in entries:
-        if fnmatch(kernel, entry.kernel) and have.issuperset(entry.features):
+        named = any(fnmatch(kernel, pattern) for pattern in entry.kernels)
+        if named and have.issuperset(entry.features):
             return dict(entry.decision)
     return {}
 

@@ -10,7 +10,7 @@ from deft_tvm.tuning.log import Trial, fastest
 from deft_tvm.tuning.result import KernelResult
 from deft_tvm.tuning.space import Space
 
-FINALISTS = 3
+FINALISTS = 5
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ from tvm.s_tir.schedule import Trace
 from tvm.target import Target
 
 from deft_tvm.schedules import Decision, KernelTask, apply_rules, schedule
+from deft_tvm.tuning.defaults import default_for
 from deft_tvm.tuning.subject import Subject
 
 
@@ -37,13 +38,11 @@ class Space:
         start: number of the decision to start from, the default.
     """
 
-    def __init__(self, subject: Subject, task: KernelTask, start: Decision | None = None) -> None:
+    def __init__(self, subject: Subject, task: KernelTask) -> None:
         self.subject, self.task = subject, task
         sch, knobs = schedule(task)
         self.table = knobs.table
-        own = self.decision_of(sch.trace)
-        offered = {name: v for name, v in (start or {}).items() if v in self.table.get(name, ())}
-        self.start = self._number(own | offered)
+        self.start = self._number(self.decision_of(sch.trace) | default_for(task))
 
     def __len__(self) -> int:
         return math.prod(map(len, self.table.values()))

@@ -21,7 +21,6 @@ from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import TuningError
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning.defaults import default_decision
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.log import AnyPath, Trial, TuningLog, by_subject, writable_root
 from deft_tvm.tuning.probe import device_file, probe, write_profile
@@ -125,8 +124,7 @@ def _kernels(
     earlier = by_subject(trials)
     kernels = []
     for name, subject in chosen.items():
-        task = tasks[name]
-        space = Space(subject, task, default_decision(name, task.kind, task.features))
+        space = Space(subject, tasks[name])
         if len(space) > 1:
             kernels.append(Kernel(space, earlier.get((name, subject.workload), [])))
     return kernels

@@ -63,7 +63,7 @@ static thread_local Index threadIdx, blockIdx;
 #define __device__
 #define __forceinline__ inline
 #define __restrict__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __align__(bytes) alignas(bytes)
 #define CUDART_INF_F std::numeric_limits<float>::infinity()
 

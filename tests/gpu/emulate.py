@@ -19,7 +19,7 @@ FLAGS = ("-std=c++20", "-fno-strict-aliasing", "-march=native", "-pthread", "-w"
 RACE_EXIT = 66
 
 OWN_FUNCTION = re.compile(r"^__device__ __forceinline__ [\w ]+ deft_.*?\n}\n", re.S | re.M)
-SIGNATURE = r'extern "C" __global__ void __launch_bounds__\((\d+)\) {}_kernel\(([^)]*)\) {{'
+SIGNATURE = r'extern "C" __global__ void __launch_bounds__\((\d+), \d+\) {}_kernel\(([^)]*)\) {{'
 DYNAMIC_SHARED = re.compile(r"extern __shared__ .*? buf_dyn_shmem_ptr\[\];")
 STATIC_SHARED = re.compile(r"__shared__ alignas\(\d+\)")
 LAUNCH = """

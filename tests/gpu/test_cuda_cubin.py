@@ -56,7 +56,7 @@ def task_of(spec: AttentionSpec, tile: TileShape | None, arch: str) -> KernelTas
     return KernelTask(kernel, spec, tile, target, frozenset(), kernel)
 
 
-SPECS = ("gqa:hq=32,hkv=8,d=128,dtype=f16", "gqa:hq=32,hkv=8,d=64,dtype=bf16")
+SPECS = ("gqa:hq=32,hkv=8,d=128,dtype=f16", "gqa:hq=32,hkv=8,d=128,dtype=f32")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

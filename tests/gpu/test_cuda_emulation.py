@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import tvm
-from emulate import Kernel, translate
+from emulate import Arguments, Kernel, translate
 from problems import (
     Problem,
     check,
@@ -141,35 +140,45 @@ RACES = ("scalar, decode tile", "tensor cores, half")
 
 @pytest.mark.parametrize("case", RACES)
 def test_no_races(case: str, tmp_path: Path) -> None:
-    problem = problem_of(case)
-    kernel, arguments = first_launch(problem)
+    kernel, arguments = first_launch(problem_of(case))
     assert kernel.races(tmp_path, 2, arguments) == 0
 
 
 @pytest.mark.parametrize("case", RACES)
 def test_a_missing_barrier_is_reported(case: str, tmp_path: Path) -> None:
-    """The barrier between loading a tile and the first product is the last one before it."""
+    """The barrier that stands between a tile's copies and the product that reads it."""
+    kernel, arguments = first_launch(problem_of(case))
+    last_copy = kernel.cpp.rindex("deft_copy_16_bytes_later((&")
+    planted = without(kernel, "__syncthreads();", kernel.cpp.index("__syncthreads();", last_copy))
+    assert planted.races(tmp_path, 2, arguments) > 0
+
+
+@pytest.mark.parametrize("case", RACES)
+def test_a_missing_wait_gives_wrong_results(case: str, tmp_path: Path) -> None:
+    """Asynchronous copies land at the wait in emulation, as late as they may."""
     problem = problem_of(case)
     kernel, arguments = first_launch(problem)
-    planted = Kernel(kernel.parameters, without_barrier_after_loads(kernel.cpp))
-    assert planted.races(tmp_path, 2, arguments) > 0
+    wait = "deft_wait_for_copies();"
+    planted = without(kernel, wait, kernel.cpp.index(wait))
+    planted.run(tmp_path, 2, arguments)
+    with pytest.raises(AssertionError):
+        check(problem)
 
 
 def test_merge_has_no_races(tmp_path: Path) -> None:
     problem = problem_of("scalar, decode tile")
     kernel = translate(cuda_of(merge_task(problem.spec)), "merge")
-    for name in ("partial_out", "partial_lse"):
-        getattr(problem, name).zero_()
+    for partial in (problem.partial_out, problem.partial_lse):
+        partial.zero_()
     assert kernel.races(tmp_path, 4, merge_arguments(problem)) == 0
 
 
-def first_launch(problem: Problem) -> tuple[Kernel, dict]:
+def first_launch(problem: Problem) -> tuple[Kernel, Arguments]:
     tile, begin, end = problem.plan.launches[0]
     task = partial_task(problem.spec, problem.plan.tiles[tile])
     return translate(cuda_of(task), "partial"), partial_arguments(problem, begin, end)
 
 
-def without_barrier_after_loads(cpp: str) -> str:
-    loads = [found.end() for found in re.finditer(r"deft_copy_16_bytes\(\(&", cpp)]
-    barrier = cpp.index("__syncthreads();", loads[-1])
-    return cpp[:barrier] + cpp[barrier + len("__syncthreads();") :]
+def without(kernel: Kernel, statement: str, at: int) -> Kernel:
+    """`kernel` with one statement taken out."""
+    return Kernel(kernel.parameters, kernel.cpp[:at] + kernel.cpp[at + len(statement) :])

@@ -55,15 +55,15 @@ __device__ __forceinline__ void deft_copy_16_bytes_later(void* tile, const void*
 
 WIDEN_SOURCE = """
 __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s* row) {
-  %(type)s held[8];
   if ((size_t)row %% 16 == 0) {
-    *(uint4*)held = *(const uint4*)row;
+    uint4 bits = *(const uint4*)row;
+    const %(type)s* held = (const %(type)s*)&bits;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) tile[i] = (float)held[i];
   } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) held[i] = row[i];
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) tile[i] = (float)row[i];
   }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) tile[i] = (float)held[i];
 }
 """
 

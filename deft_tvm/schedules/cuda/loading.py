@@ -43,7 +43,9 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
         regions["load_rope"] = (spec.rope, spec.rope_width)
         queries.append("load_q_rope")
     keep(sch, (*queries, *regions), TILE_SCOPE)
-    _pad_rows(sch, (*queries, *regions), operand)
+    padding = BYTES if fits_staged(task, 1, BYTES) else 0
+    if padding:
+        _pad_rows(sch, (*queries, *regions), operand)
 
     for block in queries:
         load_tile(sch, block, warps, 1)
@@ -55,7 +57,7 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
         whole = whole and source == operand and lanes > 1
 
     # Only copies of 16 bytes run beside the work; what is converted passes through registers.
-    two = whole and fits_staged(task, 2, BYTES)
+    two = whole and fits_staged(task, 2, padding)
     load_ahead(sch, knobs.pick("stages", (1, 2) if two else (1,), 2 if two else 1))
 
 

@@ -93,6 +93,14 @@ def _shared_bytes(body: tirx.Stmt) -> int:
     return sum(sizes)
 
 
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.LeaveRegisters")
+def _leave_registers(
+    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """Ask for one block a multiprocessor: else ptxas spills a little to make room for more."""
+    return func.with_attr("tirx.launch_bounds_min_blocks_per_sm", 1)
+
+
 def _threaded() -> list[transform.Pass]:
     lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
     return [
@@ -132,6 +140,10 @@ def _threaded() -> list[transform.Pass]:
     ]
 
 
+def _finalize_device() -> transform.Pass:
+    return transform.Sequential([_leave_registers, finalize_device_passes()])
+
+
 def _pipeline() -> tuple[transform.Pass, Any, Any]:
     """The three parts of a lowering pipeline, as TVM asks for them."""
     passes = [
@@ -140,4 +152,4 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
         tirx.transform.MakePackedAPI(),
         tirx.transform.BF16StorageLegalize(),
     ]
-    return transform.Sequential(passes), finalize_host_passes, finalize_device_passes
+    return transform.Sequential(passes), finalize_host_passes, _finalize_device

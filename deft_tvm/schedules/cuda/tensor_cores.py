@@ -24,6 +24,9 @@ from deft_tvm.schedules.cuda.threads import TILE_SCOPE, bind_threads, deal_threa
 from deft_tvm.schedules.rule import KernelTask, Knobs
 
 MAX_ROWS = 128
+MAX_WIDTH = 192
+"""With wider output a thread's accumulators do not fit its 255 registers."""
+
 ROW_BLOCKS = (
     "init_max",
     "init_sum",
@@ -86,6 +89,7 @@ def _fits(task: KernelTask) -> bool:
     return (
         tile.operand != "float32"
         and tile.lane_rows <= MAX_ROWS
+        and spec.v_width <= MAX_WIDTH
         and all(side % SIDE == 0 for side in sides)
     )
 
