@@ -1,7 +1,7 @@
 """From a spec and what tuning found to an artifact. Needs the compiler (``deft-tvm[tune]``).
 
 One module holds the partial kernels of all tile classes and the merge. Decisions come from the
-tuning log of the device if there is one, else they are the defaults.
+tuning log of the device if there is one, else they are the defaults that ship.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.threads import compile_torch_pool
+from deft_tvm.tuning.defaults import default_for
 from deft_tvm.tuning.log import best, find_log
 
 MERGE = "merge"
@@ -43,8 +44,8 @@ MERGE = "merge"
 class Decisions:
     """What was decided for each kernel of a module, by kernel name, and where that comes from.
 
-    A kernel is named as in logs: the name of its tile, or ``merge``. Those not named take their
-    schedule's defaults.
+    A kernel is named as in logs: the name of its tile, or ``merge``. Those not named take the
+    defaults that ship, and what these leave open is the schedule's.
     """
 
     by_kernel: Mapping[str, Decision] = field(default_factory=dict)
@@ -69,7 +70,8 @@ def lower(tasks: Sequence[KernelTask], decisions: Decisions | None = None) -> IR
     decided = (decisions or Decisions()).by_kernel
     module = IRModule()
     for task in tasks:
-        module.update(_scheduled(task, decided.get(task.name, {})))
+        decision = decided.get(task.name)
+        module.update(_scheduled(task, default_for(task) if decision is None else decision))
     return module
 
 
@@ -188,10 +190,10 @@ def _manifest(
 
 
 def _kernel(task: KernelTask, decisions: Decisions) -> Kernel:
-    decided = decisions.by_kernel.get(task.name, {})
+    decided = decisions.by_kernel.get(task.name)
     return Kernel(
         function=task.symbol,
-        decision=dict(decided),
+        decision=dict(default_for(task) if decided is None else decided),
         tuned_from=decisions.origin.get(task.name, DEFAULT),
     )
 

@@ -33,7 +33,7 @@ CORRIDOR = (
     ("pytorch",),
     ("integrations",),
 )
-COMPILER = {"kernels", "schedules", "build"}
+COMPILER = {"kernels", "schedules", "tuning.defaults", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "show", "reference"} | {
     *("check", "peers", "bench", "cli", "commands", "demo"),

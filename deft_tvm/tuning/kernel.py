@@ -44,6 +44,11 @@ class Kernel:
         }
 
     @property
+    def refused(self) -> set[int | None]:
+        """Numbers of the decisions that the schedule declined."""
+        return {self.space.number(t.decision) for t in self.trials if t.status == "refused"}
+
+    @property
     def good(self) -> list[Trial]:
         """Trials that worked, of decisions that the schedule still knows."""
         return [

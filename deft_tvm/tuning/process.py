@@ -54,7 +54,8 @@ class Worker:
     def _start(self) -> None:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        self._errors.truncate(0)
+        self._errors.seek(0)
+        self._errors.truncate()
         self._ready = False
         self._process = subprocess.Popen(
             (sys.executable, "-m", "deft_tvm.tuning.worker", self.role),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class LocalRunner:
         libraries = tuple(path for path, _ in built if path)
         symbol = str(modules[0].get_global_vars()[0].name_hint)
         timed = iter(self._time(Time(subject, libraries, symbol, seconds)))
+        for library in libraries:
+            os.unlink(library)
         return [
             msgspec.structs.replace(next(timed), compile_s=outcome.compile_s) if path else outcome
             for path, outcome in built

@@ -23,6 +23,9 @@ from deft_tvm.tuning.space import Space
 POOL = 16
 BEST = 4
 EPSILON = 0.2
+MOST_TAUGHT = 128
+"""Of earlier trials, the last that the cost model learns; each takes some 50 ms."""
+
 FEWEST_TO_RANK = 4
 """Trials below which the cost model is not asked."""
 
@@ -47,7 +50,7 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
         self.space, self.refuse, self.seed = space, refuse, seed
         self.tried = dict(past)
         self.proposed: list[int] = []
-        self.untrained = list(past)
+        self.untaught = list(past)[-MOST_TAUGHT:]
         self.left = self.batch = 0
         self.context: Any = None
         self.cost_model: Any = None
@@ -65,11 +68,11 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
     ) -> None:
         """Allow `max_trials` more, and teach the cost model what is known already."""
         self.left, self.batch, self.cost_model = max_trials, num_trials_per_iter, cost_model
-        known = [(n, c) for n in self.untrained if (c := self._candidate(n)) is not None]
+        known = [(n, c) for n in self.untaught if (c := self._candidate(n)) is not None]
         if cost_model is not None and known:
             results = [runner_result(self.tried[number]) for number, _ in known]
             cost_model.update(self.context, [candidate for _, candidate in known], results)
-        self.untrained = []
+        self.untaught = []
 
     def post_tuning(self) -> None:
         """Nothing is left to do."""

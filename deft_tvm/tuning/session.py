@@ -76,7 +76,7 @@ class Session:
         space, tried = kernel.space, kernel.tried
         kernel.search = GreedySearch(space, tried, refuse, self.seed)
         kernel.context = space.context(kernel.search)
-        for number in self._database.missing(space, tried):
+        for number in self._database.missing(space, tried.keys() - kernel.refused):
             self._database.add(space, space.candidate(number), tried[number])
 
     @property

@@ -101,11 +101,12 @@ class Space:
 
     def context(self, strategy: ms.SearchStrategy | None = None, seed: int = 1) -> ms.TuneContext:
         """MetaSchedule's view of the space."""
+
+        def sample(sch: s_tir.Schedule) -> None:
+            apply_rules(self.task, sch, None)
+
         generator = ms.space_generator.ScheduleFn(
-            lambda sch: apply_rules(self.task, sch, None) and None,
-            sch_rules=[],
-            postprocs=[],
-            mutator_probs={},
+            sample, sch_rules=[], postprocs=[], mutator_probs={}
         )
         target, cores = Target(dict(self.task.target)), self.subject.device.cores
         return _Context(self.module, target, generator, strategy, self.subject.kernel, cores, seed)

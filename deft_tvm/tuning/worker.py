@@ -11,7 +11,6 @@ import ctypes
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
@@ -83,13 +82,14 @@ def _build(request: Build) -> Built:
     begin = time.perf_counter()
     executable = compile_module(module, request.target)
     on_cpu = request.target["kind"] == "llvm"
-    executable.export_library(request.path, addons=[_torch_pool()] if on_cpu else None)
+    addons = [_torch_pool(os.path.dirname(request.path))] if on_cpu else None
+    executable.export_library(request.path, addons=addons)
     return Built(time.perf_counter() - begin)
 
 
 @cache
-def _torch_pool() -> str:
-    return threads.compile_torch_pool(tempfile.mkdtemp(prefix="deft-tvm-"))
+def _torch_pool(directory: str) -> str:
+    return threads.compile_torch_pool(directory)
 
 
 def _time(request: Time) -> Timed:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from emulate import Arguments, translate
 from torch import Tensor
 
 from deft_tvm.device import DeviceProfile
@@ -17,7 +18,6 @@ from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tree import Forest
-from emulate import Arguments, translate
 
 ARCH = "sm_90a"
 TARGET = {"kind": "cuda", "arch": ARCH}
@@ -55,8 +55,7 @@ def make_problem(
     plan = make_plan(forest, pages, spec, tiles, CUDA, grouping, chunk)
     dtype = getattr(torch, spec.dtype)
     caches = tuple(
-        _cache(spec, buffer.heads, buffer.width, forest, pages, random)
-        for buffer in spec.buffers
+        _cache(spec, buffer.heads, buffer.width, forest, pages, random) for buffer in spec.buffers
     )
     q = torch.randn(forest.num_rows, spec.num_q_heads, spec.q_width, generator=random).to(dtype)
     exact = tree_attention(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tvm import IRModule
 
 from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.schedules.cuda.limits import shared_limit
@@ -18,6 +18,7 @@ from deft_tvm.spec import AttentionSpec, TileShape
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is missing")
 
+MOST_REGISTERS = 255
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 # As TVM calls ptxas itself.
 PTXAS = "-Xptxas=-v,--register-usage-level=10,-warn-spills,-warn-lmem-usage"
@@ -28,44 +29,41 @@ USAGE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Usage:
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    registers: int
-
-
-def usage(task: KernelTask, arch: str, folder: Path) -> Usage:
-    source = folder / "kernel.cu"
-    source.write_text(cuda_source(compile_cuda(schedule(task)[0].mod, arch)))
-    done = subprocess.run(
-        ["nvcc", "-cubin", "-O3", f"-arch={arch}", PTXAS, source, "-o", folder / "kernel.cubin"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = USAGE.search(done.stderr)
-    assert found is not None, done.stderr
-    return Usage(*map(int, found.groups()))
-
-
-def task_of(spec: AttentionSpec, tile: TileShape | None, arch: str) -> KernelTask:
-    target = {"kind": "cuda", "arch": arch}
-    kernel = "merge" if tile is None else "partial"
-    return KernelTask(kernel, spec, tile, target, frozenset(), kernel)
-
-
 SPECS = ("gqa:hq=32,hkv=8,d=128,dtype=f16", "gqa:hq=32,hkv=8,d=128,dtype=f32")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("text", SPECS)
 def test_kernels_fit_the_machine(text: str, arch: str, tmp_path: Path) -> None:
+    """All kernels of a spec, in one module as they ship."""
     spec = AttentionSpec.parse(text)
+    module = IRModule()
     for tile in (*default_tiles(spec, "cuda", frozenset()), None):
-        task = task_of(spec, tile, arch)
-        used = usage(task, arch, tmp_path)
-        assert (used.stack, used.spill_stores, used.spill_loads) == (0, 0, 0), (tile, used)
-        assert used.registers <= 255
-        assert shared_bytes(schedule(task)[0].mod, arch) <= shared_limit(arch)
+        kernel = schedule(task_of(spec, tile, arch))[0].mod
+        assert shared_bytes(kernel, arch) <= shared_limit(arch), tile
+        module.update(kernel)
+    report = ptxas_report(cuda_source(compile_cuda(module, arch)), arch, tmp_path)
+    kernels = USAGE.findall(report)
+    assert len(kernels) == len(module.functions), report
+    for stack, spill_stores, spill_loads, registers in kernels:
+        assert (stack, spill_stores, spill_loads) == ("0", "0", "0"), report
+        assert int(registers) <= MOST_REGISTERS, report
+
+
+def task_of(spec: AttentionSpec, tile: TileShape | None, arch: str) -> KernelTask:
+    target = {"kind": "cuda", "arch": arch}
+    if tile is None:
+        return KernelTask("merge", spec, None, target, frozenset(), "merge")
+    return KernelTask("partial", spec, tile, target, frozenset(), f"partial_{tile.name}")
+
+
+def ptxas_report(source: str, arch: str, folder: Path) -> str:
+    text = folder / "kernels.cu"
+    text.write_text(source)
+    done = subprocess.run(
+        ["nvcc", "-cubin", "-O3", f"-arch={arch}", PTXAS, text, "-o", folder / "kernels.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stderr

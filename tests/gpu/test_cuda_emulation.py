@@ -146,10 +146,11 @@ def test_no_races(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", RACES)
 def test_a_missing_barrier_is_reported(case: str, tmp_path: Path) -> None:
-    """The barrier that stands between a tile's copies and the product that reads it."""
+    """The barrier that stands between locating a tile's tokens and loading them."""
     kernel, arguments = first_launch(problem_of(case))
-    last_copy = kernel.cpp.rindex("deft_copy_16_bytes_later((&")
-    planted = without(kernel, "__syncthreads();", kernel.cpp.index("__syncthreads();", last_copy))
+    barrier = "__syncthreads();"
+    copies = kernel.cpp.rindex("deft_copy_16_bytes_later((&")
+    planted = without(kernel, barrier, kernel.cpp.rindex(barrier, 0, copies))
     assert planted.races(tmp_path, 2, arguments) > 0
 
 

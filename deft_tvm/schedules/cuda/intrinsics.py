@@ -59,30 +59,6 @@ __device__ __forceinline__ void deft_multiply_transposed_%(type)s(
 #endif
 """
 
-# A lane holds parts of two rows, 8 apart; the four lanes of a quad hold the same two.
-ROW_REDUCTION = """
-__device__ __forceinline__ void deft_row_%(name)s_%(tiles)d(const float* x, float* result) {
-  float upper = %(zero)s, lower = %(zero)s;
-#pragma unroll
-  for (int i = 0; i < %(tiles)d * 8; i += 4) {
-    upper = %(upper)s;
-    lower = %(lower)s;
-  }
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    float other_upper = __shfl_xor_sync(0xffffffffu, upper, step);
-    float other_lower = __shfl_xor_sync(0xffffffffu, lower, step);
-    upper = %(join_upper)s;
-    lower = %(join_lower)s;
-  }
-  if (threadIdx.x %% 4 == 0) {
-    int row = threadIdx.x / 4;
-    result[row] = %(keep_upper)s;
-    result[row + 8] = %(keep_lower)s;
-  }
-}
-"""
-
 
 def fragment_of(i: Any, j: Any) -> tuple[Any, Any]:
     """(lane, register) of element (i, j) of an accumulator or a left factor."""
@@ -126,7 +102,7 @@ def fill_zero() -> str:
                 for register in T.unroll(HELD):
                     tile[lane, register] = T.float32(0)
 
-    return _registered("deft_tvm.fill_zero", description, implementation)
+    return registered("deft_tvm.fill_zero", description, implementation)
 
 
 @cache
@@ -138,9 +114,7 @@ def load_left(operand: str) -> str:
 
     @T.prim_func(s_tir=True)
     def description(tile_handle: T.handle, fragment_handle: T.handle) -> None:
-        tile = T.match_buffer(
-            tile_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1
-        )
+        tile = T.match_buffer(tile_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1)
         fragment = T.match_buffer(
             fragment_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1
         )
@@ -182,7 +156,7 @@ def load_left(operand: str) -> str:
                     )
                 )
 
-    return _registered(f"deft_tvm.load_left_{operand}", description, implementation)
+    return registered(f"deft_tvm.load_left_{operand}", description, implementation)
 
 
 @cache
@@ -252,77 +226,10 @@ def multiply(operand: str, transposed: bool) -> str:
                 )
 
     name = f"deft_tvm.multiply_{operand}_{'nk' if transposed else 'kn'}"
-    return _registered(name, description, implementation)
+    return registered(name, description, implementation)
 
 
-@cache
-def reduce_rows(name: str, columns: int) -> str:
-    """The intrinsic for the ``max`` or ``sum`` of each of 16 rows of accumulators."""
-    tiles = columns // SIDE
-    maximum = name == "max"
-    function = f"deft_row_{name}_{tiles}"
-    text = ROW_REDUCTION % {"name": name, "tiles": tiles, **_steps(maximum)}
-
-    @T.prim_func(s_tir=True)
-    def description(x_handle: T.handle, result_handle: T.handle) -> None:
-        x = T.match_buffer(
-            x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
-        )
-        result = T.match_buffer(
-            result_handle, (SIDE,), "float32", scope=TILE_SCOPE, offset_factor=1
-        )
-        with T.sblock("root"):
-            T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
-            T.writes(result[0:SIDE])
-            for i, j in T.grid(SIDE, columns):
-                with T.sblock("reduce"):
-                    vi, vj = T.axis.remap("SR", [i, j])
-                    lane, register = T.meta_var(fragment_of(vi, vj % SIDE))
-                    T.reads(result[vi], x[vj // SIDE, lane, register])
-                    T.writes(result[vi])
-                    if maximum:
-                        result[vi] = T.max(result[vi], x[vj // SIDE, lane, register])
-                    else:
-                        result[vi] = result[vi] + x[vj // SIDE, lane, register]
-
-    @T.prim_func(s_tir=True)
-    def implementation(x_handle: T.handle, result_handle: T.handle) -> None:
-        x = T.match_buffer(
-            x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
-        )
-        result = T.match_buffer(
-            result_handle, (SIDE,), "float32", scope=TILE_SCOPE, offset_factor=1
-        )
-        with T.sblock("root"):
-            T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
-            T.writes(result[0:SIDE])
-            for lane in T.thread_binding(LANES, thread="threadIdx.x"):
-                T.evaluate(
-                    T.cuda.func_call(
-                        function,
-                        T.address_of(x[0, lane, 0]),
-                        result.access_ptr("rw"),
-                        source_code=text,
-                    )
-                )
-
-    return _registered(f"deft_tvm.row_{name}_{tiles}", description, implementation)
-
-
-def _steps(maximum: bool) -> dict[str, str]:
-    """The expressions of `ROW_REDUCTION`."""
-    joined = "fmaxf({0}, {1})" if maximum else "{0} + {1}"
-    return {
-        "zero": "-INFINITY" if maximum else "0.0f",
-        "upper": joined.format("upper", joined.format("x[i]", "x[i + 1]")),
-        "lower": joined.format("lower", joined.format("x[i + 2]", "x[i + 3]")),
-        "join_upper": joined.format("upper", "other_upper"),
-        "join_lower": joined.format("lower", "other_lower"),
-        "keep_upper": joined.format("result[row]", "upper"),
-        "keep_lower": joined.format("result[row + 8]", "lower"),
-    }
-
-
-def _registered(name: str, description: Any, implementation: Any) -> str:
+def registered(name: str, description: Any, implementation: Any) -> str:
+    """Make the intrinsic known to TVM; returns its name."""
     TensorIntrin.register(name, description, implementation, override=True)
     return name

@@ -10,6 +10,13 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.cuda.blocks import (
+    MATRIX_PASSES,
+    ROW_KEEPS,
+    ROW_REDUCTIONS,
+    ROW_STATES,
+    score_products,
+)
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
 from deft_tvm.schedules.cuda.shares import DEALT, DEALT_ROWS
 from deft_tvm.schedules.cuda.threads import (
@@ -24,27 +31,6 @@ from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import nearest
 
 WARPS = (2, 4, 8)
-ROW_BLOCKS = (
-    "init_max",
-    "init_sum",
-    "new_max",
-    "rescale",
-    "new_sum",
-    "keep_max",
-    "keep_sum",
-    "normalise",
-)
-ROW_REDUCTIONS = ("row_max", "row_sum")
-PASSES = (
-    "init_out",
-    "logits",
-    "masked_logits",
-    "exponentials",
-    "probabilities",
-    "fold",
-    "keep_out",
-    "write_out",
-)
 
 
 def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
@@ -52,20 +38,21 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     tile = task.tile
     if tile is None:
         return False
+    products = score_products(task.spec)
     warps = knobs.pick("warps", WARPS, nearest(WARPS, max(4, tile.lane_rows // 8)))
-    products = ("scores", "scores_rope") if task.spec.rope is not None else ("scores",)
-
-    keep(sch, ("init_out", *products, "logits", "exponentials", "accumulate", "fold"), DEALT)
-    keep(sch, (*ROW_BLOCKS[:5], *ROW_REDUCTIONS, "normalise"), DEALT_ROWS)
-    keep(sch, ("probabilities",), TILE_SCOPE)
 
     locate_tokens(sch, warps)
     load_tiles(task, sch, knobs, warps)
-    for block in (*products, "accumulate", *PASSES):
+
+    keep(sch, ("init_out", *products, "logits", "exponentials", "accumulate", "fold"), DEALT)
+    keep(sch, ("probabilities",), TILE_SCOPE)
+    for block in (*products, "accumulate", "fold", *MATRIX_PASSES):
         deal(sch, block, warps)
+
+    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), DEALT_ROWS)
     for block in ROW_REDUCTIONS:
         reduce_in_warps(sch, block, warps)
-    for block in (*ROW_BLOCKS, "write_lse"):
+    for block in (*ROW_STATES, *ROW_KEEPS, "write_lse"):
         deal_rows(sch, block, warps)
     by_first_lane(sch, "write_lse")
     return True

@@ -47,9 +47,7 @@ def keep_own_share(*scopes: str) -> transform.Pass:
     """
 
     @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.KeepOwnShare")
-    def cut(
-        func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
-    ) -> tirx.PrimFunc:
+    def cut(func: tirx.PrimFunc, _module: Any, _context: transform.PassContext) -> tirx.PrimFunc:
         return func.with_body(_Shares(scopes, _warps(func.body)).cut(func.body))
 
     return cut

@@ -86,7 +86,9 @@ class _Staged:
         wait = tirx.Evaluate(T.cuda.func_call("deft_wait_for_copies", source_code=WAIT))
         following = self._fetch(tirx.min(step + one, loop.extent - one), step + one < loop.extent)
         rest = [self._at(stage, tirx.floormod(step, two)) for stage in self.rest]
-        body = tirx.SeqStmt([wait, *self._half(following, tirx.floormod(step + one, two)), self.bind, *rest])
+        body = tirx.SeqStmt(
+            [wait, *self._half(following, tirx.floormod(step + one, two)), self.bind, *rest]
+        )
         realize = SBlockRealize(
             loop.body.iter_values,
             loop.body.predicate,

@@ -8,46 +8,32 @@ Only the statistics of the rows, one float each, go through shared memory.
 from __future__ import annotations
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from deft_tvm.schedules.cuda.blocks import (
+    MATRIX_PASSES,
+    ROW_KEEPS,
+    ROW_REDUCTIONS,
+    ROW_STATES,
+    score_products,
+)
 from deft_tvm.schedules.cuda.intrinsics import (
     SIDE,
     fill_zero,
     fragments_of,
     load_left,
     multiply,
-    reduce_rows,
 )
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
+from deft_tvm.schedules.cuda.row_reduction import reduce_rows
 from deft_tvm.schedules.cuda.shares import FRAGMENT
-from deft_tvm.schedules.cuda.threads import TILE_SCOPE, bind_threads, deal_threads, keep
+from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE, bind_threads, deal_threads, keep
 from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.verbs import unroll_all
 
 MAX_ROWS = 128
 MAX_WIDTH = 192
 """With wider output a thread's accumulators do not fit its 255 registers."""
-
-ROW_BLOCKS = (
-    "init_max",
-    "init_sum",
-    "new_max",
-    "rescale",
-    "new_sum",
-    "keep_max",
-    "keep_sum",
-    "normalise",
-    "write_lse",
-)
-ROW_REDUCTIONS = {"row_max": "max", "row_sum": "sum"}
-PASSES = (
-    "init_out",
-    "logits",
-    "masked_logits",
-    "exponentials",
-    "probabilities",
-    "keep_out",
-    "write_out",
-)
 
 
 def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
@@ -56,26 +42,25 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     if tile is None or not _fits(task):
         return False
     operand, warps = tile.operand, tile.lane_rows // SIDE
-    products = ("scores", "scores_rope") if task.spec.rope is not None else ("scores",)
+    products = score_products(task.spec)
 
     locate_tokens(sch, warps)
     load_tiles(task, sch, knobs, warps)
 
-    fragments = (*products, "init_out", "logits", "exponentials", "probabilities")
-    for block in (*fragments, "accumulate", "fold"):
-        sch.set_scope(sch.get_sblock(block), 0, FRAGMENT)
+    matrices = ("init_out", *products, "logits", "exponentials", "probabilities")
+    for block in (*matrices, "accumulate", "fold"):
+        keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), fragments_of)
     for block in products:
         _product(sch, block, operand, transposed=True)
-    columns = _product(sch, "accumulate", operand, transposed=False)
-    _fold_at(sch, columns)
-    for block in PASSES:
+    _fold_at(sch, _product(sch, "accumulate", operand, transposed=False))
+    for block in MATRIX_PASSES:
         _on_fragments(sch, block)
 
-    keep(sch, (*ROW_BLOCKS[:5], *ROW_REDUCTIONS, "normalise"), TILE_SCOPE)
+    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), TILE_SCOPE)
     for block, name in ROW_REDUCTIONS.items():
-        _reduce(sch, block, reduce_rows(name, tile.kv_tile), warps)
-    for block in ROW_BLOCKS:
+        _reduce(sch, block, reduce_rows(name, tile.kv_tile))
+    for block in (*ROW_STATES, *ROW_KEEPS, "write_lse"):
         deal_threads(sch, block, warps)
     return True
 
@@ -83,9 +68,9 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 def _fits(task: KernelTask) -> bool:
     tile, spec = task.tile, task.spec
     assert tile is not None
-    sides = (tile.lane_rows, tile.kv_tile, spec.k_width, spec.v_width, spec.rope_width)
+    sides = [tile.lane_rows, tile.kv_tile, spec.k_width, spec.v_width, spec.rope_width]
     if spec.tied:
-        sides = (*sides, spec.k.begin - spec.v.begin)
+        sides.append(spec.k.begin - spec.v.begin)
     return (
         tile.operand != "float32"
         and tile.lane_rows <= MAX_ROWS
@@ -95,33 +80,38 @@ def _fits(task: KernelTask) -> bool:
 
 
 def _product(sch: Schedule, name: str, operand: str, transposed: bool) -> LoopRV:
-    """One product in steps of 16; returns the loop over tile columns."""
+    """One product in steps of 16; returns the loop over tile columns.
+
+    If `transposed`, the right factor is [n, k], and the left one comes out of shared memory, once
+    for all columns. Otherwise the left one is in fragments, and columns are finished one tile
+    after the other, so that few accumulators live at a time.
+    """
     block = sch.get_sblock(name)
-    row, column, inner = sch.get_loops(block)[-3:]
-    rows, row = sch.split(row, [None, SIDE])
-    columns, column = sch.split(column, [None, SIDE])
-    steps, inner = sch.split(inner, [None, SIDE])
-    if transposed:
-        # The left factor is loaded once for all columns.
-        sch.reorder(rows, steps, columns, row, column, inner)
-    else:
-        # Few accumulators live at a time: each is folded into the output as it is done.
-        sch.reorder(rows, columns, steps, row, column, inner)
+    (rows, row), (columns, column), (steps, inner) = (
+        sch.split(loop, [None, SIDE]) for loop in sch.get_loops(block)[-3:]
+    )
+    outer = (rows, steps, columns) if transposed else (rows, columns, steps)
+    sch.reorder(*outer, row, column, inner)
     sch.bind(rows, "threadIdx.y")
     tile = sch.blockize(row)
     if transposed:
-        left = sch.cache_read(tile, 0, FRAGMENT)
-        sch.compute_at(left, steps)
-        sch.transform_layout(left, ("write", 0), fragments_of)
-        i, j = sch.get_loops(left)[-2:]
-        outer_i, i = sch.split(i, [None, SIDE])
-        outer_j, j = sch.split(j, [None, SIDE])
-        sch.reorder(outer_i, outer_j, i, j)
-        sch.tensorize(sch.blockize(i), load_left(operand))
+        _load_left(sch, tile, steps, operand)
     first = sch.decompose_reduction(tile, steps)
     sch.tensorize(sch.get_loops(sch.get_child_blocks(first)[0])[-2], fill_zero())
     sch.tensorize(tile, multiply(operand, transposed))
     return columns
+
+
+def _load_left(sch: Schedule, product: SBlockRV, steps: LoopRV, operand: str) -> None:
+    """Bring the left factor of `product` into fragments, 16 columns a step."""
+    left = sch.cache_read(product, 0, FRAGMENT)
+    sch.compute_at(left, steps)
+    sch.transform_layout(left, ("write", 0), fragments_of)
+    (rows, row), (columns, column) = (
+        sch.split(loop, [None, SIDE]) for loop in sch.get_loops(left)[-2:]
+    )
+    sch.reorder(rows, columns, row, column)
+    sch.tensorize(sch.blockize(row), load_left(operand))
 
 
 def _fold_at(sch: Schedule, columns: LoopRV) -> None:
@@ -140,16 +130,15 @@ def _on_fragments(sch: Schedule, name: str) -> None:
     sch.transform_block_layout(block, fragments_of)
     warp, tiles, lane, registers = sch.get_loops(block)[-4:]
     bind_threads(sch, warp, lane)
-    sch.unroll(tiles)
-    sch.unroll(registers)
+    unroll_all(sch, (tiles, registers))
 
 
-def _reduce(sch: Schedule, name: str, intrinsic: str, warps: int) -> None:
+def _reduce(sch: Schedule, name: str, intrinsic: str) -> None:
+    """Each warp reduces its 16 rows."""
     block = sch.get_sblock(name)
-    row, _ = sch.get_loops(block)[-2:]
-    warp, row = sch.split(row, [None, SIDE])
+    warp, row = sch.split(sch.get_loops(block)[-2], [None, SIDE])
     sch.bind(warp, "threadIdx.y")
     first = sch.decompose_reduction(block, row)
-    lane = sch.get_loops(first)[-1]
-    sch.bind(sch.split(lane, [1, 32])[1], "threadIdx.x")
+    _, lane = sch.split(sch.get_loops(first)[-1], [1, LANES])
+    sch.bind(lane, "threadIdx.x")
     sch.tensorize(row, intrinsic)

@@ -1,0 +1,27 @@
+"""The partial kernel's blocks by what a CUDA schedule does with them."""
+
+from __future__ import annotations
+
+from deft_tvm.spec import AttentionSpec
+
+ROW_STATES = ("init_max", "init_sum", "new_max", "rescale", "new_sum", "normalise")
+"""The first to write each vector over rows, row by row."""
+
+ROW_KEEPS = ("keep_max", "keep_sum")
+
+ROW_REDUCTIONS = {"row_max": "max", "row_sum": "sum"}
+
+MATRIX_PASSES = (
+    "init_out",
+    "logits",
+    "masked_logits",
+    "exponentials",
+    "probabilities",
+    "keep_out",
+    "write_out",
+)
+"""One element of a matrix after the other."""
+
+
+def score_products(spec: AttentionSpec) -> tuple[str, ...]:
+    return ("scores",) if spec.rope is None else ("scores", "scores_rope")
