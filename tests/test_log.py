@@ -124,6 +124,14 @@ def test_best_believes_the_last_final_measurement(log) -> None:
     assert best(log)["r16t64f32"].trial == 3
 
 
+@pytest.mark.parametrize(("faster", "wins"), [(9, True), (8, False)])
+def test_the_default_gives_way_to_what_is_surely_faster(log, faster, wins) -> None:
+    """Of 10 rounds 9 are more than 5 + 0.98 √10 = 8.1."""
+    log.append(trial(0, latency_us=(4.0,) * 10, default=True, final=True))
+    log.append(trial(1, latency_us=(3.0,) * faster + (9.0,) * (10 - faster), final=True))
+    assert best(log)["r16t64f32"].trial == int(wins)
+
+
 def test_best_never_compares_workloads(log) -> None:
     log.append(trial(0, workload="small", latency_us=(1.0,)))
     log.append(trial(1, latency_us=(9.0,)))

@@ -45,7 +45,7 @@ class FakeRunner:
         if key in self.broken:
             return Outcome("runtime", error="broken")
         latency = 100.0 + int(key, 16) % 1000
-        return Outcome("ok", (latency,) * 3, compile_s=0.01, max_error=0.0)
+        return Outcome("ok", (latency,) * 10, compile_s=0.01, max_error=0.0)
 
 
 def run(root: str, trials: int, real: bool = False, **options) -> TuningResult:

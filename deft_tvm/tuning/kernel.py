@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from deft_tvm.tuning.log import Trial, fastest
+from deft_tvm.tuning.log import Trial, winner
 from deft_tvm.tuning.result import KernelResult
 from deft_tvm.tuning.space import Space
 
@@ -83,12 +83,12 @@ class Kernel:
     def result(self) -> KernelResult | None:
         if not self.good:
             return None
-        winner = fastest(self.good)
+        best = winner(self.good)
         return KernelResult(
             self.name,
             self.space.subject.workload,
-            winner.decision,
-            winner.median_us,
+            best.decision,
+            best.median_us,
             self.default_us,
             len(self.tried),
             len(self.space),

@@ -12,6 +12,7 @@ the next one begins on a line of its own.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections import defaultdict
@@ -66,7 +67,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         max_error: largest absolute difference from the reference; None if it was not compared.
         error: the first lines of what went wrong.
         best_us: lowest median of this kernel and workload so far, this trial included.
-        final: measured again after the search, in turn with the other best ones and the default.
+        default: the decision that the search started from.
+        final: measured again after the search, in turn with the other best ones and the default:
+            sample i of each is of the same round.
         commit: of the source tree, empty outside one.
         versions: of the packages that matter.
         device: slug.
@@ -88,6 +91,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     max_error: float | None = None
     error: str = ""
     best_us: float | None = None
+    default: bool = False
     final: bool = False
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -182,12 +186,11 @@ class TuningLog:
 def best(log: TuningLog) -> dict[str, Trial]:
     """The winning trial of each kernel.
 
-    Of several workloads that a kernel was tuned on, the one with the most trials speaks. Of its
-    trials those measured last and in turn count, if there are any; then the lowest median.
+    Of several workloads that a kernel was tuned on, the one with the most trials speaks.
     """
     fewest_first = sorted(by_subject(log.read()).values(), key=len)
     good = ([trial for trial in trials if trial.status == "ok"] for trials in fewest_first)
-    winners = (fastest(trials) for trials in good if trials)
+    winners = (winner(trials) for trials in good if trials)
     return {trial.kernel: trial for trial in winners}
 
 
@@ -199,11 +202,19 @@ def by_subject(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
     return dict(groups)
 
 
-def fastest(trials: Sequence[Trial]) -> Trial:
-    """The lowest median of the last final measurement, or of all where there was none."""
+def winner(trials: Sequence[Trial]) -> Trial:
+    """The lowest median of the last final measurement, or of all where there was none.
+
+    In a final measurement the default gives way only to what was faster in so many rounds that
+    chance explains it in fewer than 2.5 % of cases (sign test, normal approximation).
+    """
     final = [trial for trial in trials if trial.final]
     last = [trial for trial in final if trial.run == final[-1].run]
-    return min(last or trials, key=lambda trial: trial.median_us)
+    lowest = min(last or trials, key=lambda trial: trial.median_us)
+    default = next((trial for trial in last if trial.default), lowest)
+    rounds = list(zip(lowest.latency_us, default.latency_us, strict=False))
+    faster = sum(own < other for own, other in rounds)
+    return lowest if faster > len(rounds) / 2 + 0.98 * math.sqrt(len(rounds)) else default
 
 
 def log_roots() -> list[Path]:

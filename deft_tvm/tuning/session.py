@@ -157,6 +157,7 @@ class Session:
             max_error=outcome.max_error,
             error=outcome.error,
             best_us=_lowest(kernel.best_us, outcome),
+            default=number == kernel.space.start,
             final=final,
             device=subject.device.slug,
         )

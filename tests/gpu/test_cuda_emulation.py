@@ -21,7 +21,9 @@ from problems import (
     run,
 )
 
-from deft_tvm.schedules.rule import apply_rules
+from deft_tvm.errors import PlanError
+from deft_tvm.schedules.cuda.lowering import compile_cuda
+from deft_tvm.schedules.rule import apply_rules, schedule
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
 
@@ -133,6 +135,13 @@ def test_scheduling_leaves_the_module_as_it_was(operand: str) -> None:
     before = module.script()
     apply_rules(task, tvm.s_tir.Schedule(module), {})
     assert module.script() == before
+
+
+def test_tiles_beyond_shared_memory_are_refused() -> None:
+    task = partial_task(gqa(8, 2, 256, "float16"), TileShape(4, 64, "float32"))
+    module = schedule(task)[0].mod
+    with pytest.raises(PlanError, match=r"partial takes \d+ bytes of shared memory; expected at"):
+        compile_cuda(module, "sm_89")
 
 
 RACES = ("scalar, decode tile", "tensor cores, half")

@@ -19,6 +19,7 @@ from tvm.tirx.compilation_pipeline import (
     register_tir_pipeline,
 )
 
+from deft_tvm.errors import PlanError
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.limits import shared_limit
@@ -44,8 +45,13 @@ def compile_cuda(module: IRModule, arch: str) -> Any:
     Returns:
         A TVM executable whose first imported module holds the kernels: CUDA source where this
         machine has no GPU, a cubin where it has one.
+
+    Raises:
+        PlanError: a kernel's tiles take more shared memory than a block of `arch` has.
     """
     register_tir_pipeline(PIPELINE, _pipeline)
+    # So that a refusal inside a pass comes out of TVM as what it is.
+    tvm_ffi.register_error(PlanError.__name__, PlanError)
     return tvm_compile(module, target=cuda_target(arch), tir_pipeline=PIPELINE)
 
 
@@ -70,14 +76,9 @@ def cuda_target(arch: str) -> Target:
 
 def shared_bytes(module: IRModule, arch: str) -> int:
     """Shared memory that one block of the module's hungriest kernel takes, static and dynamic."""
-    kernels = lowered(module, arch).functions.values()
-    return max(_shared_bytes(kernel.body) for kernel in kernels)
-
-
-def lowered(module: IRModule, arch: str) -> IRModule:
-    """The kernels as loops over flat buffers, just before they are split into host and device."""
     bound = tirx.transform.BindTarget(cuda_target(arch))(module)
-    return transform.Sequential(_threaded())(bound)
+    kernels = transform.Sequential(_threaded())(bound).functions.values()
+    return max(_shared_bytes(kernel.body) for kernel in kernels)
 
 
 def _shared_bytes(body: tirx.Stmt) -> int:
@@ -93,6 +94,21 @@ def _shared_bytes(body: tirx.Stmt) -> int:
     return sum(sizes)
 
 
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.CheckSharedMemory")
+def _check_shared_memory(
+    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """Refuse here what a GPU would refuse at launch."""
+    target = func.attrs["target"].attrs
+    used, limit = _shared_bytes(func.body), int(target["max_shared_memory_per_block"])
+    if used > limit:
+        raise PlanError(
+            f"{func.attrs['global_symbol']} takes {used} bytes of shared memory; expected at most "
+            f"{limit} on {target['arch']}: give its tile class a smaller kv_tile or lane_rows"
+        )
+    return func
+
+
 @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.LeaveRegisters")
 def _leave_registers(
     func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
@@ -102,6 +118,7 @@ def _leave_registers(
 
 
 def _threaded() -> list[transform.Pass]:
+    """TVM's lowering down to one thread's code over flat buffers, with our passes between."""
     lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
     return [
         keep_own_share(DEALT, DEALT_ROWS, DEALT_THREADS),
@@ -148,6 +165,7 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
     """The three parts of a lowering pipeline, as TVM asks for them."""
     passes = [
         *_threaded(),
+        _check_shared_memory,
         tirx.transform.SplitHostDevice(),
         tirx.transform.MakePackedAPI(),
         tirx.transform.BF16StorageLegalize(),
