@@ -55,9 +55,7 @@ def worst(compiled: Compiled, case: Case, grouping: str = "auto") -> float:
     With several tile classes of different operands the widest of their bounds counts.
     """
     profile = DeviceProfile.detect()
-    plan = make_plan(
-        case.forest, case.pages, case.spec, compiled.tiles, profile, grouping=grouping
-    )
+    plan = make_plan(case.forest, case.pages, case.spec, compiled.tiles, profile, grouping=grouping)
     out, lse = compiled.run(case, plan)
     exact = case.reference()
     bounds = [exact.bound(tile.operand, case.spec.dtype) for tile in compiled.tiles]
@@ -66,9 +64,7 @@ def worst(compiled: Compiled, case: Case, grouping: str = "auto") -> float:
     assert not out[dead].any(), "rows that see nothing are zeros"
     error = float((out.double() - exact.out).abs().amax())
     lse_error = float((lse.double() - exact.lse)[~dead].abs().max()) if not dead.all() else 0.0
-    return max(
-        _share(error, max(bound.out for bound in bounds)), _share(lse_error, bounds[0].lse)
-    )
+    return max(_share(error, max(bound.out for bound in bounds)), _share(lse_error, bounds[0].lse))
 
 
 def _share(error: float, bound: float) -> float:

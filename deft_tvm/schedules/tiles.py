@@ -12,6 +12,8 @@ from deft_tvm.spec import AttentionSpec, Dtype, TileShape
 
 CPU_KV_TILE = 64
 CUDA_KV_TILE = 64
+CUDA_WIDE = 384
+"""K and V wider than this together take half the tokens a step, to fit 99 KB of shared memory."""
 
 
 def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[TileShape, ...]:
@@ -23,7 +25,8 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
         features: instruction sets, as in `DeviceProfile.features`.
     """
     if kind == "cuda":
-        return tuple(TileShape(r, CUDA_KV_TILE, _cuda_operand(spec, r)) for r in _cuda_rows(spec))
+        tokens = CUDA_KV_TILE // (2 if spec.q_width + spec.v_width > CUDA_WIDE else 1)
+        return tuple(TileShape(r, tokens, _cuda_operand(spec, r)) for r in _cuda_rows(spec))
     few_operand = _few_operand(spec, features)
     few = [(rows, few_operand) for rows in (spec.group, 8) if spec.group <= rows < 16]
     many = [(rows, _cpu_operand(spec, features)) for rows in (16, 32, 64, 128)]
