@@ -237,8 +237,6 @@ def _load_module(path: Path, sha256: str, needs: tuple[str, ...]) -> tvm_ffi.Mod
         raise ArtifactError(f"{path}: {error.strerror}; expected a module") from None
     if found != sha256:
         refuse(path, "sha256", found, f"{sha256!r}: the file is damaged or truncated")
-    if "amx" in needs:
-        threads.permit_amx()
     if "tvm_runtime" in needs:
         _load_tvm_runtime(path)
     with _own_name(path) as name:

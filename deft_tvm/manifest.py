@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 TRIALS = "trials.jsonl"
 DEFAULT = "default"
 
-Need = Literal["torch_pool", "amx", "tvm_runtime"]
+Need = Literal["torch_pool", "tvm_runtime"]
 AnyPath = str | os.PathLike[str]
 
 
@@ -74,8 +74,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         kind: machine code for a CPU or GPU, or CUDA source that is compiled where it is loaded.
         versions: of deft_tvm, tvm, tvm_ffi and torch, where it was built.
         created: ISO date and time.
-        needs: what the loader must see to: ``torch_pool`` for a CPU module, ``amx`` where a kernel
-            uses tile registers, ``tvm_runtime`` for a GPU module.
+        needs: what the loader must see to: ``torch_pool`` for a CPU module, ``tvm_runtime`` for a
+            GPU module.
         sha256: of ``module.so``; filled when the artifact is written.
         lse_base: base of the log-sum-exps that its functions take and give.
         schema: version of these fields.

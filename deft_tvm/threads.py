@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shutil
 import subprocess
 import warnings
@@ -81,19 +80,6 @@ def _torch_pool() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
 
 def _address(library: ctypes.CDLL, symbol: str) -> ctypes.c_void_p:
     return ctypes.cast(getattr(library, symbol), ctypes.c_void_p)
-
-
-def permit_amx() -> None:
-    """Ask the kernel to let this process use AMX tile registers; asking again is harmless.
-
-    Raises:
-        ArtifactError: the kernel refuses.
-    """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise ArtifactError(f"AMX asked for on {platform.machine()}; expected Linux on x86_64")
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    if ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) != 0:
-        raise ArtifactError("the kernel refused AMX tile registers; expected Linux 5.16 or newer")
 
 
 def _c_compiler() -> str:

@@ -218,12 +218,19 @@ def test_update_of_a_cache_without_pages(small: TreeAttention) -> None:
     assert (out - exact.out).abs().max() <= exact.bound().out
 
 
-def test_deterministic_rows_do_not_depend_on_other_trees() -> None:
+@pytest.mark.parametrize("first", [0, 3], ids=["other tree after", "other tree before"])
+def test_deterministic_rows_do_not_depend_on_other_trees(first: int) -> None:
+    """Of a tree whose prompt is cut, beside one that adds items, rows and pages to the plan."""
     attention = TreeAttention(SMALL, artifact(SMALL), deterministic=True)
-    both = paged()
-    alone = Forest.from_parents([-1, 0, 0], [9, 2, 3], [0, 1, 2])
+    tree, other = [1300, 20, 7], [700, 2, 30]
+    lengths = tree + other if first == 0 else other + tree
+    both = tensors(Forest.from_parents([-1, 0, 0, -1, 3, 3], lengths, [0, 2, 3] * 2), SMALL)
     with_both = run(attention, both)
-    table = both.pages
-    end = int(table.page_indptr[3])
-    attention.plan(alone, table.page_indices[:end], table.page_indptr[:4], table.first_slot[:3])
-    assert same(attention.run(both.q[:3], both.buffers), tuple(x[:3] for x in with_both))
+
+    table, rows = both.pages, slice(5, 10) if first else slice(0, 5)
+    indptr = table.page_indptr[first : first + 4]
+    alone = Forest.from_parents([-1, 0, 0], tree, [0, 2, 3])
+    indices, slots = table.page_indices[indptr[0] : indptr[3]], table.first_slot[first : first + 3]
+    plan = attention.plan(alone, indices, indptr - indptr[0], slots)
+    assert sorted(plan.items[:, 4].tolist()) == [7, 20, 276, 512, 512]
+    assert same(attention.run(both.q[rows], both.buffers), tuple(x[rows] for x in with_both))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import tvm
@@ -25,6 +27,10 @@ SHARED_STATE = AttentionSpec(
     scale=0.2,
     page_size=8,
 )
+ROPE_OF_EACH_HEAD = replace(
+    SHARED_STATE,
+    buffers=(CacheBuffer("state", 2, 24, "float32"), CacheBuffer("rope", 2, 8, "float32")),
+)
 SPECS = {
     "gqa": AttentionSpec.gqa(**GQA),
     "hnd": AttentionSpec.gqa(**GQA, layout="HND"),
@@ -32,6 +38,7 @@ SPECS = {
     "float16": AttentionSpec.gqa(**GQA, dtype="float16"),
     "odd widths": AttentionSpec.gqa(num_q_heads=3, num_kv_heads=1, head_dim=7, page_size=1),
     "shared state and rope": SHARED_STATE,
+    "rope of each head": ROPE_OF_EACH_HEAD,
 }
 
 # Two roots; rows at an inner node and at leaves, three rows in one node, an empty node with a row,

@@ -100,8 +100,10 @@ INPUTS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
         lambda out: torch.zeros(2, 4, 32)[..., :16],
         "out has strides (128, 32, 1); expected it contiguous",
     ),
+    "out gradient": ("out", Tensor.requires_grad_, "out requires grad, and there is no backward"),
     "lse dtype": ("lse", Tensor.double, "lse has dtype float64; expected float32"),
     "lse shape": ("lse", lambda lse: lse[:, 1:], "lse has shape [2, 3]; expected [2, 4]"),
+    "lse gradient": ("lse", Tensor.requires_grad_, "lse requires grad, and there is no backward"),
 }
 
 

@@ -1,24 +1,32 @@
-"""Runs beside, after and under the eyes of others: threads, memory, shared plans, observation."""
+"""Runs beside, after and under the eyes of others: threads, memory, foreign plans, watching."""
 
 from __future__ import annotations
 
 import gc
+import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from built import SMALL, artifact
+from torch import Tensor
 
-import deft_tvm
 from deft_tvm import env
-from deft_tvm.errors import ExactnessError
+from deft_tvm.check import bound_of, largest_error
+from deft_tvm.errors import DeftError, ExactnessError, InputError, PlanError
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import Plan, make_plan
 from deft_tvm.pytorch import TreeAttention
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, parse, tensors
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture
@@ -51,6 +59,10 @@ def test_two_threads_at_once(small: TreeAttention) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(repeat, range(2)))
+
+
+def refused(error: type[DeftError], sentence: str) -> Any:
+    return pytest.raises(error, match=re.escape(sentence))
 
 
 def resident_bytes() -> int:
@@ -87,13 +99,68 @@ def test_traffic_and_last_plan(small: TreeAttention) -> None:
     assert "2 rows" in repr(small) and "gqa:hq=4" in repr(small)
 
 
-def test_a_plan_serves_a_second_spec_with_the_same_tiles(small: TreeAttention) -> None:
-    case = tensors(parse("few_shot:prompt=30,branches=3,tokens=5").forest, SMALL)
-    expected = run(small, case)
-    other = deft_tvm.load(artifact(SMALL))
-    assert small.last_plan is not None
-    other.use(small.last_plan, case.pages)
-    assert same(other.run(case.q, case.buffers), expected)
+def test_a_plan_serves_a_second_spec_with_the_same_group_and_tiles(small: TreeAttention) -> None:
+    spec = AttentionSpec.gqa(num_q_heads=2, num_kv_heads=1, head_dim=8, page_size=4, scale=0.5)
+    other = TreeAttention(spec, artifact(spec))
+    case = tensors(parse("few_shot:prompt=30,branches=3,tokens=5").forest, spec)
+    plan = other.use(small.plan(case.forest, case.pages), case.pages)
+    out, lse = other.run(case.q, case.buffers)
+    exact = case.reference()
+    bound = bound_of(plan, exact, spec.dtype)
+    assert largest_error(out, exact.out) <= bound.out
+    assert largest_error(lse, exact.lse) <= bound.lse
+
+
+def test_a_plan_for_another_group_or_page_size(small: TreeAttention) -> None:
+    """Kernels would write beside an item's rows, or read beside a page."""
+    forest = Forest.from_parents([-1, 0, 0], [9, 3, 2])
+    pages = PageTable([0, 1, 2, 3, 4], [0, 3, 4, 5], page_size=4)
+    large = PageTable([0, 1, 2, 3], [0, 2, 3, 4], page_size=8)
+
+    def plan(num_q_heads: int, pages: PageTable) -> Plan:
+        size = pages.page_size
+        spec = AttentionSpec.gqa(
+            num_q_heads=num_q_heads, num_kv_heads=2, head_dim=16, page_size=size
+        )
+        return make_plan(forest, pages, spec, small.artifact.tiles, small.profile)
+
+    with refused(PlanError, "plan has group 1; expected the spec's, 2"):
+        small.use(plan(2, pages), pages)
+    with refused(PlanError, "pages have page_size 8; expected the plan's, 4"):
+        small.use(plan(4, pages), large)
+    with refused(PlanError, "pages have page_size 1073741824; expected the plan's, 4"):
+        small.use(plan(4, pages), PageTable.contiguous(forest))
+    with refused(PlanError, "plan has page_size 8; expected the spec's, 4"):
+        small.use(plan(4, large), large)
+    assert small.last_plan is None
+
+
+# By a plan of one node with nine tokens: three pages, one row, run and item, which needs no merge.
+PACKED: dict[str, tuple[Change, Change, str]] = {
+    "plan dtype": (Tensor.long, Tensor.clone, "plan is int64[26]; expected int32[26]"),
+    "plan size": (lambda plan: plan[:-1], Tensor.clone, "plan is int32[25]; expected int32[26]"),
+    "plan shape": (lambda plan: plan[None], Tensor.clone, "plan is int32[1, 26]; expected int32[2"),
+    "plan strides": (
+        lambda plan: plan.repeat_interleave(2)[::2],
+        Tensor.clone,
+        "plan has strides (2,); expected it contiguous",
+    ),
+    "layout dtype": (Tensor.clone, Tensor.int, "layout is int32[10]; expected int64[N]"),
+    "layout shape": (Tensor.clone, lambda one: one[None], "layout is int64[1, 10]; expected int64"),
+    "layout size": (Tensor.clone, lambda one: one[:8], "expected 9 or more numbers, none below ze"),
+    "layout below zero": (Tensor.clone, Tensor.neg, "expected 9 or more numbers, none below zero"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_packed_plan_that_was_changed(small: TreeAttention, name: str) -> None:
+    case = tensors(Forest.from_parents([-1], [9]), SMALL)
+    small.plan(case.forest, case.pages)
+    change_plan, change_layout, sentence = PACKED[name]
+    plan, layout, key = small.operands
+    given = change_plan(plan.clone()), change_layout(layout)
+    with refused(InputError, sentence):
+        torch.ops.deft_tvm.tree_attention(case.q, list(case.buffers), *given, key)
 
 
 def test_check_and_debug_watch_each_run(

@@ -16,7 +16,6 @@ import toy_artifact
 import tvm_ffi
 
 from deft_tvm import threads
-from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, CompilerMissing
 
 
@@ -274,12 +273,3 @@ def test_missing_or_failing_c_compiler(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(CompilerMissing, match="no C compiler"):
         threads.compile_torch_pool(tmp_path)
-
-
-def test_amx_is_permitted_where_it_is() -> None:
-    if "amx-tile" in DeviceProfile.detect().features:
-        threads.permit_amx()
-        threads.permit_amx()
-    else:
-        with pytest.raises(ArtifactError, match="AMX"):
-            threads.permit_amx()

@@ -55,6 +55,7 @@ class Plan:
         merge_indptr: [Mr + 1], the partial slots of each; none: output 0 and LSE -inf.
         page_indices: [P], as the page table has them.
         tiles: the tile classes that `launches` counts in.
+        group: query heads a KV head, by which `tiles` were taken to hold so many rows.
         grouping: how the forest was divided; never ``auto``.
         max_page: the highest page that the page table names.
         forest: what was planned.
@@ -72,6 +73,7 @@ class Plan:
     merge_indptr: Int32
     page_indices: Int32
     tiles: tuple[TileShape, ...]
+    group: int
     grouping: str
     max_page: int
     forest: Forest

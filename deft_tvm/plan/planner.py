@@ -87,7 +87,8 @@ def make_plan(
     elif grouping in ("node_chunk", "flatten"):
         chunk = chunk or PAPER_CHUNK
     costs = prices(spec, tuple(tiles), CostModel.from_profile(profile))
-    return Recipe(costs, tuple(tiles), grouping, chunk, deterministic)(forest, pages)
+    recipe = Recipe(costs, tuple(tiles), spec.group, grouping, chunk, deterministic)
+    return recipe(forest, pages)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +98,7 @@ class Recipe:
     Attributes:
         prices: costs of items on the device.
         tiles: the tile classes.
+        group: query heads a KV head.
         grouping: one of `GROUPINGS`.
         chunk: tokens at which groups are cut; None: to fill the machine.
         deterministic: nothing may depend on `prices`.
@@ -104,6 +106,7 @@ class Recipe:
 
     prices: Prices
     tiles: tuple[TileShape, ...]
+    group: int
     grouping: str
     chunk: int | None
     deterministic: bool
@@ -128,6 +131,7 @@ class Recipe:
             merge_indptr=partials.merge_indptr,
             page_indices=pages.page_indices,
             tiles=self.tiles,
+            group=self.group,
             grouping=grouping,
             max_page=pages.max_page,
             forest=forest,

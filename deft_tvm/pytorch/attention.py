@@ -15,7 +15,7 @@ from deft_tvm.errors import InputError, PlanError
 from deft_tvm.manifest import AnyPath
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Traffic, make_plan, traffic
-from deft_tvm.pytorch.checks import check_types
+from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands
 from deft_tvm.pytorch.packing import pack
@@ -150,16 +150,16 @@ class TreeAttention:
         return self.use(step.plan.update(forest, pages), pages)
 
     def use(self, plan: Plan, pages: PageTable) -> Plan:
-        """Follow a plan that was made elsewhere, as for another spec with the same tile classes.
+        """Follow a plan that was made elsewhere, as for another spec of the same group and tiles.
+
+        Args:
+            plan: for the module's tile classes, the spec's group and its page size.
+            pages: those that `plan` was made of.
 
         Raises:
-            PlanError: the plan is for other tile classes.
+            PlanError: the plan or the pages are others.
         """
-        if plan.tiles != self.artifact.tiles:
-            raise PlanError(
-                f"plan has tile classes {[tile.name for tile in plan.tiles]}; expected those of "
-                f"the module, {[tile.name for tile in self.artifact.tiles]}"
-            )
+        check_plan(self.spec, self.artifact.tiles, plan, pages)
         packed = pack(plan, not pages.is_contiguous, self.device)
         watch = Watch.wanted(self.spec, plan, pages)
         self._step = _Step(plan, pages, Operands(*packed, self._key), watch)

@@ -1,4 +1,4 @@
-"""Refusals of tensors: a cheap test in every call, and a sentence where it fails.
+"""Refusals of tensors and of plans: a cheap test in every call, and a sentence where it fails.
 
 Kernels check what they are given too, but not the page size, nor whether pages exist, nor that no
 gradient is lost.
@@ -12,9 +12,37 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from deft_tvm.errors import InputError
+from deft_tvm.errors import InputError, PlanError
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import Plan
 from deft_tvm.pytorch.loaded import Loaded
 from deft_tvm.pytorch.packing import Unpacked
+from deft_tvm.spec import AttentionSpec, TileShape
+
+
+def check_plan(
+    spec: AttentionSpec, tiles: tuple[TileShape, ...], plan: Plan, pages: PageTable
+) -> None:
+    """Refuse a plan that kernels would follow out of the bounds of an item or of a page.
+
+    Raises:
+        PlanError: the plan or the pages are not for `spec` and the module's `tiles`.
+    """
+    if plan.tiles != tiles:
+        raise PlanError(
+            f"plan has tile classes {[tile.name for tile in plan.tiles]}; expected those of "
+            f"the module, {[tile.name for tile in tiles]}"
+        )
+    if plan.group != spec.group:
+        raise PlanError(f"plan has group {plan.group}; expected the spec's, {spec.group}")
+    if pages.page_size != plan.page_size:
+        raise PlanError(
+            f"pages have page_size {pages.page_size}; expected the plan's, {plan.page_size}"
+        )
+    if not pages.is_contiguous and plan.page_size != spec.page_size:
+        raise PlanError(
+            f"plan has page_size {plan.page_size}; expected the spec's, {spec.page_size}"
+        )
 
 
 def check_types(q: Tensor, kv: Sequence[Tensor]) -> None:
@@ -58,7 +86,7 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
 
 
 def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> None:
-    """Refuse outputs that kernels cannot write to.
+    """Refuse outputs that kernels cannot write to, or whose gradient would silently be lost.
 
     Raises:
         InputError: names the tensor, what it is and what was expected.
@@ -73,6 +101,8 @@ def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> N
             _refuse(name, tensor, dtype, expected, device)
         if not tensor.is_contiguous():
             raise InputError(f"{name} has strides {tensor.stride()}; expected it contiguous")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            _refuse_gradient(name)
 
 
 def check_no_gradient(q: Tensor, kv: Sequence[Tensor]) -> None:
@@ -85,10 +115,7 @@ def check_no_gradient(q: Tensor, kv: Sequence[Tensor]) -> None:
         return
     for i, tensor in enumerate((q, *kv)):
         if tensor.requires_grad:
-            raise InputError(
-                f"{_name(i)} requires grad, and there is no backward; expected torch.no_grad(), "
-                f"torch.inference_mode() or {_name(i)}.detach()"
-            )
+            _refuse_gradient(_name(i))
 
 
 def check_devices(device: torch.device, *tensors: Tensor) -> None:
@@ -143,6 +170,13 @@ def _refuse(
     if tensor.device != device:
         raise InputError(f"{name} is on {tensor.device}; expected {device}, where the plan is")
     raise InputError(f"{name} has strides {tensor.stride()}; expected 1 as the last")
+
+
+def _refuse_gradient(name: str) -> NoReturn:
+    raise InputError(
+        f"{name} requires grad, and there is no backward; expected torch.no_grad(), "
+        f"torch.inference_mode() or {name}.detach()"
+    )
 
 
 def _name(index: int) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan
 
 RECENT = 8
@@ -22,6 +23,8 @@ RECENT = 8
 
 _COLUMNS = 6
 _HEADER = 8
+_SCALARS = 3
+_ARRAYS = 5
 
 
 class Unpacked(NamedTuple):
@@ -65,11 +68,18 @@ def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def unpack(plan: Tensor, layout: Tensor) -> Unpacked:
-    """The views of a packed plan; those of recent plans are kept."""
+    """The views of a packed plan; those of recent plans are kept.
+
+    Raises:
+        InputError: `plan` and `layout` are not what `pack` makes.
+    """
+    if layout.dtype is not torch.int64 or layout.dim() != 1:
+        raise InputError(f"layout is {_what(layout)}; expected int64[N]")
     # A kept view keeps its storage, so no other plan can come to lie at the same address.
     key = (plan.data_ptr(), *layout.tolist())
     found = _recent.plans.get(key)
     if found is None:
+        _check(plan, key[1:])
         while len(_recent.plans) >= RECENT:
             del _recent.plans[next(iter(_recent.plans))]
         found = _recent.plans[key] = _divide(plan, *key[1:])
@@ -85,10 +95,9 @@ _recent = _Recent()
 
 
 def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int) -> Unpacked:
-    pages, rows, runs, dests, merged, *items = lengths
-    sizes = [_HEADER, pages, rows, runs * _COLUMNS, dests, merged, merged + 1]
+    items = lengths[_ARRAYS:]
     header, page_indices, row_order, run, dest, merge_rows, indptr, rest = plan.split(
-        [*sizes, sum(items) * _COLUMNS]
+        _sizes(lengths)
     )
     table = rest.view(-1, _COLUMNS)
     bounds = pairwise(accumulate(items, initial=0))
@@ -105,3 +114,28 @@ def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int)
         needed=needed,
         paged=bool(paged),
     )
+
+
+def _sizes(lengths: tuple[int, ...]) -> list[int]:
+    """Elements of each part of a plan, in order."""
+    pages, rows, runs, dests, merged, *items = lengths
+    sizes = [_HEADER, pages, rows, runs * _COLUMNS, dests, merged, merged + 1]
+    return [*sizes, sum(items) * _COLUMNS]
+
+
+def _check(plan: Tensor, layout: tuple[int, ...]) -> None:
+    """Refuse a plan that cannot be divided as `layout` says."""
+    if len(layout) <= _SCALARS + _ARRAYS or min(layout) < 0:
+        raise InputError(
+            f"layout is {list(layout)}; expected {_SCALARS + _ARRAYS + 1} or more numbers, "
+            f"none below zero"
+        )
+    size = sum(_sizes(layout[_SCALARS:]))
+    if plan.dtype is not torch.int32 or plan.shape != (size,):
+        raise InputError(f"plan is {_what(plan)}; expected int32[{size}], as layout says")
+    if not plan.is_contiguous():
+        raise InputError(f"plan has strides {plan.stride()}; expected it contiguous")
+
+
+def _what(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -2,7 +2,7 @@
 
 A rule takes a task (which kernel, for which spec, tile and target) and a fresh schedule of its
 computation, and either schedules it or declines by returning False before it touched anything.
-Rules are asked in order; the last one takes every task and leaves it as written.
+Rules are asked in order (see `apply`); the last one takes every task and leaves it as written.
 
 A rule chooses only through its `Knobs`: each choice has a name, a closed list of candidates and a
 default. So a scheduled kernel is described by a `Decision`, a plain mapping that logs keep, that
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from tvm import IRModule, s_tir, tirx
+from tvm import s_tir, tirx
 
 from deft_tvm.errors import PlanError
 from deft_tvm.kernels.merge import merge_partials
@@ -96,37 +96,3 @@ class Knobs:
 
 
 Rule = Callable[[KernelTask, s_tir.Schedule, Knobs], bool]
-
-
-def as_written(task: KernelTask, sch: s_tir.Schedule, knobs: Knobs) -> bool:
-    """Takes every task and changes nothing: right, and slow."""
-    return True
-
-
-def rules_for(kind: str) -> tuple[Rule, ...]:
-    """The rules of a target kind, in the order in which they are asked."""
-    from deft_tvm.schedules import cpu, cuda
-
-    return (*{"llvm": cpu.RULES, "cuda": cuda.RULES}[kind], as_written)
-
-
-def schedule(task: KernelTask, decision: Decision | None = {}) -> tuple[s_tir.Schedule, Knobs]:  # noqa: B006
-    """The scheduled kernel of `task`, with defaults for what `decision` does not name.
-
-    Args:
-        task: the kernel.
-        decision: choices by name; None leaves them to be sampled.
-
-    Raises:
-        PlanError: a choice is not among its candidates.
-    """
-    sch = s_tir.Schedule(IRModule({task.symbol: task.computation}))
-    return sch, apply_rules(task, sch, decision)
-
-
-def apply_rules(task: KernelTask, sch: s_tir.Schedule, decision: Decision | None) -> Knobs:
-    """Schedule `sch`, a schedule of the task's computation or a specialisation of it, in place."""
-    sch.work_on(sch.mod.get_global_vars()[0].name_hint)
-    knobs = Knobs(sch, decision)
-    next(rule for rule in rules_for(task.kind) if rule(task, sch, knobs))
-    return knobs

@@ -125,8 +125,6 @@ def _load(library: str, function: str, device: DeviceProfile) -> Callable[..., o
         import tvm  # noqa: F401  (its CUDA runtime)
     else:
         torch.set_num_threads(device.cores)
-    if "amx-tile" in device.features:
-        threads.permit_amx()
     module = tvm_ffi.load_module(library)
     if device.kind == "cpu":
         threads.adopt_pool(library)

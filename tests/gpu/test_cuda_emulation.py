@@ -22,8 +22,8 @@ from problems import (
 )
 
 from deft_tvm.errors import PlanError
+from deft_tvm.schedules import apply_rules, schedule
 from deft_tvm.schedules.cuda.lowering import compile_cuda
-from deft_tvm.schedules.rule import apply_rules, schedule
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
 

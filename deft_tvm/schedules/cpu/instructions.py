@@ -6,10 +6,12 @@ vectors before TVM's legalisation can turn them into float32 ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from functools import partial as bind
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
@@ -162,23 +164,44 @@ def dot_pairs() -> str:
 @cache
 def interleave() -> str:
     """Intrinsic: two rows of 16 sixteen-bit elements into 16 pairs."""
+    return _two_rows_to_pairs("deft_interleave", "uint16", lambda bits: bits, rows_first=True)
+
+
+@cache
+def narrow_pairs() -> str:
+    """Intrinsic: two rows of 16 float32 rounded to bfloat16, as 16 pairs (``vcvtne2ps2bf16``)."""
+    rounded = bind(narrow, operand="bfloat16")
+    return _two_rows_to_pairs("deft_narrow_pairs", "float32", rounded, rows_first=False)
+
+
+def _two_rows_to_pairs(
+    function: str, source: str, element: Callable[[Expr], Expr], *, rows_first: bool
+) -> str:
+    """Pair i holds ``element`` of entry i of the first row, then of the second.
+
+    `rows_first` is the order of the axes of the block that is replaced: it must be met.
+    """
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (2, 16), "uint16", offset_factor=1)
+        A = T.match_buffer(a, (2, 16), source, offset_factor=1)
         B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
         with T.sblock("root"):
             T.reads(A[0:2, 0:16])
             T.writes(B[0, 0:16, 0:2])
             for r, i in T.grid(2, 16):
                 with T.sblock("pair"):
-                    vr, vi = T.axis.remap("SS", [r, i])
-                    B[0, vi, vr] = A[vr, vi]
+                    if rows_first:
+                        vr, vi = T.axis.remap("SS", [r, i])
+                        B[0, vi, vr] = element(A[vr, vi])
+                    else:
+                        vi, vr = T.axis.remap("SS", [i, r])
+                        B[0, vi, vr] = element(A[vr, vi])
 
     @T.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
         s0 = T.int32()
-        A = T.match_buffer(a, (2, 16), "uint16", offset_factor=1, strides=[s0, 1])
+        A = T.match_buffer(a, (2, 16), source, offset_factor=1, strides=[s0, 1])
         B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
         with T.sblock("root"):
             T.reads(A[0:2, 0:16])
@@ -186,51 +209,14 @@ def interleave() -> str:
             T.evaluate(
                 T.call_extern(
                     "int32",
-                    "deft_interleave",
+                    function,
                     T.address_of(B[0, 0, 0]),
                     T.address_of(A[0, 0]),
                     T.address_of(A[1, 0]),
                 )
             )
 
-    return _register("deft_interleave", description, implementation)
-
-
-@cache
-def narrow_pairs() -> str:
-    """Intrinsic: two rows of 16 float32 rounded to bfloat16, as 16 pairs (``vcvtne2ps2bf16``)."""
-
-    @T.prim_func(s_tir=True)
-    def description(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (2, 16), "float32", offset_factor=1)
-        B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(A[0:2, 0:16])
-            T.writes(B[0, 0:16, 0:2])
-            for i, r in T.grid(16, 2):
-                with T.sblock("pair"):
-                    vi, vr = T.axis.remap("SS", [i, r])
-                    B[0, vi, vr] = narrow(A[vr, vi], "bfloat16")
-
-    @T.prim_func(s_tir=True)
-    def implementation(a: T.handle, b: T.handle) -> None:
-        s0 = T.int32()
-        A = T.match_buffer(a, (2, 16), "float32", offset_factor=1, strides=[s0, 1])
-        B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(A[0:2, 0:16])
-            T.writes(B[0, 0:16, 0:2])
-            T.evaluate(
-                T.call_extern(
-                    "int32",
-                    "deft_narrow_pairs",
-                    T.address_of(B[0, 0, 0]),
-                    T.address_of(A[0, 0]),
-                    T.address_of(A[1, 0]),
-                )
-            )
-
-    return _register("deft_narrow_pairs", description, implementation)
+    return _register(function, description, implementation)
 
 
 @cache

@@ -199,8 +199,8 @@ def _narrow_in_pairs(sch: Schedule) -> None:
     i, j = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
     j_outer, j_pair = sch.split(j, [None, 2])
     i_outer, i_lanes = sch.split(i, [None, 16])
-    sch.reorder(j_outer, i_outer, i_lanes, j_pair)
-    sch.tensorize(i_lanes, narrow_pairs())
+    sch.reorder(j_outer, i_outer, j_pair, i_lanes)
+    sch.tensorize(j_pair, narrow_pairs())
 
 
 def _loads(task: KernelTask) -> list[str]:

@@ -1,0 +1,36 @@
+# python benchmarks/record.py few_shot sequences overhead planning demo
+"""Run benchmarks and keep what they print under ``logs/<device>/benchmarks/``, with its origin."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from deft_tvm import DeviceProfile
+
+ROOT = Path(__file__).parents[1]
+
+
+def record(name: str, folder: Path) -> None:
+    """Run one benchmark, or the demo of ``make run``, and keep its output."""
+    script = ["-m", "deft_tvm.demo"] if name == "demo" else [f"benchmarks/{name}.py"]
+    run = subprocess.run(
+        [sys.executable, *script], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    ).stdout.strip()
+    when = datetime.now(timezone.utc).isoformat(timespec="minutes")
+    origin = f"# python {' '.join(script)}\n# {when}, commit {commit}, torch {torch.__version__}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.txt").write_text(origin + run.stdout, encoding="utf-8")
+    print(run.stdout)
+
+
+if __name__ == "__main__":
+    for benchmark in sys.argv[1:]:
+        record(benchmark, ROOT / "logs" / DeviceProfile.detect().slug / "benchmarks")
