@@ -11,8 +11,8 @@ IN := $(VENV)/bin/python -m
 PIP := $(IN) pip install --constraint constraints.txt
 NEEDS := pyproject.toml constraints.txt
 
-# A plain torch for Linux brings gigabytes of CUDA; TORCH_INDEX names an index with a smaller build,
-# as pytorch.org's installation page gives it.
+# A plain torch for Linux brings gigabytes of CUDA, whatever its version; TORCH_INDEX names an index
+# with a smaller build, as pytorch.org's installation page gives it.
 TORCH_INDEX ?=
 
 .PHONY: run test machine clean

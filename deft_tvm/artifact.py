@@ -24,7 +24,7 @@ import tvm_ffi
 from deft_tvm import env, threads
 from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import ArtifactError, CompilerMissing
+from deft_tvm.errors import ArtifactError, CompilerMissing, installing
 from deft_tvm.manifest import (
     MANIFEST,
     MODULE,
@@ -168,7 +168,7 @@ def _advice(
     others = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
     return (
         f"no module for spec {spec} on {device.slug} in {looked}{others}, and no compiler to build "
-        f"one; run `pip install 'deft-tvm[tune]'` here, or `deft-tvm build --spec {spec}` on a "
+        f"one; run {installing('tune')}, or `deft-tvm build --spec {spec}` on a "
         f"machine that has it and name the module's folder in {env.MODULE_PATH.name}"
     )
 

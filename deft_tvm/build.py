@@ -1,4 +1,4 @@
-"""From a spec and what tuning found to an artifact. Needs the compiler (``deft-tvm[tune]``).
+"""From a spec and what tuning found to an artifact. Needs the compiler (the extra ``tune``).
 
 One module holds the partial kernels of all tile classes and the merge. Decisions come from the
 tuning log of the device if there is one, else they are the defaults that ship.

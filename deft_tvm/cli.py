@@ -1,30 +1,46 @@
 """The command line: ``deft-tvm tune · build · check · bench · info · show``.
 
-Exit codes: 0 done, 1 a check failed, 2 wrong use, or something that is refused with a reason.
+Exit codes: 0 done, 1 a check failed, 2 wrong use, or something that is refused with a reason (by
+deft_tvm, or by the system: a file, a folder), 70 a fault of deft_tvm, with its traceback, 130
+interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
-from deft_tvm.errors import DeftError
+from deft_tvm.errors import DeftError, installing
 
 WRONG_USE = 2
+FAULT = 70
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command, by default that of this process; always ends in SystemExit."""
     try:
+        _run(arguments)
+    except DeftError as error:
+        _refuse(str(error))
+    except OSError as error:
+        _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except Exception:  # Python would exit with 1, which says that a check failed
+        traceback.print_exc()
+        raise SystemExit(FAULT) from None
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    try:
         from deft_tvm.commands import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        _refuse(f"{error.name} is not installed; run `pip install 'deft-tvm[cli]'`")
-    try:
-        app(args=arguments, prog_name="deft-tvm")
-    except DeftError as error:
-        _refuse(str(error))
+        _refuse(f"{error.name} is not installed; run {installing('cli')}")
+    app(args=arguments, prog_name="deft-tvm")
 
 
 def _refuse(sentence: str) -> None:

@@ -18,6 +18,11 @@ Every message names the argument, what it was, and what was expected.
 from __future__ import annotations
 
 
+def installing(part: str) -> str:
+    """The command for an optional part (``cli``, ``tune``): from a checkout, as on no index."""
+    return f"`pip install '.[{part}]'` in a checkout of deft_tvm"
+
+
 class DeftError(Exception):
     """Base of all errors that deft_tvm raises on purpose."""
 

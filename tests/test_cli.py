@@ -14,6 +14,7 @@ from deft_tvm import check as checking
 from deft_tvm.cli import main
 from deft_tvm.device import DeviceProfile
 from deft_tvm.manifest import MODULE, read_manifest
+from deft_tvm.spec import AttentionSpec
 
 COMMANDS = ("tune", "build", "check", "bench", "info", "show")
 
@@ -67,6 +68,7 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("show", "tir", "--kernel", "gemm"), "kernel is 'gemm'; expected one of "),
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),
         (("check", "--module", "/nowhere"), "/nowhere/manifest.json"),
+        (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
     ],
 )
 def test_wrong_values_are_refused_in_one_sentence(
@@ -87,6 +89,44 @@ def test_wrong_use_exits_with_2(
     ran = Ran(capsys, *arguments)
     assert ran.code == 2
     assert "Usage: deft-tvm" in ran.err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(tmp_path / "file" / "m"), "--json")
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith(f"deft-tvm: {tmp_path / 'file'}")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ZeroDivisionError("by nothing"), 70, "Traceback"),
+        (ModuleNotFoundError("No module named 'new'", name="new"), 70, "Traceback"),
+        (OSError("no room"), 2, "deft-tvm: no room\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_a_check_that_failed_exits_with_1(
+    error: BaseException,
+    code: int,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: DeviceProfile) -> None:
+        raise error
+
+    monkeypatch.setattr("deft_tvm.commands.info.fitting_logs", fail)
+    ran = Ran(capsys, "info")
+    assert ran.code == code
+    assert ran.err.startswith(told)
+    assert ("Traceback" in ran.err) == (code == 70)
 
 
 def test_check_is_exact_and_counts_traffic(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,11 +190,61 @@ def test_info_says_what_to_do_where_there_is_nothing(
     assert "no module: `deft-tvm build` makes one" in ran.out
 
 
+def test_info_counts_damaged_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path])
+    log = tmp_path / DeviceProfile.detect().slug / SPEC.slug / "trials.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"schema": 1, "run"\nnonsense\n')
+    assert "0 trials, 0 of them good; 2 damaged lines skipped" in Ran(capsys, "info").out
+    assert Ran(capsys, "info", "--json").json["logs"][0]["skipped"] == 2
+
+
+def test_build_takes_the_profile_that_info_writes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, targets = DeviceProfile.nominal(cores=7), []
+
+    def build(_: AttentionSpec, device: DeviceProfile, out: Path | None) -> Path:
+        targets.append(device)
+        return module()
+
+    monkeypatch.setattr("deft_tvm.tuning.probe.probe", lambda: elsewhere)
+    profile = Ran(capsys, "info", "--measure", "--json").json["profile"]
+    assert f"profile written to {profile}" in Ran(capsys, "info", "--measure").out
+    module()  # before the builder is replaced
+    monkeypatch.setattr("deft_tvm.build.build", build)
+    assert Ran(capsys, "build", "--device", profile).code == 0
+    assert targets == [elsewhere]
+
+
 def test_show_draws_trees_and_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "100 tokens" in Ran(capsys, "show", "tree", FEW_SHOT).out
     assert "packed" in Ran(capsys, "show", "plan", FEW_SHOT, "--spec", str(SPEC)).out
     assert Ran(capsys, "show", "plan", "--svg", str(tmp_path / "plan.svg")).out == ""
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+
+
+def test_show_tells_trees_and_plans_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = "few_shot:prompt=100,branches=2,tokens=9"
+    tree = Ran(capsys, "show", "tree", workload, "--json").json
+    root, leaf = {"parent": -1, "length": 100, "rows": 0}, {"parent": 0, "length": 9, "rows": 1}
+    assert tree == {"nodes": [root, leaf, leaf]}
+    svg = tmp_path / "plan.svg"
+    options = ("--grouping", "node", "--svg", str(svg), "--json")
+    plan = Ran(capsys, "show", "plan", workload, *options).json
+    assert svg.read_text().startswith("<svg")
+    assert (plan["grouping"], plan["partials"]) == ("node", 4)
+    items = sorted((item["rows"], item["tokens"], item["runs"]) for item in plan["items"])
+    assert items == [
+        ([0, 1], 9, [{"node": 1, "begin": 0, "end": 9}]),
+        ([0, 2], 100, [{"node": 0, "begin": 0, "end": 100}]),
+        ([1, 2], 9, [{"node": 2, "begin": 0, "end": 9}]),
+    ]
+    assert all(item["tile"].startswith("r") for item in plan["items"])
 
 
 def test_show_prints_programs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +255,8 @@ def test_show_prints_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "merge" in scheduled
     assert written != scheduled
     assert ".text" in Ran(capsys, "show", "source", *merge).out
+    assert Ran(capsys, "show", "tir", *merge, "--json").json == {"merge": scheduled.rstrip("\n")}
+    assert ".text" in Ran(capsys, "show", "source", *merge, "--json").json["merge"]
 
 
 @pytest.mark.parametrize("command", [("tune",), ("build",), ("show", "tir"), ("show", "source")])
@@ -177,7 +269,7 @@ def test_without_the_compiler_commands_say_how_to_get_it(
     ran = Ran(capsys, *command)
     assert ran.code == 2
     assert f"`deft-tvm {' '.join(command)}` needs the compiler" in ran.err
-    assert "pip install 'deft-tvm[tune]'" in ran.err
+    assert "pip install '.[tune]'" in ran.err
 
 
 def test_without_typer_the_command_says_what_to_install(
@@ -193,4 +285,21 @@ def test_without_typer_the_command_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without_commands)
     ran = Ran(capsys, "info")
     assert ran.code == 2
-    assert "typer is not installed; run `pip install 'deft-tvm[cli]'`" in ran.err
+    assert "typer is not installed; run `pip install '.[cli]'`" in ran.err
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(("show", "tree", "long", "--svg", "/no/such/folder/tree.svg"))
+    assert end.value.code == 2
+    assert "/no/such/folder/tree.svg" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_no_failed_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("deft_tvm.show.tree", lambda forest: 1 / 0)
+    with pytest.raises(SystemExit) as end:
+        main(("show", "tree", "long"))
+    assert end.value.code == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err

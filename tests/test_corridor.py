@@ -137,7 +137,7 @@ except deft_tvm.errors.CompilerMissing as error:
 """
     command = (sys.executable, "-c", program)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "pip install 'deft-tvm[tune]'" in done.stdout
+    assert "pip install '.[tune]'" in done.stdout
 
 
 def test_the_oracle_imports_torch_alone() -> None:

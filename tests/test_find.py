@@ -162,6 +162,6 @@ def test_no_module_and_no_compiler(tmp_path: Path, not_a_module: Path, build: Ca
     text = str(refusal.value)
     assert text.startswith(f"no module for spec {SPEC} on {HERE.slug} in {tmp_path / 'many'}, ")
     assert "required_features is ['avx99']; expected only what" in text
-    assert "pip install 'deft-tvm[tune]'" in text
+    assert "pip install '.[tune]'" in text
     assert f"deft-tvm build --spec {SPEC}" in text
     assert "DEFT_TVM_MODULE_PATH" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -401,7 +402,7 @@ def test_the_database_is_mended_from_the_log(tmp_path) -> None:
 
 
 def killed_run(root: Path, log: TuningLog, trials: int, delay: float, *real: str) -> None:
-    """A tuning that dies some time after it has added a trial, if it is not done before."""
+    """A tuning that is killed some time after it has added a trial."""
     before = len(log.read())
     command = [sys.executable, tuning_run.__file__, str(root), str(trials), *real]
     process = subprocess.Popen(command)
@@ -409,12 +410,13 @@ def killed_run(root: Path, log: TuningLog, trials: int, delay: float, *real: str
         time.sleep(0.01)
     time.sleep(delay)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it was still at work"
+    assert len(log.read()) > before
 
 
 def test_nothing_is_lost_or_repeated_by_kills(tmp_path) -> None:
     log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
-    rng, kept = random.Random(time.time_ns()), []
+    rng, kept = random.Random(0), []
     for _ in range(3):
         killed_run(tmp_path, log, 80, rng.uniform(0, 0.5))
         trials = list(log.read())

@@ -24,7 +24,7 @@ def build(
     ] = None,
     device: Annotated[
         Path | None,
-        typer.Option(help="A device.json of another machine to build for, as `info` writes it."),
+        typer.Option(help="Build for the machine whose `deft-tvm info --measure` wrote this file."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

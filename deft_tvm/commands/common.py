@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from deft_tvm import workloads
-from deft_tvm.errors import CompilerMissing
+from deft_tvm.errors import CompilerMissing, installing
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import FAMILIES, Workload
 
@@ -98,6 +98,4 @@ def needs_compiler(command: str) -> None:
         CompilerMissing: it is not.
     """
     if importlib.util.find_spec("tvm") is None:
-        raise CompilerMissing(
-            f"`deft-tvm {command}` needs the compiler; run `pip install 'deft-tvm[tune]'`"
-        )
+        raise CompilerMissing(f"`deft-tvm {command}` needs the compiler; run {installing('tune')}")

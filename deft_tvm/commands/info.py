@@ -19,11 +19,12 @@ MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "s
 
 @dataclass(frozen=True)
 class FittingLog:
-    """A tuning log of this device: where, and how many trials were good."""
+    """A tuning log of this device: where, how many trials were good, and lines were damaged."""
 
     path: Path
     trials: int
     good: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class FittingModule:
 
 def info(
     measure: Annotated[
-        bool, typer.Option(help="Measure bandwidth and matrix rate again, and keep them.")
+        bool,
+        typer.Option(help="Measure bandwidth and matrix rate again, and write them to a file."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -50,14 +52,16 @@ def info(
     """
     from deft_tvm.tuning.log import measured
 
-    device = measured(DeviceProfile.detect())
+    device, profile = measured(DeviceProfile.detect()), None
     if measure:
-        device = _measured_now()
+        device, profile = _measured_now()
     logs, modules = fitting_logs(device), fitting_modules(device)
     if as_json:
-        print_json({"device": device, "logs": logs, "modules": modules})
-    else:
-        _print(device, logs, modules)
+        print_json({"device": device, "profile": profile, "logs": logs, "modules": modules})
+        return
+    _print(device, logs, modules)
+    if profile is not None:
+        console().print(f"\nprofile written to {profile}")
 
 
 def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
@@ -68,9 +72,9 @@ def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
     for file in (
         f for root in log_roots() for f in sorted((root / device.slug).glob(f"*/{TRIALS}"))
     ):
-        trials = TuningLog(file.parent).read().trials
+        trials = TuningLog(file.parent).read()
         good = sum(trial.status == "ok" for trial in trials)
-        found.append(FittingLog(file.parent, len(trials), good))
+        found.append(FittingLog(file.parent, len(trials), good, trials.skipped))
     return found
 
 
@@ -111,18 +115,19 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
         out.print(f"{name:<{width}}  {value}")
     out.print("\nlogs of this device" if logs else "\nno log: `deft-tvm tune` makes one")
     for log in logs:
-        out.print(f"{log.path}\n    {log.trials} trials, {log.good} of them good")
+        damaged = f"; {log.skipped} damaged lines skipped" if log.skipped else ""
+        out.print(f"{log.path}\n    {log.trials} trials, {log.good} of them good{damaged}")
     out.print("\nmodules for it" if modules else "\nno module: `deft-tvm build` makes one")
     for module in modules:
         decisions = "tuned" if module.tuned else "default"
         out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
 
 
-def _measured_now() -> DeviceProfile:
+def _measured_now() -> tuple[DeviceProfile, Path]:
+    """The profile, and the file it was written to."""
     needs_compiler("info --measure")
     from deft_tvm.tuning.probe import probe, write_profile
 
     with Console(stderr=True).status("measuring bandwidth and matrix rate"):
         device = probe()
-    write_profile(device)
-    return device
+    return device, write_profile(device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +12,12 @@ from deft_tvm.commands.common import (
     DEFAULT_SPEC,
     DEFAULT_WORKLOAD,
     GroupingOption,
+    JsonOption,
     SpecOption,
     WorkloadArgument,
     needs_compiler,
     parse,
+    print_json,
 )
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError
@@ -23,6 +26,7 @@ from deft_tvm.spec import AttentionSpec, TileShape
 if TYPE_CHECKING:
     from deft_tvm.build import KernelTask
     from deft_tvm.plan import Plan
+    from deft_tvm.tree import Forest
     from deft_tvm.workloads import Workload
 
 SvgOption = Annotated[
@@ -39,7 +43,11 @@ show = typer.Typer(
 
 
 @show.command()
-def tree(workload: WorkloadArgument = DEFAULT_WORKLOAD, svg: SvgOption = None) -> None:
+def tree(
+    workload: WorkloadArgument = DEFAULT_WORKLOAD,
+    svg: SvgOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Draw a workload's tree: a line for each node, its tokens and query rows.
 
     Example: deft-tvm show tree speculative:nodes=16
@@ -47,7 +55,7 @@ def tree(workload: WorkloadArgument = DEFAULT_WORKLOAD, svg: SvgOption = None) -
     from deft_tvm import show as drawing
 
     forest = parse(DEFAULT_SPEC, workload)[1].forest
-    _put(drawing.tree(forest) if svg is None else drawing.tree_svg(forest), svg)
+    _draw(forest, drawing.tree_svg, svg, _tree_record if as_json else drawing.tree)
 
 
 @show.command()
@@ -56,6 +64,7 @@ def plan(
     spec: SpecOption = DEFAULT_SPEC,
     grouping: GroupingOption = "auto",
     svg: SvgOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw how a tree is cut into work: which rows read which tokens together.
 
@@ -64,7 +73,7 @@ def plan(
     from deft_tvm import show as drawing
 
     made = planned(*parse(spec, workload), grouping)
-    _put(drawing.plan(made) if svg is None else drawing.plan_svg(made), svg)
+    _draw(made, drawing.plan_svg, svg, _plan_record if as_json else drawing.plan)
 
 
 @show.command()
@@ -74,6 +83,7 @@ def tir(
     unscheduled: Annotated[
         bool, typer.Option(help="As the mathematics is written, before any schedule.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print the kernels as TensorIR, scheduled for this machine.
 
@@ -84,13 +94,16 @@ def tir(
 
     tasks, device = _tasks(spec, kernel)
     if unscheduled:
-        typer.echo("\n".join(task.computation.script() for task in tasks))
+        _print({task.name: task.computation.script() for task in tasks}, as_json)
     else:
-        typer.echo(lower(tasks, logged_decisions(AttentionSpec.parse(spec), device)).script())
+        chosen = logged_decisions(AttentionSpec.parse(spec), device)
+        _print({task.name: lower([task], chosen).script() for task in tasks}, as_json)
 
 
 @show.command()
-def source(spec: SpecOption = DEFAULT_SPEC, kernel: KernelOption = "") -> None:
+def source(
+    spec: SpecOption = DEFAULT_SPEC, kernel: KernelOption = "", as_json: JsonOption = False
+) -> None:
     """Print the machine code of the kernels, as assembly.
 
     Example: deft-tvm show source --kernel merge
@@ -99,8 +112,9 @@ def source(spec: SpecOption = DEFAULT_SPEC, kernel: KernelOption = "") -> None:
     from deft_tvm.build import compile_module, logged_decisions, lower
 
     tasks, device = _tasks(spec, kernel)
-    module = lower(tasks, logged_decisions(AttentionSpec.parse(spec), device))
-    typer.echo(compile_module(module, device.target()).mod.inspect_source("asm"))
+    chosen, target = logged_decisions(AttentionSpec.parse(spec), device), device.target()
+    compiled = {task.name: compile_module(lower([task], chosen), target) for task in tasks}
+    _print({name: built.mod.inspect_source("asm") for name, built in compiled.items()}, as_json)
 
 
 def planned(spec: AttentionSpec, workload: Workload, grouping: str = "auto") -> Plan:
@@ -138,8 +152,46 @@ def _tasks(spec: str, kernel: str) -> tuple[list[KernelTask], DeviceProfile]:
     return chosen, device
 
 
-def _put(text: str, file: Path | None) -> None:
-    if file is None:
-        typer.echo(text)
+def _draw(
+    what: Any, to_svg: Callable[[Any], str], svg: Path | None, told: Callable[[Any], Any]
+) -> None:
+    """A drawing into the file that was asked for, or `told` of it: text, or an object for JSON."""
+    if svg is not None:
+        svg.write_text(to_svg(what), encoding="utf-8")
+    record = told(what)
+    if not isinstance(record, str):
+        print_json(record)
+    elif svg is None:
+        typer.echo(record)
+
+
+def _tree_record(forest: Forest) -> dict[str, Any]:
+    """Nodes in the workload's order; a root's parent is -1."""
+    columns = (forest.parents.tolist(), forest.lengths.tolist(), forest.rows.tolist())
+    names = ("parent", "length", "rows")
+    return {"nodes": [dict(zip(names, node, strict=True)) for node in zip(*columns, strict=True)]}
+
+
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    """Items in the order of launch; their rows are numbered depth first, ends are exclusive."""
+    launched = (
+        (plan.tiles[t].name, i) for t, begin, end in plan.launches for i in range(begin, end)
+    )
+    items = [_item_record(plan, tile, item) for tile, item in launched]
+    return {"grouping": plan.grouping, "partials": plan.num_partials, "items": items}
+
+
+def _item_record(plan: Plan, tile: str, item: int) -> dict[str, Any]:
+    from deft_tvm.show.text import pieces
+
+    row, rows, _, _, tokens, _ = plan.items[item].tolist()
+    runs = [{"node": node, "begin": begin, "end": end} for node, begin, end in pieces(plan, item)]
+    return {"tile": tile, "rows": [row, row + rows], "tokens": tokens, "runs": runs}
+
+
+def _print(texts: dict[str, str], as_json: bool) -> None:
+    """The text of each kernel."""
+    if as_json:
+        print_json(texts)
     else:
-        file.write_text(text, encoding="utf-8")
+        typer.echo("\n".join(texts.values()))

@@ -2,8 +2,8 @@
 
     logs/<device>/device.json                 what the device reaches, as measured
     logs/<device>/<spec>/trials.jsonl         the trials; the truth
-    logs/<device>/<spec>/database_*.json      the same for MetaSchedule to read
-    logs/default-llvm/, logs/default-cuda/    default decisions
+    logs/<device>/<spec>/database_*.json      rebuilt from them for MetaSchedule; not shipped
+    logs/default-<kind>/decisions.json        default decisions, where there are any
 
 A line is written, flushed and synchronised before the next trial starts, so that a kill at any
 moment costs at most the trial that was running. A line that was cut off is skipped and counted, and
