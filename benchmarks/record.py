@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path, user_data_path
 
 from deft_tvm import DeviceProfile
 
@@ -26,8 +27,11 @@ def record(name: str, folder: Path) -> None:
     ).stdout.strip()
     when = datetime.now(timezone.utc).isoformat(timespec="minutes")
     origin = f"# python {' '.join(script)}\n# {when}, commit {commit}, torch {torch.__version__}\n"
+    printed = run.stdout
+    for place, kind in ((user_data_path, "data"), (user_cache_path, "cache")):
+        printed = printed.replace(str(place("deft_tvm", appauthor=False)), f"<user {kind}>")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.txt").write_text(origin + run.stdout, encoding="utf-8")
+    (folder / f"{name}.txt").write_text(origin + printed, encoding="utf-8")
     print(run.stdout)
 
 
