@@ -119,10 +119,10 @@ def test_only_a_check_that_failed_exits_with_1(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(_: DeviceProfile) -> None:
+    def fail() -> None:
         raise error
 
-    monkeypatch.setattr("deft_tvm.commands.info.fitting_logs", fail)
+    monkeypatch.setattr(DeviceProfile, "detect", fail)
     ran = Ran(capsys, "info")
     assert ran.code == code
     assert ran.err.startswith(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -405,7 +406,8 @@ def killed_run(root: Path, log: TuningLog, trials: int, delay: float, *real: str
     """A tuning that is killed some time after it has added a trial."""
     before = len(log.read())
     command = [sys.executable, tuning_run.__file__, str(root), str(trials), *real]
-    process = subprocess.Popen(command)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
     while process.poll() is None and len(log.read()) == before:
         time.sleep(0.01)
     time.sleep(delay)
