@@ -67,12 +67,18 @@ def tasks_for(
 
 def lower(tasks: Sequence[KernelTask], decisions: Decisions | None = None) -> IRModule:
     """The scheduled kernels of `tasks` in one module, not yet compiled."""
-    decided = (decisions or Decisions()).by_kernel
+    decided = _completed(tasks, decisions or Decisions()).by_kernel
     module = IRModule()
     for task in tasks:
-        decision = decided.get(task.name)
-        module.update(_scheduled(task, default_for(task) if decision is None else decision))
+        module.update(_scheduled(task, decided[task.name]))
     return module
+
+
+def _completed(tasks: Sequence[KernelTask], decisions: Decisions) -> Decisions:
+    """With the default that ships for each kernel that nothing was decided for."""
+    made = decisions.by_kernel
+    missing = (task for task in tasks if task.name not in made)
+    return Decisions({**made, **{t.name: default_for(t) for t in missing}}, decisions.origin)
 
 
 def _scheduled(task: KernelTask, decision: Decision) -> IRModule:
@@ -118,6 +124,7 @@ def build(
     device = device or DeviceProfile.detect()
     decisions = decisions or logged_decisions(spec, device)
     tasks = tasks_for(spec, device, tiles)
+    decisions = _completed(tasks, decisions)
     executable = compile_module(lower(tasks, decisions), device.target())
     on_cpu = device.kind == "cpu"
     tell(
@@ -190,10 +197,9 @@ def _manifest(
 
 
 def _kernel(task: KernelTask, decisions: Decisions) -> Kernel:
-    decided = decisions.by_kernel.get(task.name)
     return Kernel(
         function=task.symbol,
-        decision=dict(default_for(task) if decided is None else decided),
+        decision=dict(decisions.by_kernel[task.name]),
         tuned_from=decisions.origin.get(task.name, DEFAULT),
     )
 

@@ -121,17 +121,13 @@ def _paired(task: KernelTask) -> bool:
 def _transpose(task: KernelTask, sch: Schedule, paired: bool) -> None:
     for block in TRANSPOSED:
         sch.transform_layout(sch.get_sblock(block), ("write", 0), swap)
-    queries = [("load_q", "scores")]
+    factors = ["load_q", "probabilities"]
     if task.spec.rope is not None:
         sch.transform_layout(sch.get_sblock("scores_rope"), ("write", 0), swap)
-        queries.append(("load_q_rope", "scores_rope"))
-    for load, _ in queries:
-        sch.transform_layout(
-            sch.get_sblock(load), ("write", 0), pairs_of_second if paired else swap
-        )
-    sch.transform_layout(
-        sch.get_sblock("probabilities"), ("write", 0), pairs_of_second if paired else swap
-    )
+        factors.append("load_q_rope")
+    for block in factors:
+        layout = pairs_of_second if paired else swap
+        sch.transform_layout(sch.get_sblock(block), ("write", 0), layout)
 
 
 def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
