@@ -14,6 +14,9 @@ tree attention masks draft rows so (``relax.frontend.nn.llm.tree_attn``); here t
 to a KV run and spans the forest. A score that is masked counts as -inf and its probability is
 exactly 0. Slots that hold no token of the item are never read.
 
+On a CPU the tokens of the next tile are located one tile early, and asked of memory beside this
+tile's products (a GPU's schedule fetches ahead by copies of its own).
+
 Every stage is an opaque block under a loop of one. The block makes it a scope of its own, in which
 TVM accepts ``compute_at``; the loop keeps schedules from writing into the module they started from.
 """
@@ -30,6 +33,8 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, storage
 from deft_tvm.kernels.stages import (
+    advance,
+    ahead,
     exponentiate,
     fill,
     find_cut,
@@ -76,6 +81,8 @@ def partial_attention(
     r_buffer = spec.buffers[spec.rope if spec.rope is not None else spec.k.buffer]
     R_HEADS = r_buffer.heads
     TILE = storage(operand)
+    AHEAD = kind == "llvm"
+    NEXT = N if AHEAD else 0
     SCALE = spec.scale * LOG2_E
     loop = work_loop(kind)
     exp2 = bind(exp2_polynomial, operand=operand) if kind == "llvm" else tirx.exp2
@@ -165,10 +172,10 @@ def partial_attention(
                     K = T.sblock_alloc_buffer((N, KW), TILE)
                     V = T.sblock_alloc_buffer((N, VW), TILE)
                     rope = T.sblock_alloc_buffer((N, max(RW, 1)), TILE)
-                    page = T.sblock_alloc_buffer((N,), "int32")
-                    slot = T.sblock_alloc_buffer((N,), "int32")
-                    lane_begin = T.sblock_alloc_buffer((N,), "int32")
-                    lane_end = T.sblock_alloc_buffer((N,), "int32")
+                    page = T.sblock_alloc_buffer((N + NEXT,), "int32")
+                    slot = T.sblock_alloc_buffer((N + NEXT,), "int32")
+                    lane_begin = T.sblock_alloc_buffer((N + NEXT,), "int32")
+                    lane_end = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     cut = T.sblock_alloc_buffer((1,), "int32")
                     S = T.sblock_alloc_buffer((M, N), "float32")
                     S_rope = T.sblock_alloc_buffer((M, N), "float32")
@@ -197,6 +204,19 @@ def partial_attention(
                                 with T.sblock("init_out"):
                                     vi, vd = T.axis.remap("SS", [i, d])
                                     A[vi, vd] = T.float32(0)
+                    if AHEAD:
+                        for _ in T.serial(1):
+                            with T.sblock("locating_first"):
+                                T.reads()
+                                T.writes()
+                                run_first = T.sblock_alloc_buffer((N,), "int32")
+                                seek(
+                                    run_first, runs, run_begin, run_end, search_steps, 0, num_tokens
+                                )
+                                locate(
+                                    page, slot, lane_begin, lane_end, NEXT, run_first, runs,
+                                    page_indices, page_shift, row_begin, G, 0, num_tokens,
+                                )  # fmt: skip
                     for step in range((num_tokens + (N - 1)) // N):
                         with T.sblock("tile"):
                             T.reads()
@@ -207,18 +227,16 @@ def partial_attention(
                                     T.reads()
                                     T.writes()
                                     run_of = T.sblock_alloc_buffer((N,), "int32")
+                                    if AHEAD:
+                                        advance(page, slot, lane_begin, lane_end, N)
                                     seek(
-                                        run_of,
-                                        runs,
-                                        run_begin,
-                                        run_end,
-                                        search_steps,
-                                        t0,
+                                        run_of, runs, run_begin, run_end, search_steps, t0 + NEXT,
                                         num_tokens,
-                                    )
+                                    )  # fmt: skip
                                     locate(
-                                        page, slot, lane_begin, lane_end, run_of, runs,
-                                        page_indices, page_shift, row_begin, G, t0, num_tokens,
+                                        page, slot, lane_begin, lane_end, NEXT, run_of, runs,
+                                        page_indices, page_shift, row_begin, G, t0 + NEXT,
+                                        num_tokens,
                                     )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("loading"):
@@ -238,6 +256,8 @@ def partial_attention(
                                 with T.sblock("qk"):
                                     T.reads()
                                     T.writes()
+                                    if AHEAD and not TIED:
+                                        ahead(k_cache, at, page, slot, head, K0, KW, N, "ahead_k")
                                     if TIED:
                                         product(S, Q, V, K_IN_V, operand, "scores")
                                     else:
@@ -247,12 +267,17 @@ def partial_attention(
                                     with T.sblock("qk_rope"):
                                         T.reads()
                                         T.writes()
+                                        if AHEAD:
+                                            ahead(
+                                                rope_cache, at, page, slot,
+                                                T.min(head, R_HEADS - 1), 0, RW, N, "ahead_rope",
+                                            )  # fmt: skip
                                         product(S_rope, Q_rope, rope, 0, operand, "scores_rope")
                             for _ in T.serial(1):
                                 with T.sblock("cutting"):
                                     T.reads()
                                     T.writes()
-                                    find_cut(cut, lane_begin, lane_end, lanes)
+                                    find_cut(cut, lane_begin, lane_end, lanes, N)
                             for _ in T.serial(1):
                                 with T.sblock("masking"):
                                     T.reads()
@@ -296,6 +321,8 @@ def partial_attention(
                                     T.reads()
                                     T.writes()
                                     U = T.sblock_alloc_buffer((M, VW), "float32")
+                                    if AHEAD:
+                                        ahead(v_cache, at, page, slot, head, V0, VW, N, "ahead_v")
                                     weigh(A_new, U, A, factor, P, V, operand)
                             for _ in T.serial(1):
                                 with T.sblock("keeping"):

@@ -2,7 +2,9 @@
 
     gather      query rows of the item, permuted and folded, into a tile
     locate      page, slot and the rows that see it, for each token of the tile
+    advance     what was located for the next tile becomes this tile's
     load        K, V or rope of the tile's tokens out of their pages
+    ahead       the same of the next tile, asked of memory early
     product     scores of all rows and tokens
     logits      scores scaled to base 2; -inf where the row does not see the token
     softmax     online: new maximum, probabilities, sums, and the factor that rescales the past
@@ -21,11 +23,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import finite, narrow, natural_lse, storage, widen
+
+LINE_BYTES = 64
+"""A cache line of x86 and of most AArch64; asking for shorter lines than there are does no harm."""
 
 
 def stage(function: Callable[..., None]) -> Callable[..., None]:
@@ -48,6 +53,19 @@ def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
     # The index is clamped since both sides of a select are read.
     begins = runs[tirx.min(ahead, run_end - 1), 0]
     return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
+
+
+def line_elements(cache: Any) -> int:
+    """Elements of a cache line."""
+    return LINE_BYTES * 8 // DataType(str(cache.dtype)).bits
+
+
+def prefetch(element: Expr) -> Expr:
+    """Ask for the cache line of `element` to be read into the second level."""
+    READ, SECOND_LEVEL, DATA = 0, 2, 1
+    return tirx.call_intrin(
+        "void", "tirx.prefetch", tirx.address_of(element), READ, SECOND_LEVEL, DATA
+    )
 
 
 def score(S: Any, S_rope: Any, i: Any, j: Any, roped: bool) -> Expr:
@@ -99,28 +117,45 @@ def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens):
 
 @stage
 def locate(
-    page, slot, lane_begin, lane_end, run_of, runs, page_indices, page_shift,
+    page, slot, lane_begin, lane_end, first, run_of, runs, page_indices, page_shift,
     row_begin, group, t0, num_tokens,
 ):  # fmt: skip
-    """Where each token lies, and the interval of lane rows that see it; none past the last."""
-    for j in range(page.shape[0]):
+    """Where each token lies, and the interval of lane rows that see it; none past the last.
+
+    The tables are written from entry `first`.
+    """
+    for j in range(run_of.shape[0]):
         with T.sblock("locate"):
-            vj = T.axis.spatial(page.shape[0], j)
+            vj = T.axis.spatial(run_of.shape[0], j)
             run: T.let[T.int32] = run_of[vj]
             t: T.let[T.int32] = T.min(t0 + vj, num_tokens - 1) - runs[run, 0]
             x: T.let[T.int32] = runs[run, 2] + t
-            page[vj] = page_indices[runs[run, 1] + T.shift_right(x, page_shift)]
-            slot[vj] = T.bitwise_and(x, T.shift_left(1, page_shift) - 1)
-            lane_begin[vj] = (runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin) * group
-            lane_end[vj] = T.Select(t0 + vj < num_tokens, (runs[run, 4] - row_begin) * group, 0)
+            page[first + vj] = page_indices[runs[run, 1] + T.shift_right(x, page_shift)]
+            slot[first + vj] = T.bitwise_and(x, T.shift_left(1, page_shift) - 1)
+            lane_begin[first + vj] = (runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin) * group
+            lane_end[first + vj] = T.Select(
+                t0 + vj < num_tokens, (runs[run, 4] - row_begin) * group, 0
+            )
 
 
 @stage
-def find_cut(cut, lane_begin, lane_end, lanes):
+def advance(page, slot, lane_begin, lane_end, kv_tile):
+    """The next tile becomes this one."""
+    for j in range(kv_tile):
+        with T.sblock("advance"):
+            vj = T.axis.spatial(kv_tile, j)
+            page[vj] = page[kv_tile + vj]
+            slot[vj] = slot[kv_tile + vj]
+            lane_begin[vj] = lane_begin[kv_tile + vj]
+            lane_end[vj] = lane_end[kv_tile + vj]
+
+
+@stage
+def find_cut(cut, lane_begin, lane_end, lanes, kv_tile):
     """How many tokens of the tile some row of the item does not see."""
-    for j in range(lane_begin.shape[0]):
+    for j in range(kv_tile):
         with T.sblock("find_cut"):
-            vj = T.axis.reduce(lane_begin.shape[0], j)
+            vj = T.axis.reduce(kv_tile, j)
             with T.init():
                 cut[0] = 0
             cut[0] = cut[0] + T.Select(T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]), 0, 1)
@@ -133,6 +168,31 @@ def load(tile, cache, at, page, slot, head, first, operand, block):
         with T.sblock(block):
             vj, vd = T.axis.remap("SS", [j, d])
             tile[vj, vd] = narrow(at(cache, page[vj], slot[vj], head, first + vd), operand)
+
+
+@stage
+def ahead(cache, at, page, slot, head, first, width, kv_tile, block):
+    """Ask memory for columns from `first` of the next tile's tokens, line by line.
+
+    Pages scatter a head's tokens, so that no hardware prefetcher foresees the next one; asked for
+    between this tile's products, they arrive beside the arithmetic.
+    """
+    for j, n in T.grid(kv_tile, -(-width // line_elements(cache))):
+        with T.sblock(block):
+            vj, vn = T.axis.remap("SS", [j, n])
+            T.reads(page[kv_tile + vj], slot[kv_tile + vj])
+            T.writes()
+            T.evaluate(
+                prefetch(
+                    at(
+                        cache,
+                        page[kv_tile + vj],
+                        slot[kv_tile + vj],
+                        head,
+                        first + vn * line_elements(cache),
+                    )
+                )
+            )
 
 
 @stage

@@ -18,7 +18,8 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
     """Tokens at which to cut each group, and the seconds of what is so cut.
 
     Cuts are even and whole steps of the longest KV tile. Each adds a partial for each row, which
-    is counted; a plan that the uncut groups balance stays whole.
+    is counted; a plan that the uncut groups balance stays whole but for what
+    `Prices.longest` says.
 
     Args:
         prices: the device.
@@ -33,15 +34,23 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         return given, float(_seconds(prices, tokens, given[None], rows)[0])
     seconds, units = prices.units(tokens, rows)
     balanced = float(seconds @ units) / prices.cores
-    whole = float(makespan(seconds, units, prices.cores))
+    waits = 2 * tokens * prices.token_seconds > seconds
+    fewest = np.where(waits, -(-tokens // prices.longest), 1)
+    uncut = _evenly(prices, tokens, fewest)
+    whole = float(_seconds(prices, tokens, uncut[None], rows)[0])
     if whole <= SLACK * balanced:
-        return tokens, whole
+        return uncut, whole
     pieces = np.ceil(seconds / (balanced / SHARES[:, None])).astype(np.int64)
-    steps = -(-tokens // (pieces * prices.longest_step))
-    tried = np.minimum(steps * prices.longest_step, tokens)
+    tried = _evenly(prices, tokens, np.maximum(pieces, fewest))
     cost = _seconds(prices, tokens, tried, rows)
     best = int(cost.argmin())
-    return (tried[best], float(cost[best])) if cost[best] < whole else (tokens, whole)
+    return (tried[best], float(cost[best])) if cost[best] < whole else (uncut, whole)
+
+
+def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
+    """int[…, G], tokens of a piece."""
+    steps = -(-tokens // (pieces * prices.longest_step))
+    return np.minimum(steps * prices.longest_step, tokens)
 
 
 def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:

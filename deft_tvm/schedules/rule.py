@@ -81,13 +81,25 @@ class Knobs:
 
     def pick(self, name: str, candidates: Sequence[int], default: int) -> Any:
         """One sampled integer, as a random variable of the schedule's trace."""
+        return self._pick(name, candidates, candidates, default)
+
+    def pick_parts(self, name: str, extent: int, sizes: Sequence[int], default: int) -> Any:
+        """A size of equal parts, sampled as their number: what two loops can be split into alike.
+
+        A trace keeps no arithmetic on what was sampled, so it cannot keep ``extent // size``.
+        """
+        return self._pick(name, sizes, [extent // size for size in sizes], default)
+
+    def _pick(
+        self, name: str, candidates: Sequence[int], values: Sequence[int], default: int
+    ) -> Any:
         self.table[name] = tuple(candidates)
         weights = [1.0 / len(candidates)] * len(candidates)
         if self.decision is None:
-            return self.sch.sample_categorical(list(candidates), weights)
+            return self.sch.sample_categorical(list(values), weights)
         self.taken[name] = self.decision.get(name, default)
         index = self._index(name, candidates, self.taken[name])
-        return self.sch.sample_categorical(list(candidates), weights, decision=index)
+        return self.sch.sample_categorical(list(values), weights, decision=index)
 
     def _index(self, name: str, candidates: Sequence[int], value: int) -> int:
         if value not in candidates:

@@ -70,6 +70,29 @@ def reduce_in_lanes(sch: Schedule, block: str, lanes: int) -> None:
     sch.vectorize(sch.get_loops(result)[-1])
 
 
+def spread(
+    sch: Schedule, block: str, nest: Sequence[LoopRV], parts: Sequence[Any]
+) -> Sequence[LoopRV]:
+    """Deal the steps of `block` out evenly over a nest of loops that follows it.
+
+    for j, n: B[j, n]; for x, y: C[x, y]   →   for x, y: { a few of B; C[x, y] }
+
+    Args:
+        sch: the schedule.
+        block: what to deal out, under two loops.
+        nest: perfectly nested loops.
+        parts: how many times each goes round; the steps need not divide by them.
+
+    Returns:
+        The nest, whose innermost loop now runs both.
+    """
+    steps = sch.fuse(*sch.get_loops(sch.get_sblock(block))[-2:])
+    *outer, _ = sch.split(steps, [*parts, None])
+    sch.merge(outer[-1], nest[-1])
+    loops = sch.get_loops(sch.get_sblock(block))
+    return loops[-1 - len(parts) : -1]
+
+
 def import_llvm(sch: Schedule, block: str, source: str) -> None:
     """Define the LLVM functions of `source` in the module, for `block` and all under it to call."""
     sch.annotate(sch.get_loops(sch.get_sblock(block))[0], "pragma_import_llvm", source)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.cpu.blocks import load_widths, score_products
 from deft_tvm.schedules.cpu.instructions import (
     BFLOAT16_LLVM,
     dot_pairs,
@@ -31,6 +32,7 @@ from deft_tvm.schedules.verbs import (
     nearest,
     power_of_two_in,
     reduce_in_lanes,
+    spread,
     store_tile,
     swap,
     unroll_all,
@@ -72,19 +74,21 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     deep_choices = (1, 2, 4) if paired else (1, 2, 4, 8, 16)
     rows = nearest(row_choices, 2 * lanes)
     deep = registers(task.features) // 2 * lanes // rows
-    score_rows = knobs.pick("score_rows", row_choices, rows)
+    score_rows = knobs.pick_parts("score_rows", tile.lane_rows, row_choices, rows)
     token_choices = divisors(tile.kv_tile, deep_choices)
-    score_tokens = knobs.pick("score_tokens", token_choices, nearest(token_choices, deep))
-    out_rows = knobs.pick("out_rows", row_choices, rows)
+    score_tokens = knobs.pick_parts(
+        "score_tokens", tile.kv_tile, token_choices, nearest(token_choices, deep)
+    )
+    out_rows = knobs.pick_parts("out_rows", tile.lane_rows, row_choices, rows)
     dim_choices = divisors(spec.v_width, deep_choices)
-    out_dims = knobs.pick("out_dims", dim_choices, nearest(dim_choices, deep))
+    out_dims = knobs.pick_parts("out_dims", spec.v_width, dim_choices, nearest(dim_choices, deep))
 
     _transpose(task, sch, paired)
-    for product in ("scores", "scores_rope") if spec.rope is not None else ("scores",):
-        _product(sch, product, score_tokens, score_rows, lanes, paired)
+    for product, (_, ahead) in score_products(spec).items():
+        _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
     if paired:
         _pair_values(sch)
-    _product(sch, "accumulate", out_dims, out_rows, lanes, paired, fold="fold")
+    _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
 
     # What is left is one pass a tile over rows in lanes.
     for block in TILE_PASSES:
@@ -101,8 +105,8 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     # Tiles of K and V are packed out of their pages: in NHD the token stride is a multiple of
     # 4 KiB for common shapes, and a tile read in place would fall into a few sets of the cache.
-    for block in _loads(task):
-        vectorize_last(sch, block, power_of_two_in(_width_of(task, block), lanes))
+    for block, width in {**load_widths(spec), "write_out": spec.v_width}.items():
+        vectorize_last(sch, block, power_of_two_in(width, lanes))
     return True
 
 
@@ -143,10 +147,11 @@ def pairs_of_first(j: Any, d: Any) -> tuple[Any, Any, Any]:
 def _product(
     sch: Schedule,
     name: str,
-    deep: Any,
-    rows: Any,
+    deep_parts: Any,
+    row_parts: Any,
     lanes: int,
     paired: bool,
+    ahead: str | None,
     fold: str | None = None,
 ) -> None:
     """One of the two products on a register tile of `deep` × `rows`, the reduction outside it.
@@ -156,14 +161,15 @@ def _product(
     """
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
-    j_outer, j_tile = sch.split(j, [None, deep])
-    i_outer, i_tile = sch.split(i, [None, rows])
-    i_across, i_lanes = sch.split(i_tile, [None, lanes])
+    j_outer, j_tile = sch.split(j, [deep_parts, None])
+    i_outer, i_across, i_lanes = sch.split(i, [row_parts, None, lanes])
     if paired:
         k, pair = sch.split(k, [None, 2])
         sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes, pair)
     else:
         sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes)
+    if ahead is not None:
+        i_outer, j_outer = spread(sch, ahead, (i_outer, j_outer), (row_parts, deep_parts))
     result = sch.cache_write(block, 0, "global")
     sch.reverse_compute_at(result, j_outer)
     if fold is not None:
@@ -197,22 +203,3 @@ def _narrow_in_pairs(sch: Schedule) -> None:
     i_outer, i_lanes = sch.split(i, [None, 16])
     sch.reorder(j_outer, i_outer, j_pair, i_lanes)
     sch.tensorize(j_pair, narrow_pairs())
-
-
-def _loads(task: KernelTask) -> list[str]:
-    blocks = ["load_q", "load_v", "write_out"]
-    if not task.spec.tied:
-        blocks.append("load_k")
-    if task.spec.rope is not None:
-        blocks += ["load_q_rope", "load_rope"]
-    return blocks
-
-
-def _width_of(task: KernelTask, block: str) -> int:
-    widths = {
-        "load_q": task.spec.k_width,
-        "load_k": task.spec.k_width,
-        "load_v": task.spec.v_width,
-        "write_out": task.spec.v_width,
-    }
-    return widths.get(block, task.spec.rope_width)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.cpu.blocks import load_widths, score_products
 from deft_tvm.schedules.cpu.instructions import dot, dot_llvm
 from deft_tvm.schedules.cpu.vector import float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
@@ -21,6 +22,7 @@ from deft_tvm.schedules.verbs import (
     import_llvm,
     nearest,
     power_of_two_in,
+    spread,
     store_tile,
     unroll_all,
     vectorize_last,
@@ -34,27 +36,22 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes = power_of_two_in(spec.v_width, lanes)
     token_choices = divisors(tile.kv_tile, (1, 2, 4, 8))
-    score_tokens = knobs.pick("score_tokens", token_choices, nearest(token_choices, 2))
+    score_tokens = knobs.pick_parts(
+        "score_tokens", tile.kv_tile, token_choices, nearest(token_choices, 2)
+    )
     part_choices = divisors(spec.v_width, [v_lanes * n for n in (1, 2, 4, 8)])
     fits = registers(task.features) // 2 * v_lanes // tile.lane_rows
-    out_dims = knobs.pick("out_dims", part_choices, nearest(part_choices, fits))
+    out_dims = knobs.pick_parts("out_dims", spec.v_width, part_choices, nearest(part_choices, fits))
 
-    widths = {"scores": spec.k_width}
-    if spec.rope is not None:
-        widths["scores_rope"] = spec.rope_width
-    for block, width in widths.items():
-        _dot_products(sch, block, width, tile.operand, score_tokens)
-    import_llvm(sch, "item", dot_llvm(widths.values(), lanes, tile.operand))
-    _weighted_sum(sch, out_dims, v_lanes)
+    products = score_products(spec)
+    for block, (width, ahead) in products.items():
+        _dot_products(sch, block, width, tile.operand, score_tokens, ahead)
+    import_llvm(sch, "item", dot_llvm((w for w, _ in products.values()), lanes, tile.operand))
+    _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // token_choices[-1])
 
-    for block in ("init_out", "keep_out", "write_out", "load_v"):
+    for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
-    keys = ["load_q"] if spec.tied else ["load_q", "load_k"]
-    rotated = ["load_q_rope", "load_rope"] if spec.rope is not None else []
-    for block, width in {
-        **dict.fromkeys(keys, spec.k_width),
-        **dict.fromkeys(rotated, spec.rope_width),
-    }.items():
+    for block, width in load_widths(spec).items():
         vectorize_last(sch, block, power_of_two_in(width, lanes))
     token_lanes = power_of_two_in(tile.kv_tile, lanes)
     for block in ("logits", "masked_logits", "exponentials", "probabilities"):
@@ -72,28 +69,37 @@ def _accepts(task: KernelTask) -> bool:
     return tile is not None and tile.operand == "float32" and even
 
 
-def _dot_products(sch: Schedule, block_name: str, width: int, operand: str, tokens: Any) -> None:
+def _dot_products(
+    sch: Schedule, block_name: str, width: int, operand: str, parts: Any, ahead: str | None
+) -> None:
     """for j: for i: S[i, j] = dot(Q[i], K[j]), a few tokens at a time."""
     block = sch.get_sblock(block_name)
     i, j, d = sch.get_loops(block)[-3:]
-    j_outer, j_inner = sch.split(j, [None, tokens])
+    j_outer, j_inner = sch.split(j, [parts, None])
     sch.reorder(j_outer, i, j_inner, d)
+    if ahead is not None:
+        spread(sch, ahead, (j_outer,), (parts,))
     unroll_all(sch, (i, j_inner))
     sch.decompose_reduction(block, d)
     sch.tensorize(d, dot(width, operand))
 
 
-def _weighted_sum(sch: Schedule, out_dims: Any, lanes: int) -> None:
-    """for d/out_dims: for j: U[:, d : d + out_dims] += P[:, j] V[j, d : d + out_dims]."""
+def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int) -> None:
+    """for d/out_dims: for j: U[:, d : d + out_dims] += P[:, j] V[j, d : d + out_dims].
+
+    V is asked for ahead between stretches of tokens: beside each token, LLVM would store the
+    register tile every time.
+    """
     block = sch.get_sblock("accumulate")
     i, d, j = sch.get_loops(block)[-3:]
-    d_outer, d_part = sch.split(d, [None, out_dims])
-    d_across, d_lanes = sch.split(d_part, [None, lanes])
-    sch.reorder(d_outer, j, i, d_across, d_lanes)
+    d_outer, d_across, d_lanes = sch.split(d, [parts, None, lanes])
+    stretch, j = sch.split(j, [stretches, None])
+    sch.reorder(d_outer, stretch, j, i, d_across, d_lanes)
+    d_outer, stretch = spread(sch, "ahead_v", (d_outer, stretch), (parts, stretches))
     result = sch.cache_write(block, 0, "global")
     sch.reverse_compute_at(result, d_outer)
     sch.reverse_compute_inline(sch.get_sblock("fold"))
     unroll_all(sch, (i, d_across))
     sch.vectorize(d_lanes)
-    sch.decompose_reduction(block, j)
+    sch.decompose_reduction(block, stretch)
     store_tile(sch, result, lanes)
