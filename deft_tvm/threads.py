@@ -15,6 +15,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+from deft_tvm.device import permit_amx
 from deft_tvm.errors import ArtifactError, CompilerMissing
 
 SOURCE = Path(__file__).with_name("torch_pool.c")
@@ -47,7 +48,7 @@ def compile_torch_pool(directory: str | os.PathLike[str], cc: str | None = None)
 
 
 def adopt_pool(module: str | os.PathLike[str]) -> bool:
-    """Let an exported module run on torch's pool; to be called once it has been loaded.
+    """Let an exported module run on torch's pool, and use AMX; to be called once it is loaded.
 
     Returns False, and warns once, where torch has no OpenMP: the module then runs serially.
 
@@ -57,6 +58,7 @@ def adopt_pool(module: str | os.PathLike[str]) -> bool:
     library = ctypes.CDLL(os.fspath(module))
     if not hasattr(library, "deft_set_pool"):
         raise ArtifactError(f"module {module} has no deft_set_pool; expected a deft_tvm module")
+    permit_amx()
     pool = _torch_pool()
     if pool is not None:
         library.deft_set_pool(*pool)

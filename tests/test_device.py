@@ -89,12 +89,27 @@ def test_aarch64_names_its_triple() -> None:
     assert required_features(target) == ("neon",)
 
 
-def test_detect_reads_an_intel_processor(cpuinfo: Path) -> None:
+def test_detect_reads_an_intel_processor(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo.write_text(INTEL_CPUINFO)
+    monkeypatch.setattr(rooms, "permit_amx", lambda: True)
     profile = DeviceProfile.detect()
     assert profile.slug == "intel-xeon-platinum-8480c-amx-4c"
     assert set(profile.features) == set(AMX)
     assert (profile.cores, profile.kind, profile.measured) == (4, "cpu", False)
+
+
+def test_amx_that_linux_denies_is_not_there(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo.write_text(INTEL_CPUINFO)
+    monkeypatch.setattr(rooms, "permit_amx", lambda: False)
+    profile = DeviceProfile.detect()
+    assert profile.slug == "intel-xeon-platinum-8480c-avx512bf16-4c"
+    assert profile.target()["mcpu"] == "cooperlake"
+    assert not any(feature.startswith("amx") for feature in profile.features)
+
+
+def test_amx_is_permitted_only_where_there_is_any() -> None:
+    offered = "amx_tile" in Path("/proc/cpuinfo").read_text()
+    assert rooms.permit_amx() <= offered
 
 
 def test_detect_reads_an_arm_processor(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

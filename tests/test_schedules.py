@@ -93,7 +93,7 @@ def test_portable_schedule_without_avx512() -> None:
 
 
 TARGETS = {
-    "sapphirerapids": ("+avx512bf16", "vdpbf16ps"),
+    "sapphirerapids": ("+amx-bf16", "tdpbf16ps"),
     "znver4": ("+avx512bf16", "vdpbf16ps"),
     "skylake-avx512": ("", "vfmadd"),
     "haswell": ("", "vfmadd"),

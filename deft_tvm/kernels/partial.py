@@ -33,14 +33,17 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, storage
 from deft_tvm.kernels.stages import (
+    UNIT_STATE_BYTES,
     advance,
     ahead,
+    enter,
     exponentiate,
     fill,
     find_cut,
     gather,
     grow_max,
     keep,
+    leave,
     load,
     locate,
     masked_logits,
@@ -81,8 +84,8 @@ def partial_attention(
     r_buffer = spec.buffers[spec.rope if spec.rope is not None else spec.k.buffer]
     R_HEADS = r_buffer.heads
     TILE = storage(operand)
-    AHEAD = kind == "llvm"
-    NEXT = N if AHEAD else 0
+    ON_CPU = kind == "llvm"
+    NEXT = N if ON_CPU else 0
     SCALE = spec.scale * LOG2_E
     loop = work_loop(kind)
     exp2 = bind(exp2_polynomial, operand=operand) if kind == "llvm" else tirx.exp2
@@ -177,6 +180,7 @@ def partial_attention(
                     lane_begin = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     lane_end = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     cut = T.sblock_alloc_buffer((1,), "int32")
+                    state = T.sblock_alloc_buffer((UNIT_STATE_BYTES,), "uint8")
                     S = T.sblock_alloc_buffer((M, N), "float32")
                     S_rope = T.sblock_alloc_buffer((M, N), "float32")
                     X = T.sblock_alloc_buffer((M, N), "float32")
@@ -188,6 +192,12 @@ def partial_attention(
                     factor = T.sblock_alloc_buffer((M,), "float32")
                     total = T.sblock_alloc_buffer((M,), "float32")
                     total_new = T.sblock_alloc_buffer((M,), "float32")
+                    if ON_CPU:
+                        for _ in T.serial(1):
+                            with T.sblock("entering"):
+                                T.reads()
+                                T.writes()
+                                enter(state)
                     for _ in T.serial(1):
                         with T.sblock("prologue"):
                             T.reads()
@@ -204,7 +214,7 @@ def partial_attention(
                                 with T.sblock("init_out"):
                                     vi, vd = T.axis.remap("SS", [i, d])
                                     A[vi, vd] = T.float32(0)
-                    if AHEAD:
+                    if ON_CPU:
                         for _ in T.serial(1):
                             with T.sblock("locating_first"):
                                 T.reads()
@@ -227,7 +237,7 @@ def partial_attention(
                                     T.reads()
                                     T.writes()
                                     run_of = T.sblock_alloc_buffer((N,), "int32")
-                                    if AHEAD:
+                                    if ON_CPU:
                                         advance(page, slot, lane_begin, lane_end, N)
                                     seek(
                                         run_of, runs, run_begin, run_end, search_steps, t0 + NEXT,
@@ -256,7 +266,7 @@ def partial_attention(
                                 with T.sblock("qk"):
                                     T.reads()
                                     T.writes()
-                                    if AHEAD and not TIED:
+                                    if ON_CPU and not TIED:
                                         ahead(k_cache, at, page, slot, head, K0, KW, N, "ahead_k")
                                     if TIED:
                                         product(S, Q, V, K_IN_V, operand, "scores")
@@ -267,7 +277,7 @@ def partial_attention(
                                     with T.sblock("qk_rope"):
                                         T.reads()
                                         T.writes()
-                                        if AHEAD:
+                                        if ON_CPU:
                                             ahead(
                                                 rope_cache, at, page, slot,
                                                 T.min(head, R_HEADS - 1), 0, RW, N, "ahead_rope",
@@ -321,7 +331,7 @@ def partial_attention(
                                     T.reads()
                                     T.writes()
                                     U = T.sblock_alloc_buffer((M, VW), "float32")
-                                    if AHEAD:
+                                    if ON_CPU:
                                         ahead(v_cache, at, page, slot, head, V0, VW, N, "ahead_v")
                                     weigh(A_new, U, A, factor, P, V, operand)
                             for _ in T.serial(1):
@@ -338,6 +348,12 @@ def partial_attention(
                                 out, lse, partial_out, partial_lse, inverse, A, m, total,
                                 dests, dest_begin, lanes, head, G, spec.dtype,
                             )  # fmt: skip
+                    if ON_CPU:
+                        for _ in T.serial(1):
+                            with T.sblock("leaving"):
+                                T.reads()
+                                T.writes()
+                                leave(state)
 
     return kernel.with_attr("global_symbol", name)
 

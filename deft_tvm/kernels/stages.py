@@ -1,5 +1,6 @@
 """The stages of the partial kernel: pieces of TensorIR that `partial` puts in their place.
 
+    enter, leave  around a unit of work
     gather      query rows of the item, permuted and folded, into a tile
     locate      page, slot and the rows that see it, for each token of the tile
     advance     what was located for the next tile becomes this tile's
@@ -31,6 +32,10 @@ from deft_tvm.kernels.numerics import finite, narrow, natural_lse, storage, wide
 
 LINE_BYTES = 64
 """A cache line of x86 and of most AArch64; asking for shorter lines than there are does no harm."""
+
+
+UNIT_STATE_BYTES = 64
+"""State of the processor that a schedule may keep for as long as a unit of work."""
 
 
 def stage(function: Callable[..., None]) -> Callable[..., None]:
@@ -70,6 +75,24 @@ def prefetch(element: Expr) -> Expr:
 
 def score(S: Any, S_rope: Any, i: Any, j: Any, roped: bool) -> Expr:
     return S[i, j] + S_rope[i, j] if roped else S[i, j]
+
+
+@stage
+def enter(state):
+    """Where a schedule may put what the processor needs before a unit of work."""
+    for n in range(UNIT_STATE_BYTES):
+        with T.sblock("enter"):
+            vn = T.axis.spatial(UNIT_STATE_BYTES, n)
+            state[vn] = T.uint8(0)
+
+
+@stage
+def leave(state):
+    """Where it may undo that."""
+    for n in range(UNIT_STATE_BYTES):
+        with T.sblock("leave"):
+            vn = T.axis.spatial(UNIT_STATE_BYTES, n)
+            state[vn] = state[vn] + T.uint8(1)
 
 
 @stage

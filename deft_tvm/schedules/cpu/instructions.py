@@ -158,7 +158,7 @@ def dot_pairs() -> str:
                 )
             )
 
-    return _register("deft_dot_pairs", description, implementation)
+    return register("deft_dot_pairs", description, implementation)
 
 
 @cache
@@ -216,7 +216,7 @@ def _two_rows_to_pairs(
                 )
             )
 
-    return _register(function, description, implementation)
+    return register(function, description, implementation)
 
 
 @cache
@@ -256,9 +256,10 @@ def dot(width: int, operand: str) -> str:
                 )
             )
 
-    return _register(function, description, implementation)
+    return register(function, description, implementation)
 
 
-def _register(name: str, description: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:
+def register(name: str, description: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:
+    """A tensor intrinsic of TVM's, replaced if it was there; its name."""
     TensorIntrin.register(name, description, implementation, override=True)
     return name

@@ -1,8 +1,7 @@
 """Many rows on a CPU: query rows in the vector lanes.
 
-Every tile is kept transposed, Sᵀ[token, row] and Oᵀ[dim, row], so that K and V elements are
-broadcast scalars and need no transpose, and the softmax's maximum, sum and rescale run across lanes
-with no horizontal step. Only Q is transposed at the start of an item and the output at its end.
+Tiles are transposed (see `transposed`), so that K and V elements are broadcast scalars and need no
+transpose themselves.
 
     scores        8 tokens × 32 rows of accumulators stay in registers over the whole width
     accumulate    8 dims × 32 rows likewise over the tile's tokens, folded into O as they leave
@@ -17,48 +16,24 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cpu.blocks import load_widths, score_products
+from deft_tvm.schedules.cpu.blocks import score_products
 from deft_tvm.schedules.cpu.instructions import (
     BFLOAT16_LLVM,
     dot_pairs,
     interleave,
-    narrow_pairs,
 )
+from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
 from deft_tvm.schedules.cpu.vector import float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
     divisors,
     import_llvm,
     nearest,
-    power_of_two_in,
-    reduce_in_lanes,
     spread,
     store_tile,
-    swap,
     unroll_all,
-    vectorize_last,
     vectorize_over,
 )
-
-TRANSPOSED = (
-    "init_out",
-    "scores",
-    "masked_logits",
-    "exponentials",
-    "fold",
-    "accumulate",
-)
-ROW_VECTORS = (
-    "init_max",
-    "init_sum",
-    "new_max",
-    "rescale",
-    "new_sum",
-    "keep_max",
-    "keep_sum",
-    "normalise",
-)
-TILE_PASSES = ("init_out", "logits", "masked_logits", "exponentials", "keep_out")
 
 
 def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
@@ -83,30 +58,19 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     dim_choices = divisors(spec.v_width, deep_choices)
     out_dims = knobs.pick_parts("out_dims", spec.v_width, dim_choices, nearest(dim_choices, deep))
 
-    _transpose(task, sch, paired)
+    transpose(sch, spec, paired)
     for product, (_, ahead) in score_products(spec).items():
         _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
     if paired:
         _pair_values(sch)
     _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
 
-    # What is left is one pass a tile over rows in lanes.
-    for block in TILE_PASSES:
-        vectorize_over(sch, block, 0, lanes)
-    for block in ROW_VECTORS:
-        vectorize_last(sch, block, lanes)
-    for block in ("row_max", "row_sum"):
-        reduce_in_lanes(sch, block, lanes)
+    pass_over_rows(sch, spec, lanes)
     if paired:
-        _narrow_in_pairs(sch)
+        narrow_in_pairs(sch)
         import_llvm(sch, "item", BFLOAT16_LLVM)
     else:
         vectorize_over(sch, "probabilities", 0, lanes)
-
-    # Tiles of K and V are packed out of their pages: in NHD the token stride is a multiple of
-    # 4 KiB for common shapes, and a tile read in place would fall into a few sets of the cache.
-    for block, width in {**load_widths(spec), "write_out": spec.v_width}.items():
-        vectorize_last(sch, block, power_of_two_in(width, lanes))
     return True
 
 
@@ -120,23 +84,6 @@ def _paired(task: KernelTask) -> bool:
         and even
         and tile.kv_tile % 2 == 0
     )
-
-
-def _transpose(task: KernelTask, sch: Schedule, paired: bool) -> None:
-    for block in TRANSPOSED:
-        sch.transform_layout(sch.get_sblock(block), ("write", 0), swap)
-    factors = ["load_q", "probabilities"]
-    if task.spec.rope is not None:
-        sch.transform_layout(sch.get_sblock("scores_rope"), ("write", 0), swap)
-        factors.append("load_q_rope")
-    for block in factors:
-        layout = pairs_of_second if paired else swap
-        sch.transform_layout(sch.get_sblock(block), ("write", 0), layout)
-
-
-def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
-    """[row, d] → [d / 2, row, d % 2]: two neighbours of the reduction beside each other."""
-    return d // 2, i, d % 2
 
 
 def pairs_of_first(j: Any, d: Any) -> tuple[Any, Any, Any]:
@@ -194,12 +141,3 @@ def _pair_values(sch: Schedule) -> None:
     d_outer, d_lanes = sch.split(d, [None, 16])
     sch.reorder(j_outer, d_outer, j_pair, d_lanes)
     sch.tensorize(j_pair, interleave())
-
-
-def _narrow_in_pairs(sch: Schedule) -> None:
-    """Probabilities of two tokens rounded and interleaved at once."""
-    i, j = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
-    j_outer, j_pair = sch.split(j, [None, 2])
-    i_outer, i_lanes = sch.split(i, [None, 16])
-    sch.reorder(j_outer, i_outer, j_pair, i_lanes)
-    sch.tensorize(j_pair, narrow_pairs())

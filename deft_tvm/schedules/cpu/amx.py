@@ -1,0 +1,335 @@
+"""Intel's AMX: products of 16 × 16 tiles of float32 with 32 bfloat16 factors each, in registers.
+
+A block of `deep` × `rows`, one or two tiles each way, accumulates in tile registers 0 to 3 while
+registers 4 to 7 take its factors (Intel SDM, volume 1, chapter 18):
+
+    tile_zeros      the accumulators become 0
+    tile_products   C[deep, rows] += A[deep, 32] · B[32, rows], B in pairs: [16, rows, 2]
+    tile_sums       the accumulators are written to memory
+
+The accumulators' buffer in TensorIR is never touched: its name stands for the registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import product
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import widen
+from deft_tvm.kernels.stages import UNIT_STATE_BYTES
+from deft_tvm.schedules.cpu.instructions import register
+
+EDGE = 16
+"""Rows of a tile, and float32 columns."""
+
+DEPTH = 32
+"""bfloat16 factors of a tile's row."""
+
+_PALETTE = [1, 0] + 14 * [0] + 8 * [64, 0] + 16 * [0] + 8 * [16] + 8 * [0]
+_CONFIG = ", ".join(f"i8 {byte}" for byte in _PALETTE)
+
+_DECLARED = f"""
+@deft_tile_config = linkonce_odr hidden constant [64 x i8] [{_CONFIG}], align 64
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.sttilecfg(ptr)
+declare void @llvm.x86.tilezero(i8 immarg)
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+
+define i32 @deft_enter_tiles(ptr %state) alwaysinline {{
+  call void @llvm.x86.sttilecfg(ptr %state)
+  call void @llvm.x86.ldtilecfg(ptr @deft_tile_config)
+  ret i32 0
+}}
+
+define i32 @deft_leave_tiles(ptr %state) alwaysinline {{
+  call void @llvm.x86.ldtilecfg(ptr %state)
+  ret i32 0
+}}
+"""
+
+
+def _functions(deep: int, rows: int) -> str:
+    """LLVM of the three intrinsics for `deep` × `rows` tiles."""
+    tiles = [(j, i, 2 * j + i) for j, i in product(range(deep), range(rows))]
+    zeros = [f"call void @llvm.x86.tilezero(i8 {c})" for _, _, c in tiles]
+    loads = _loads("a", 4, "%stride_a", deep, "mul i64 %stride_a, 16")
+    loads += _loads("b", 6, "%stride_b", rows, "add i64 0, 64")
+    products = [
+        f"call void @llvm.x86.tdpbf16ps(i8 {c}, i8 {4 + j}, i8 {6 + i})" for j, i, c in tiles
+    ]
+    stores = ["%below = mul i64 %stride, 16"]
+    for j, i, c in tiles:
+        stores += [
+            f"%down{c} = mul i64 %below, {j}",
+            f"%at{c} = add i64 %down{c}, {64 * i}",
+            f"%c{c} = getelementptr i8, ptr %c, i64 %at{c}",
+            f"call void @llvm.x86.tilestored64(i8 {c}, ptr %c{c}, i64 %stride)",
+        ]
+    name = f"{deep}_{rows}"
+    return (
+        _function(f"deft_tile_zeros_{name}", "", zeros)
+        + _function(
+            f"deft_tile_products_{name}",
+            "ptr %a, i64 %stride_a, ptr %b, i64 %stride_b",
+            loads + products,
+        )
+        + _function(f"deft_tile_sums_{name}", "ptr %c, i64 %stride", stores)
+    )
+
+
+def _loads(factor: str, first: int, stride: str, tiles: int, step: str) -> list[str]:
+    lines = [f"call void @llvm.x86.tileloadd64(i8 {first}, ptr %{factor}, i64 {stride})"]
+    if tiles == 2:
+        lines += [
+            f"%step_{factor} = {step}",
+            f"%next_{factor} = getelementptr i8, ptr %{factor}, i64 %step_{factor}",
+            f"call void @llvm.x86.tileloadd64(i8 {first + 1}, ptr %next_{factor}, i64 {stride})",
+        ]
+    return lines
+
+
+def _function(name: str, parameters: str, body: list[str]) -> str:
+    lines = "\n  ".join([*body, "ret i32 0"])
+    return f"\ndefine i32 @{name}({parameters}) alwaysinline {{\n  {lines}\n}}\n"
+
+
+def _transpose() -> str:
+    """32 rows of 16 sixteen-bit elements to 16 rows of 32.
+
+    Two rows interleaved are 16 lanes of 32 bits; 16 such vectors are transposed by exchanging
+    blocks of 1, 2, 4 and 8 lanes between vectors that many apart.
+    """
+    pairs = ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16))
+    body = ["%s0 = add i64 0, 0", *(f"%s{r} = add i64 %s{r - 1}, %stride_x" for r in range(1, 32))]
+    for r in range(32):
+        body += [
+            f"%p{r} = getelementptr i8, ptr %x, i64 %s{r}",
+            f"%r{r} = load <16 x i16>, ptr %p{r}, align 2",
+        ]
+    for n in range(16):
+        body += [
+            f"%m{n} = shufflevector <16 x i16> %r{2 * n}, <16 x i16> %r{2 * n + 1}, "
+            f"<32 x i32> <{pairs}>",
+            f"%v0_{n} = bitcast <32 x i16> %m{n} to <16 x i32>",
+        ]
+    for stage, apart in enumerate((1, 2, 4, 8)):
+        low = _lanes(lane if not lane & apart else 16 + lane - apart for lane in range(16))
+        high = _lanes(lane + apart if not lane & apart else 16 + lane for lane in range(16))
+        for n in (n for n in range(16) if not n & apart):
+            two = f"<16 x i32> %v{stage}_{n}, <16 x i32> %v{stage}_{n + apart}"
+            body += [
+                f"%v{stage + 1}_{n} = shufflevector {two}, <16 x i32> <{low}>",
+                f"%v{stage + 1}_{n + apart} = shufflevector {two}, <16 x i32> <{high}>",
+            ]
+    body.append("%t0 = add i64 0, 0")
+    body += [f"%t{n} = add i64 %t{n - 1}, %stride_o" for n in range(1, 16)]
+    for n in range(16):
+        body += [
+            f"%o{n} = getelementptr i8, ptr %o, i64 %t{n}",
+            f"store <16 x i32> %v4_{n}, ptr %o{n}, align 2",
+        ]
+    parameters = "ptr %o, i64 %stride_o, ptr %x, i64 %stride_x"
+    return _function("deft_transpose", parameters, body)
+
+
+def _lanes(lanes: Iterable[int]) -> str:
+    return ", ".join(f"i32 {lane}" for lane in lanes)
+
+
+AMX_LLVM = _DECLARED + "".join(_functions(*n) for n in product((1, 2), repeat=2)) + _transpose()
+
+
+@cache
+def enter_tiles() -> str:
+    """Intrinsic: configure the tile registers, and keep how they were."""
+    return _at_state("deft_enter_tiles", lambda byte: T.uint8(0), reads=False)
+
+
+@cache
+def leave_tiles() -> str:
+    """Intrinsic: configure them as they were: torch's own products may count on that."""
+    return _at_state("deft_leave_tiles", lambda byte: byte + T.uint8(1), reads=True)
+
+
+def _at_state(function: str, changed: Callable[[Expr], Expr], reads: bool) -> str:
+    """In place of a block of the computation that only marks a unit's beginning or end."""
+
+    @T.prim_func(s_tir=True)
+    def description(s: T.handle) -> None:
+        S = T.match_buffer(s, (UNIT_STATE_BYTES,), "uint8", offset_factor=1)
+        with T.sblock("root"):
+            if reads:
+                T.reads(S[0:UNIT_STATE_BYTES])
+            else:
+                T.reads()
+            T.writes(S[0:UNIT_STATE_BYTES])
+            for n in range(UNIT_STATE_BYTES):
+                with T.sblock("byte"):
+                    vn = T.axis.spatial(UNIT_STATE_BYTES, n)
+                    S[vn] = changed(S[vn])
+
+    @T.prim_func(s_tir=True)
+    def implementation(s: T.handle) -> None:
+        S = T.match_buffer(s, (UNIT_STATE_BYTES,), "uint8", offset_factor=1)
+        with T.sblock("root"):
+            if reads:
+                T.reads(S[0:UNIT_STATE_BYTES])
+            else:
+                T.reads()
+            T.writes(S[0:UNIT_STATE_BYTES])
+            T.evaluate(T.call_extern("int32", function, T.address_of(S[0])))
+
+    return register(function, description, implementation)
+
+
+@cache
+def tile_zeros(deep: int, rows: int) -> str:
+    """Intrinsic: zeros in the accumulators of `deep` × `rows`."""
+    function = _named("deft_tile_zeros", deep, rows)
+
+    @T.prim_func(s_tir=True)
+    def description(c: T.handle) -> None:
+        C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads()
+            T.writes(C[0:deep, 0:rows])
+            for j, i in T.grid(deep, rows):
+                with T.sblock("zero"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    C[vj, vi] = T.float32(0)
+
+    @T.prim_func(s_tir=True)
+    def implementation(c: T.handle) -> None:
+        C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads()
+            T.writes(C[0:deep, 0:rows])
+            T.evaluate(T.call_extern("int32", function))
+
+    return register(function, description, implementation)
+
+
+@cache
+def tile_products(deep: int, rows: int) -> str:
+    """Intrinsic: 32 factors of each of `deep` × `rows` sums."""
+    function = _named("deft_tile_products", deep, rows)
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (deep, DEPTH), "uint16", offset_factor=1)
+        B = T.match_buffer(b, (DEPTH // 2, rows, 2), "uint16", offset_factor=1)
+        C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:deep, 0:rows], B[0 : DEPTH // 2, 0:rows, 0:2], A[0:deep, 0:DEPTH])
+            T.writes(C[0:deep, 0:rows])
+            for j, i, k in T.grid(deep, rows, DEPTH):
+                with T.sblock("product"):
+                    vi, vj, vk = T.axis.remap("SSR", [i, j, k])
+                    C[vj, vi] = C[vj, vi] + widen(B[vk // 2, vi, vk % 2], "bfloat16") * widen(
+                        A[vj, vk], "bfloat16"
+                    )
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
+        stride_a, stride_b = T.int32(), T.int32()
+        A = T.match_buffer(a, (deep, DEPTH), "uint16", offset_factor=1, strides=[stride_a, 1])
+        B = T.match_buffer(
+            b, (DEPTH // 2, rows, 2), "uint16", offset_factor=1, strides=[stride_b, 2, 1]
+        )
+        C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:deep, 0:rows], B[0 : DEPTH // 2, 0:rows, 0:2], A[0:deep, 0:DEPTH])
+            T.writes(C[0:deep, 0:rows])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    function,
+                    T.address_of(A[0, 0]),
+                    T.Cast("int64", stride_a * 2),
+                    T.address_of(B[0, 0, 0]),
+                    T.Cast("int64", stride_b * 2),
+                )
+            )
+
+    return register(function, description, implementation)
+
+
+@cache
+def tile_sums(deep: int, rows: int) -> str:
+    """Intrinsic: the accumulators of `deep` × `rows` written to memory."""
+    function = _named("deft_tile_sums", deep, rows)
+
+    @T.prim_func(s_tir=True)
+    def description(c: T.handle, d: T.handle) -> None:
+        C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
+        D = T.match_buffer(d, (deep, rows), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:deep, 0:rows])
+            T.writes(D[0:deep, 0:rows])
+            for j, i in T.grid(deep, rows):
+                with T.sblock("sum"):
+                    vj, vi = T.axis.remap("SS", [j, i])
+                    D[vj, vi] = C[vj, vi]
+
+    @T.prim_func(s_tir=True)
+    def implementation(c: T.handle, d: T.handle) -> None:
+        stride = T.int32()
+        C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
+        D = T.match_buffer(d, (deep, rows), "float32", offset_factor=1, strides=[stride, 1])
+        with T.sblock("root"):
+            T.reads(C[0:deep, 0:rows])
+            T.writes(D[0:deep, 0:rows])
+            T.evaluate(
+                T.call_extern("int32", function, T.address_of(D[0, 0]), T.Cast("int64", stride * 4))
+            )
+
+    return register(function, description, implementation)
+
+
+@cache
+def transpose_tokens() -> str:
+    """Intrinsic: 32 tokens of 16 sixteen-bit elements to 16 rows of 32 tokens."""
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (DEPTH, EDGE), "uint16", offset_factor=1)
+        B = T.match_buffer(b, (EDGE, DEPTH), "uint16", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:DEPTH, 0:EDGE])
+            T.writes(B[0:EDGE, 0:DEPTH])
+            for j, d in T.grid(DEPTH, EDGE):
+                with T.sblock("element"):
+                    vj, vd = T.axis.remap("SS", [j, d])
+                    B[vd, vj] = A[vj, vd]
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle) -> None:
+        stride_a, stride_b = T.int32(), T.int32()
+        A = T.match_buffer(a, (DEPTH, EDGE), "uint16", offset_factor=1, strides=[stride_a, 1])
+        B = T.match_buffer(b, (EDGE, DEPTH), "uint16", offset_factor=1, strides=[stride_b, 1])
+        with T.sblock("root"):
+            T.reads(A[0:DEPTH, 0:EDGE])
+            T.writes(B[0:EDGE, 0:DEPTH])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    "deft_transpose",
+                    T.address_of(B[0, 0]),
+                    T.Cast("int64", stride_b * 2),
+                    T.address_of(A[0, 0]),
+                    T.Cast("int64", stride_a * 2),
+                )
+            )
+
+    return register("deft_transpose", description, implementation)
+
+
+def _named(function: str, deep: int, rows: int) -> str:
+    """The LLVM function for a block, whose name counts tiles."""
+    return f"{function}_{deep // EDGE}_{rows // EDGE}"
