@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from deft_tvm.errors import DeftError
     from deft_tvm.pages import PageTable
     from deft_tvm.plan import Plan, Traffic
-    from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, load, merge_states
+    from deft_tvm.pytorch import (
+        TreeAttention,
+        TreeAttentionModule,
+        absorb_query,
+        expand_output,
+        load,
+        merge_states,
+    )
     from deft_tvm.spec import AttentionSpec
     from deft_tvm.tree import Forest
 
@@ -30,7 +37,9 @@ __all__ = [
     "Traffic",
     "TreeAttention",
     "TreeAttentionModule",
+    "absorb_query",
     "errors",
+    "expand_output",
     "load",
     "merge_states",
 ]
@@ -45,6 +54,8 @@ _HOMES = {
     "Traffic": "plan",
     "TreeAttention": "pytorch",
     "TreeAttentionModule": "pytorch",
+    "absorb_query": "pytorch",
+    "expand_output": "pytorch",
     "load": "pytorch",
     "merge_states": "pytorch",
 }

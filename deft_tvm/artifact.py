@@ -268,4 +268,10 @@ def _load_tvm_runtime(path: Path) -> None:
     if package is None or package.origin is None:
         raise CompilerMissing(f"{path} needs TVM's CUDA runtime; run `pip install apache-tvm`")
     for library in ("libtvm_runtime.so", "libtvm_runtime_cuda.so"):
-        ctypes.CDLL(str(Path(package.origin).parent / "lib" / library), ctypes.RTLD_GLOBAL)
+        try:
+            ctypes.CDLL(str(Path(package.origin).parent / "lib" / library), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} needs TVM's CUDA runtime, which cannot be loaded: {error}; expected a GPU "
+                f"and its driver"
+            ) from None

@@ -55,6 +55,10 @@ class Measurement(msgspec.Struct, frozen=True):
         return {name: ours.speedup(t) for name, t in self.timings.items() if name != OURS}
 
 
+def _nobody(_: str) -> None:
+    """Is told, and does not listen."""
+
+
 def measure(
     name: str,
     case: Case,
@@ -63,6 +67,7 @@ def measure(
     *,
     budget: float = 4.0,
     cold_bytes: int = 0,
+    say: Callable[[str], None] = _nobody,
 ) -> Measurement:
     """Time one step of `attention` and of its peers, in turn.
 
@@ -73,16 +78,22 @@ def measure(
         peers: names in `PEERS`.
         budget: seconds for the measured rounds.
         cold_bytes: as in `timing.measure`.
+        say: told in a few words of each stage before it begins.
 
     Raises:
         InputError: there is no such peer.
     """
+    say("gathering KV from its pages for SDPA")
     gathered = Gathered(case)
     chosen, left_out = _fitting(gathered, peers)
     calls: dict[str, Callable[[], object]] = {OURS: step(case, attention)}
     with torch.inference_mode():
-        calls |= {peer: PEERS[peer].make(gathered) for peer in chosen}
+        for peer in chosen:
+            say(f"preparing SDPA {peer}")
+            calls[peer] = PEERS[peer].make(gathered)
+        say(f"timing {', '.join(calls)} in turn, for {budget:g} s or longer")
         timings = measure_calls(calls, budget=budget, cold_bytes=cold_bytes)
+        say("timing the plan alone")
         plan = measure_calls({"plan": planning(case, attention)}, budget=budget / 8)["plan"]
     return Measurement(
         workload=name,
@@ -148,7 +159,9 @@ def _fitting(gathered: Gathered, peers: Iterable[str]) -> tuple[list[str], dict[
         if peer not in PEERS:
             raise InputError(f"peer is {peer!r}; expected one of {', '.join(PEERS)}")
         size = gathered.sequence_bytes if PEERS[peer].copies else 0
-        if size > MOST_COPIED:
+        if gathered.case.spec.soft_cap is not None:
+            left_out[peer] = "SDPA has no soft cap"
+        elif size > MOST_COPIED:
             left_out[peer] = f"its copies of KV take {size / 2**30:.0f} GiB"
         else:
             chosen.append(peer)

@@ -26,6 +26,7 @@ from deft_tvm.manifest import (
     Manifest,
     TileKernel,
     cache_directory,
+    check_place,
     installed_versions,
     write_artifact,
 )
@@ -117,11 +118,13 @@ def build(
         The artifact's folder, complete.
 
     Raises:
+        ArtifactError: `out` cannot be written, or holds something else; found before compiling.
         CompilerMissing: there is no C compiler to link with.
         LogError: the device's tuning log cannot be read.
         PlanError: a decision is not among its schedule's candidates.
     """
     device = device or DeviceProfile.detect()
+    directory = check_place(cache_directory(spec, device) if out is None else out)
     decisions = decisions or logged_decisions(spec, device)
     tasks = tasks_for(spec, device, tiles)
     decisions = _completed(tasks, decisions)
@@ -133,7 +136,6 @@ def build(
         lambda: executable.mod.inspect_source("asm") if on_cpu else cuda_source(executable),
         "s" if on_cpu else "cu",
     )
-    directory = cache_directory(spec, device) if out is None else Path(out)
     with tempfile.TemporaryDirectory() as scratch:
         module_file = os.path.join(scratch, "module.so")
         executable.export_library(

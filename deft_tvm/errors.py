@@ -9,7 +9,8 @@ DeftError
 ├── WorkloadError   a workload string or a recorded tree that cannot be read (also ValueError)
 ├── LogError        a tuning log that cannot be read or does not fit
 ├── TuningError     tuning cannot start or go on: another one writes the same log, a worker died
-├── ArtifactError   a module that is damaged, from another version, or for another device
+├── ArtifactError   a module that is damaged, from another version, for another device, or that
+│                   cannot be written where it shall lie
 └── CompilerMissing a build was asked for where no compiler is installed (also ImportError)
 
 Every message names the argument, what it was, and what was expected.
@@ -52,7 +53,7 @@ class LogError(DeftError):
 
 
 class ArtifactError(DeftError):
-    """A module is damaged, from another version, or for another device."""
+    """A module is damaged, from another version, for another device, or cannot be written."""
 
 
 class CompilerMissing(DeftError, ImportError):

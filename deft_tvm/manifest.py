@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -135,15 +136,47 @@ def read_manifest(directory: AnyPath) -> Manifest:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
 
 
+def check_place(directory: AnyPath) -> Path:
+    """Refuse a folder that no artifact can be written to, before one is compiled for it.
+
+    All that is in the folder is replaced, so there must be nothing but an artifact. Makes the
+    folders above.
+
+    Raises:
+        ArtifactError: something else is there, or it cannot be written.
+    """
+    final = Path(directory)
+    names: list[str] = []
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent):
+            pass  # as `write_artifact` will do: permissions alone do not tell
+        with suppress(FileNotFoundError):
+            names = os.listdir(final)
+    except OSError as error:
+        raise ArtifactError(
+            f"{final} cannot be written: {error.filename}: {error.strerror}; expected a folder "
+            "that can"
+        ) from None
+    if others := set(names) - {MODULE, MANIFEST, TRIALS}:
+        raise ArtifactError(
+            f"{final} has {min(others)!r} in it; expected a new folder, or one with nothing but a "
+            "module, as all of it is replaced"
+        )
+    return final
+
+
 def write_artifact(
     directory: AnyPath, manifest: Manifest, module_file: AnyPath, trials_file: AnyPath | None = None
 ) -> Path:
     """Write a complete artifact, replacing one that is there; the manifest gets the sha256.
 
     A reader sees the old artifact, for an instant none, then the new one, and never a mixture.
+
+    Raises:
+        ArtifactError: as `check_place`.
     """
-    final = Path(directory)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    final = check_place(directory)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()

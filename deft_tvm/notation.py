@@ -1,16 +1,20 @@
 """The one-line form of a spec: users type it, logs and manifests keep it, folders are named by it.
 
     gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd
+    gta:hq=32,hkv=8,d=128,rope=64,dtype=bf16,page=16,layout=nhd
+    mla:hq=128,d=512,rope=64,dtype=bf16,page=64,layout=nhd,scale=0.07216878364870322
+    gla:hq=128,hkv=2,d=256,rope=64,dtype=bf16,page=64,layout=nhd,scale=0.07216878364870322
     kv:hq=4,hkv=2,buffers=state*2*80*f32+rope*1*16*f32,k=0*0*64,v=0*0*80,rope=1,scale=0.1,dtype=f32,…
 
-``gqa`` is grouped-query attention; ``kv`` spells every region of the one formula out: a buffer is
-``name*heads*width*dtype``, a region ``buffer*begin*end``. Every field has one spelling.
+The first four are the constructors of `AttentionSpec`; ``kv`` spells every region of the one
+formula out: a buffer is ``name*heads*width*dtype``, a region ``buffer*begin*end``. Every field, and
+every spec, has one spelling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from deft_tvm.errors import SpecError
 from deft_tvm.spec import (
@@ -24,47 +28,45 @@ from deft_tvm.spec import (
 )
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 EXAMPLE = "gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd"
-_STORAGE = ("dtype", "page", "layout", "scale")
+_COMMON = ("dtype", "page", "layout", "cap", "scale")
 _REQUIRED = {
     "gqa": ("hq", "hkv", "d"),
+    "gta": ("hq", "hkv", "d", "rope"),
+    "mla": ("hq", "d", "rope", "scale"),
+    "gla": ("hq", "hkv", "d", "rope", "scale"),
     "kv": ("hq", "hkv", "buffers", "k", "v", "scale"),
 }
+_OPTIONAL = {
+    "gta": ("rope_dtype",),
+    "mla": ("rope_dtype",),
+    "gla": ("rope_heads", "rope_dtype"),
+    "kv": ("rope",),
+}
 _KNOWN = {
-    "gqa": (*_REQUIRED["gqa"], *_STORAGE),
-    "kv": ("hq", "hkv", "buffers", "k", "v", "rope", *_STORAGE),
+    kind: tuple(dict.fromkeys((*required, *_OPTIONAL.get(kind, ()), *_COMMON)))
+    for kind, required in _REQUIRED.items()
 }
 
 
 def format_spec(spec: AttentionSpec) -> str:
-    """The canonical one-line form of `spec`."""
-    plain = _plain_gqa(spec)
-    storage = {
-        "dtype": SHORT_DTYPE[spec.dtype],
-        "page": str(spec.page_size),
-        "layout": spec.layout.lower(),
-    }
-    heads = {"hq": str(spec.num_q_heads), "hkv": str(spec.num_kv_heads)}
-    if plain is not None:
-        scale = {} if spec == plain else {"scale": repr(spec.scale)}
-        return _join("gqa", heads | {"d": str(spec.k_width)} | storage | scale)
-    regions = {
-        "buffers": "+".join(
-            f"{b.name}*{b.heads}*{b.width}*{SHORT_DTYPE[b.dtype]}" for b in spec.buffers
-        ),
-        "k": f"{spec.k.buffer}*{spec.k.begin}*{spec.k.end}",
-        "v": f"{spec.v.buffer}*{spec.v.begin}*{spec.v.end}",
-    }
-    rope = {} if spec.rope is None else {"rope": str(spec.rope)}
-    return _join("kv", heads | regions | rope | storage | {"scale": repr(spec.scale)})
+    """The canonical one-line form of `spec`: by its variant's name if it is one, else ``kv``."""
+    for kind in ("gqa", "gta", "mla", "gla"):
+        fields = _fields_as(kind, spec)
+        if fields is not None:
+            return _join(kind, fields)
+    return _join("kv", _spelled_out(spec))
 
 
 def parse_spec(text: str) -> AttentionSpec:
     """The spec that `text` spells; the inverse of `format_spec`.
 
-    Fields may come in any order; ``dtype``, ``page``, ``layout`` and, for ``gqa``, ``scale`` have
-    defaults (f32, 16, nhd, ``d ** -0.5``).
+    Fields may come in any order; ``dtype``, ``page``, ``layout`` and, for ``gqa`` and ``gta``,
+    ``scale`` have defaults (f32, 16, nhd, ``d ** -0.5``), ``rope_dtype`` is ``dtype``'s and
+    ``rope_heads`` 1;
+    ``cap``, a soft cap, is none.
 
     Raises:
         SpecError: says which part of the text was expected to be what.
@@ -72,35 +74,127 @@ def parse_spec(text: str) -> AttentionSpec:
     kind, _, body = text.partition(":")
     if kind not in _KNOWN:
         raise SpecError(
-            f"spec {text!r} starts with {kind!r}; expected gqa or kv, as in {EXAMPLE!r}"
+            f"spec {text!r} starts with {kind!r}; expected one of {', '.join(_KNOWN)}, as in "
+            f"{EXAMPLE!r}"
         )
-    fields = _Fields(text, kind, body)
-    num_q_heads, num_kv_heads = fields["hq", int], fields["hkv", int]
-    dtype: Dtype = fields.get("dtype", _dtype, "float32")
-    layout: Layout = fields.get("layout", _layout, "NHD")
-    page_size = fields.get("page", int, 16)
-    if kind == "gqa":
-        return AttentionSpec.gqa(
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=fields["d", int],
-            dtype=dtype,
-            page_size=page_size,
-            layout=layout,
-            scale=fields["scale", float] if "scale" in fields.values else None,
-        )
+    return _READ[kind](_Fields(text, kind, body))
+
+
+def _read_gqa(fields: _Fields) -> AttentionSpec:
+    return AttentionSpec.gqa(
+        num_q_heads=fields["hq", int],
+        num_kv_heads=fields["hkv", int],
+        head_dim=fields["d", int],
+        scale=fields.get("scale", float, None),
+        **_common(fields),
+    )
+
+
+def _read_gta(fields: _Fields) -> AttentionSpec:
+    return AttentionSpec.gta(
+        num_q_heads=fields["hq", int],
+        num_kv_heads=fields["hkv", int],
+        head_dim=fields["d", int],
+        rope_dim=fields["rope", int],
+        rope_dtype=fields.get("rope_dtype", _dtype, None),
+        scale=fields.get("scale", float, None),
+        **_common(fields),
+    )
+
+
+def _read_latent(fields: _Fields) -> AttentionSpec:
+    return AttentionSpec.gla(
+        num_q_heads=fields["hq", int],
+        num_latent_heads=fields.get("hkv", int, 1),
+        latent_dim=fields["d", int],
+        rope_dim=fields["rope", int],
+        rope_heads=fields.get("rope_heads", int, 1),
+        rope_dtype=fields.get("rope_dtype", _dtype, None),
+        scale=fields["scale", float],
+        **_common(fields),
+    )
+
+
+def _read_regions(fields: _Fields) -> AttentionSpec:
     return AttentionSpec(
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
+        num_q_heads=fields["hq", int],
+        num_kv_heads=fields["hkv", int],
         buffers=fields["buffers", _buffers],
         k=fields["k", _region],
         v=fields["v", _region],
-        rope=fields["rope", int] if "rope" in fields.values else None,
+        rope=fields.get("rope", int, None),
         scale=fields["scale", float],
-        dtype=dtype,
-        page_size=page_size,
-        layout=layout,
+        **_common(fields),
     )
+
+
+_READ: dict[str, Callable[[_Fields], AttentionSpec]] = {
+    "gqa": _read_gqa,
+    "gta": _read_gta,
+    "mla": _read_latent,
+    "gla": _read_latent,
+    "kv": _read_regions,
+}
+
+
+def _common(fields: _Fields) -> dict[str, Any]:
+    """The fields that every kind has, as the constructors name them."""
+    return {
+        "dtype": fields.get("dtype", _dtype, "float32"),
+        "page_size": fields.get("page", int, 16),
+        "layout": fields.get("layout", _layout, "NHD"),
+        "soft_cap": fields.get("cap", float, None),
+    }
+
+
+def _fields_as(kind: str, spec: AttentionSpec) -> dict[str, str] | None:
+    """The fields of `spec` as a `kind`; None if they do not spell it."""
+    rope = None if spec.rope is None else spec.buffers[spec.rope]
+    fields = {"hq": str(spec.num_q_heads), "hkv": str(spec.num_kv_heads), "d": str(spec.v_width)}
+    if kind == "mla":
+        del fields["hkv"]
+    if kind != "gqa":
+        fields["rope"] = str(spec.rope_width)
+        if rope is not None and rope.dtype != spec.dtype:
+            fields["rope_dtype"] = SHORT_DTYPE[rope.dtype]
+    if kind == "gla" and rope is not None and rope.heads != 1:
+        fields["rope_heads"] = str(rope.heads)
+    fields |= _common_fields(spec)
+    for spelled in (fields, fields | {"scale": repr(spec.scale)}):
+        if set(_REQUIRED[kind]) <= spelled.keys() and _spells(kind, spelled, spec):
+            return spelled
+    return None
+
+
+def _spells(kind: str, fields: dict[str, str], spec: AttentionSpec) -> bool:
+    try:
+        return parse_spec(_join(kind, fields)) == spec
+    except SpecError:
+        return False
+
+
+def _spelled_out(spec: AttentionSpec) -> dict[str, str]:
+    fields = {
+        "hq": str(spec.num_q_heads),
+        "hkv": str(spec.num_kv_heads),
+        "buffers": "+".join(
+            f"{b.name}*{b.heads}*{b.width}*{SHORT_DTYPE[b.dtype]}" for b in spec.buffers
+        ),
+        "k": f"{spec.k.buffer}*{spec.k.begin}*{spec.k.end}",
+        "v": f"{spec.v.buffer}*{spec.v.begin}*{spec.v.end}",
+    }
+    rope = {} if spec.rope is None else {"rope": str(spec.rope)}
+    return fields | rope | _common_fields(spec) | {"scale": repr(spec.scale)}
+
+
+def _common_fields(spec: AttentionSpec) -> dict[str, str]:
+    cap = {} if spec.soft_cap is None else {"cap": repr(spec.soft_cap)}
+    return {
+        "dtype": SHORT_DTYPE[spec.dtype],
+        "page": str(spec.page_size),
+        "layout": spec.layout.lower(),
+        **cap,
+    }
 
 
 class _Fields:
@@ -130,7 +224,7 @@ class _Fields:
                 f"spec {self.text!r}: {name} is {self.values[name]!r}; expected {wanted}"
             ) from None
 
-    def get(self, name: str, read: Callable[[str], T], default: T) -> T:
+    def get(self, name: str, read: Callable[[str], T], default: D) -> T | D:
         return self[name, read] if name in self.values else default
 
 
@@ -157,25 +251,6 @@ def _buffers(text: str) -> tuple[CacheBuffer, ...]:
         CacheBuffer(name, int(heads), int(width), _dtype(dtype))
         for name, heads, width, dtype in parts
     )
-
-
-def _plain_gqa(spec: AttentionSpec) -> AttentionSpec | None:
-    """The grouped-query attention of the same shape, if `spec` is one up to its scale."""
-    plain = AttentionSpec.gqa(
-        num_q_heads=spec.num_q_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.k_width,
-        dtype=spec.dtype,
-        page_size=spec.page_size,
-        layout=spec.layout,
-    )
-    same = (plain.buffers, plain.k, plain.v, plain.rope) == (
-        spec.buffers,
-        spec.k,
-        spec.v,
-        spec.rope,
-    )
-    return plain if same else None
 
 
 def _join(kind: str, fields: dict[str, str]) -> str:

@@ -48,7 +48,7 @@ class Exact:
     Attributes:
         out: float64[rows, query heads, v_width].
         lse: float64[rows, query heads], natural logarithm.
-        max_logit: the largest |s_j| of any row and head.
+        max_logit: the largest |s_j| of any row and head; with a cap, what `sensitivity` says.
         max_value: the largest element of |V| that any row sees.
         max_tokens: the most tokens that one row sees.
     """
@@ -120,6 +120,7 @@ def tree_attention(
     v: Columns,
     rope: int | None = None,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Exact:
     """Attention of every row over its path, in float64.
 
@@ -140,6 +141,7 @@ def tree_attention(
         v: (buffer, begin, end), the columns that are averaged.
         rope: number of the buffer with the rotated part of K, of 1 or `num_kv_heads` heads.
         scale: multiplies q·K.
+        soft_cap: the largest logit c of ``c · tanh(scale · q·K / c)``; None for no such bound.
     """
     place = _places(lengths, page_indices, page_indptr, first_slot, page_size)
     if page_indices is None:
@@ -159,12 +161,26 @@ def tree_attention(
             keys = torch.cat([keys, read[rope].expand(num_kv_heads, -1, -1)], dim=-1)
         queries = q[row].double().unflatten(0, (num_kv_heads, -1))
         logits = scale * (queries @ keys.transpose(1, 2))
+        max_logit = max(max_logit, float(sensitivity(logits, soft_cap).amax()))
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
         out[row] = (logits.softmax(-1) @ values).flatten(0, 1)
         lse[row] = logits.logsumexp(-1).flatten()
-        max_logit = max(max_logit, float(logits.abs().amax()))
         max_value = max(max_value, float(values.abs().amax()))
         max_tokens = max(max_tokens, len(tokens))
     return Exact(out, lse, max_logit, max_value, max_tokens)
+
+
+def sensitivity(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """What relative errors of a logit s become in the softmax, in units of that error: |s|.
+
+    With a cap c the error of s shrinks by the slope of c·tanh(s/c), 1 - tanh², and that of the
+    bounded logit itself is added.
+    """
+    if soft_cap is None:
+        return logits.abs()
+    bounded = torch.tanh(logits / soft_cap)
+    return logits.abs() * (1 - bounded**2) + soft_cap * bounded.abs()
 
 
 def dense_mask(parents: Integers, lengths: Integers, rows: Integers) -> Tensor:

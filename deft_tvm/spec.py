@@ -12,11 +12,14 @@ their own and have no separate rope; variants with a shared state name the same 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from deft_tvm.errors import SpecError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Layout = Literal["NHD", "HND"]
@@ -49,6 +52,14 @@ class Region:
         return self.end - self.begin
 
 
+class Options(TypedDict, total=False):
+    """Fields of `AttentionSpec` that every constructor takes and that mean the same in all."""
+
+    page_size: int
+    layout: Layout
+    soft_cap: float | None
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """A complete description of one attention; immutable, hashable, and what a module is made for.
@@ -64,6 +75,8 @@ class AttentionSpec:
         dtype: element type of q and out.
         page_size: tokens a page, a power of two.
         layout: ``NHD`` is ``[pages, page_size, heads, width]``, ``HND`` swaps the middle two.
+        soft_cap: a scaled score s becomes ``soft_cap · tanh(s / soft_cap)``, as in Gemma 2
+            (arXiv 2408.00118, section 2); None for no cap.
 
     Raises:
         SpecError: a field is out of range or does not fit the others.
@@ -79,6 +92,7 @@ class AttentionSpec:
     rope: int | None = None
     page_size: int = 16
     layout: Layout = "NHD"
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -132,13 +146,13 @@ class AttentionSpec:
         num_kv_heads: int,
         head_dim: int,
         dtype: Dtype = "float32",
-        page_size: int = 16,
-        layout: Layout = "NHD",
         scale: float | None = None,
+        **options: Unpack[Options],
     ) -> AttentionSpec:
         """Grouped-query attention; MHA with as many KV heads as query heads, MQA with one.
 
-        `scale` defaults to ``head_dim ** -0.5`` (Vaswani et al. 2017, section 3.2.1).
+        `scale` defaults to ``head_dim ** -0.5`` (Vaswani et al. 2017, section 3.2.1). Every
+        constructor takes the fields in `Options` as well.
         """
         if head_dim < 1:
             raise SpecError(f"head_dim is {head_dim}; expected 1 or more")
@@ -151,9 +165,154 @@ class AttentionSpec:
             v=Region(1, 0, head_dim),
             scale=head_dim**-0.5 if scale is None else scale,
             dtype=dtype,
-            page_size=page_size,
-            layout=layout,
+            **options,
         )
+
+    @classmethod
+    def mla(
+        cls,
+        *,
+        num_q_heads: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        qk_nope_head_dim: int | None = None,
+        dtype: Dtype = "float32",
+        rope_dtype: Dtype | None = None,
+        scale: float | None = None,
+        **options: Unpack[Options],
+    ) -> AttentionSpec:
+        """Multi-head latent attention, absorbed (DeepSeek-V2, section 2.1 and appendix C).
+
+        Every query head reads the one latent, of `kv_lora_rank` elements, as K and as V, and the
+        one rotated key of `qk_rope_head_dim`. A query is ``W_UKᵀ q_nope ⊕ q_rope``; ``W_UV`` is
+        left to the caller, after the merge. `scale` defaults to
+        ``(qk_nope_head_dim + qk_rope_head_dim) ** -0.5``, of widths before absorption; where YaRN
+        stretches the context, the model's factor belongs in it.
+        """
+        return cls.gla(
+            num_q_heads=num_q_heads,
+            num_latent_heads=1,
+            latent_dim=kv_lora_rank,
+            rope_dim=qk_rope_head_dim,
+            nope_dim=qk_nope_head_dim,
+            dtype=dtype,
+            rope_dtype=rope_dtype,
+            scale=scale,
+            **options,
+        )
+
+    @classmethod
+    def gla(
+        cls,
+        *,
+        num_q_heads: int,
+        num_latent_heads: int,
+        latent_dim: int,
+        rope_dim: int,
+        nope_dim: int | None = None,
+        rope_heads: int = 1,
+        dtype: Dtype = "float32",
+        rope_dtype: Dtype | None = None,
+        scale: float | None = None,
+        **options: Unpack[Options],
+    ) -> AttentionSpec:
+        """Grouped latent attention, absorbed (arXiv 2505.21487, section 3.3.2).
+
+        Query heads in groups read a latent head each, of `latent_dim` elements, and all of them the
+        one rotated key, of which some caches hold a copy for each latent (`rope_heads`). `scale`
+        defaults to ``(nope_dim + rope_dim) ** -0.5``, of widths before absorption.
+        """
+        if scale is None:
+            if nope_dim is None:
+                raise SpecError(
+                    "scale and the nope width are None; expected one, since the width of an "
+                    "absorbed key does not tell the scale"
+                )
+            scale = (nope_dim + rope_dim) ** -0.5
+        return cls(
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_latent_heads,
+            buffers=_state_and_rope(
+                num_latent_heads, latent_dim, dtype, rope_dim, rope_heads, rope_dtype
+            ),
+            k=Region(0, 0, latent_dim),
+            v=Region(0, 0, latent_dim),
+            rope=1 if rope_dim else None,
+            scale=scale,
+            dtype=dtype,
+            **options,
+        )
+
+    @classmethod
+    def gta(
+        cls,
+        *,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_dim: int,
+        dtype: Dtype = "float32",
+        rope_dtype: Dtype | None = None,
+        scale: float | None = None,
+        **options: Unpack[Options],
+    ) -> AttentionSpec:
+        """Grouped-tied attention (arXiv 2505.21487, section 3.3.1).
+
+        A state of `head_dim` elements for each KV head is V; without its last `rope_dim` elements
+        it is also K, to which the one rotated key of all heads is appended. `scale` defaults to
+        ``head_dim ** -0.5``, rope included.
+        """
+        if not 0 <= rope_dim < head_dim:
+            raise SpecError(f"rope_dim is {rope_dim}; expected less than head_dim, {head_dim}")
+        return cls(
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            buffers=_state_and_rope(num_kv_heads, head_dim, dtype, rope_dim, 1, rope_dtype),
+            k=Region(0, 0, head_dim - rope_dim),
+            v=Region(0, 0, head_dim),
+            rope=1 if rope_dim else None,
+            scale=head_dim**-0.5 if scale is None else scale,
+            dtype=dtype,
+            **options,
+        )
+
+    def shard(self, rank: int, world: int) -> AttentionSpec:
+        """The part of one of `world` tensor-parallel ranks (arXiv 2505.21487, section 3.2).
+
+        Query heads are divided. KV or latent heads are divided too while there are enough; beyond
+        that each is copied to several ranks, whose query heads all use that one (`heads_of_shard`
+        says which). A rope that all heads share is on every rank.
+
+        Raises:
+            SpecError: `rank` is none of `world`, or heads do not divide.
+        """
+        kv_begin, kv_end = self.heads_of_shard(rank, world)
+        kv_heads = kv_end - kv_begin
+        buffers = tuple(
+            replace(b, heads=kv_heads if b.heads == self.num_kv_heads else b.heads)
+            for b in self.buffers
+        )
+        return replace(
+            self, num_q_heads=self.num_q_heads // world, num_kv_heads=kv_heads, buffers=buffers
+        )
+
+    def heads_of_shard(self, rank: int, world: int) -> tuple[int, int]:
+        """First and one past the last KV head of a rank; its query heads are the rank's share.
+
+        Raises:
+            SpecError: as `shard`.
+        """
+        if not 0 <= rank < world:
+            raise SpecError(f"rank is {rank}; expected one of 0 to {world - 1}")
+        fits = self.num_kv_heads % world == 0 or world % self.num_kv_heads == 0
+        if self.num_q_heads % world or not fits:
+            raise SpecError(
+                f"world is {world}; expected a divisor of num_q_heads, which is "
+                f"{self.num_q_heads}, that divides num_kv_heads, which is {self.num_kv_heads}, or "
+                f"is a multiple of it"
+            )
+        begin = rank * self.num_kv_heads // world
+        return begin, begin + max(1, self.num_kv_heads // world)
 
     @classmethod
     def parse(cls, text: str) -> AttentionSpec:
@@ -191,6 +350,20 @@ class TileShape:
     @property
     def name(self) -> str:
         return f"r{self.lane_rows}t{self.kv_tile}{SHORT_DTYPE[self.operand]}"
+
+
+def _state_and_rope(
+    heads: int,
+    width: int,
+    dtype: Dtype,
+    rope_dim: int,
+    rope_heads: int,
+    rope_dtype: Dtype | None,
+) -> tuple[CacheBuffer, ...]:
+    """The caches of a variant whose K and V are one state; without a rope only that."""
+    state = CacheBuffer("state", heads, width, dtype)
+    rope = CacheBuffer("rope", rope_heads, rope_dim, rope_dtype or dtype)
+    return (state, rope) if rope_dim else (state,)
 
 
 def _check_heads(spec: AttentionSpec) -> None:
@@ -240,5 +413,6 @@ def _check_storage(spec: AttentionSpec) -> None:
     for name, dtype in (("dtype", spec.dtype), *((b.name, b.dtype) for b in spec.buffers)):
         if dtype not in DTYPE_BYTES:
             raise SpecError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
-    if not (math.isfinite(spec.scale) and spec.scale > 0):
-        raise SpecError(f"scale is {spec.scale}; expected a finite number above zero")
+    for name, value in (("scale", spec.scale), ("soft_cap", spec.soft_cap)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SpecError(f"{name} is {value}; expected a finite number above zero")

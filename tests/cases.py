@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from deft_tvm.device import DeviceProfile
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, make_plan
-from deft_tvm.spec import AttentionSpec, TileShape
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Dtype, Region, TileShape
 from deft_tvm.tree import Forest
 
 SPEC = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128)
@@ -29,13 +30,39 @@ TILES = (
 )
 
 
+def plain(page_size: int, dtype: Dtype = "float32") -> AttentionSpec:
+    return AttentionSpec.gqa(
+        num_q_heads=4, num_kv_heads=2, head_dim=4, dtype=dtype, page_size=page_size
+    )
+
+
+def tied(page_size: int) -> AttentionSpec:
+    """K is in the middle of V, and both heads share a rope; no two types have to be the same."""
+    return AttentionSpec(
+        num_q_heads=4,
+        num_kv_heads=2,
+        buffers=(CacheBuffer("state", 2, 8, "bfloat16"), CacheBuffer("rope", 1, 3, "float32")),
+        k=Region(0, 2, 7),
+        v=Region(0, 0, 8),
+        rope=1,
+        scale=0.4,
+        dtype="float16",
+        page_size=page_size,
+    )
+
+
+SPECS = (plain, partial(plain, dtype="bfloat16"), tied)
+"""Each a function of the page size. Numbers are float64 whatever the types; bytes follow them."""
+
+
 @dataclass
 class Case:
     """A forest in a cache. Slots that hold no token are NaN.
 
     Attributes:
         slots: the page and slot of each token, node by node.
-        k: float64[pages, page, heads, width]; `v` and ``q [R, Hq, width]`` likewise.
+        q: float64[R, Hq, q_width].
+        buffers: in the order of ``spec.buffers``, each float64[pages, page, heads, width].
     """
 
     forest: Forest
@@ -43,8 +70,7 @@ class Case:
     spec: AttentionSpec
     slots: list[tuple[int, int]]
     q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    buffers: tuple[np.ndarray, ...]
 
     def mask(self) -> np.ndarray:
         """bool[R, tokens] from parents, lengths and rows alone, a row and an ancestor at a time."""
@@ -67,13 +93,23 @@ class Case:
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
         """Output and LSE by one dense masked softmax."""
-        pages, slots = np.array(self.slots, int).reshape(-1, 2).T
-        k, v = (np.repeat(x[pages, slots], self.spec.group, axis=1) for x in (self.k, self.v))
+        k, v = (np.repeat(x, self.spec.group, axis=1) for x in self._keys_and_values())
         scores = self.spec.scale * np.einsum("rhd,thd->rht", self.q, k)
         scores = np.where(self.mask()[:, None], scores, -np.inf)
         lse = np.logaddexp.reduce(scores, axis=-1, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isfinite(lse), lse, 0)[..., None])
         return np.einsum("rht,thd->rhd", weights, v), lse
+
+    def _keys_and_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """[tokens, Hkv, q_width] and [tokens, Hkv, v_width]."""
+        spec = self.spec
+        pages, slots = np.array(self.slots, int).reshape(-1, 2).T
+        tokens = [buffer[pages, slots] for buffer in self.buffers]
+        k, v = (tokens[part.buffer][..., part.begin : part.end] for part in (spec.k, spec.v))
+        if spec.rope is not None:
+            shape = (len(self.slots), spec.num_kv_heads, spec.rope_width)
+            k = np.concatenate([k, np.broadcast_to(tokens[spec.rope], shape)], axis=-1)
+        return k, v
 
 
 def profile(cores: int = 2, bandwidth: float = 2e10, rate: float = 2e11) -> DeviceProfile:
@@ -126,9 +162,8 @@ def paged(forest: Forest, page_size: int, tight: bool, seed: int) -> PageTable:
     return PageTable(np.array(indices, int), indptr, slot, page_size=page_size)
 
 
-def fill_cache(forest: Forest, pages: PageTable, page_size: int, seed: int) -> Case:
-    """The forest with random q, K and V: 4 query heads, 2 KV heads, width 4."""
-    spec = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=4, page_size=page_size)
+def fill_cache(forest: Forest, pages: PageTable, spec: AttentionSpec, seed: int) -> Case:
+    """The forest with random q and caches."""
     slots = []
     for node, length in enumerate(forest.lengths.tolist()):
         for t in range(length):
@@ -136,20 +171,23 @@ def fill_cache(forest: Forest, pages: PageTable, page_size: int, seed: int) -> C
             slots.append((int(pages.page_indices[pages.page_indptr[node] + entry]), slot))
     random = np.random.default_rng(seed)
     held = 1 + max((slot for _, slot in slots), default=0)
-    k, v = (np.full((pages.max_page + 1, held, 2, 4), np.nan) for _ in range(2))
+    shape = (pages.max_page + 1, held)
+    buffers = tuple(np.full((*shape, b.heads, b.width), np.nan) for b in spec.buffers)
     for place in slots:
-        k[place], v[place] = random.normal(size=(2, 2, 4))
-    q = random.normal(size=(forest.num_rows, 4, 4))
-    return Case(forest, pages, spec, slots, q, k, v)
+        for buffer in buffers:
+            buffer[place] = random.normal(size=buffer.shape[2:])
+    q = random.normal(size=(forest.num_rows, spec.num_q_heads, spec.q_width))
+    return Case(forest, pages, spec, slots, q, buffers)
 
 
 @st.composite
 def cases(draw) -> Case:
     forest, seed = draw(forests()), draw(st.integers(0, 2**16))
-    page_size = draw(st.sampled_from(PAGE_SIZES))
+    page_size, spec = draw(st.sampled_from(PAGE_SIZES)), draw(st.sampled_from(SPECS))
     if page_size is None:
-        return fill_cache(forest, PageTable.contiguous(forest), 16, seed)
-    return fill_cache(forest, paged(forest, page_size, draw(st.booleans()), seed), page_size, seed)
+        return fill_cache(forest, PageTable.contiguous(forest), spec(16), seed)
+    pages = paged(forest, page_size, draw(st.booleans()), seed)
+    return fill_cache(forest, pages, spec(page_size), seed)
 
 
 def plan_of(forest: Forest, grouping: str = "packed", spec: AttentionSpec = SPEC, **how) -> Plan:

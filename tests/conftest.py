@@ -1,4 +1,7 @@
-"""Golden files: text that users read, kept beside the tests and compared character by character."""
+"""What tests of several files are given: golden files, and artifacts of the toy module.
+
+Golden files are text that users read, kept beside the tests and compared character by character.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from toy_artifact import export, manifest_for
+
+from deft_tvm.manifest import write_artifact
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,3 +36,23 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         assert text + "\n" == path.read_text(encoding="utf-8")
 
     return compare
+
+
+@pytest.fixture(scope="module")
+def module_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy module, compiled once for the tests of a file."""
+    return export(tmp_path_factory)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, module_file: Path) -> Path:
+    """A complete artifact of the toy module."""
+    return write_artifact(tmp_path / "artifact", manifest_for(), module_file)
+
+
+@pytest.fixture
+def not_a_module(tmp_path: Path) -> Path:
+    """Enough for tests that look at manifests and load nothing."""
+    path = tmp_path / "nothing.so"
+    path.write_bytes(b"nothing")
+    return path

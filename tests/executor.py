@@ -20,7 +20,7 @@ class Execution:
     Attributes:
         out: float64[R, Hq, v_width], the caller's rows.
         lse: float64[R, Hq].
-        reads: elements by kind.
+        reads: elements by kind, those of K only where they are not V's as well.
         pairs: how often each (caller's row, page, slot) was seen, under KV head 0.
     """
 
@@ -30,8 +30,8 @@ class Execution:
     pairs: Counter = field(default_factory=Counter)
 
 
-def execute(plan, spec, q, k_cache, v_cache) -> Execution:
-    """Both stages, over q ``[R, Hq, width]`` and caches ``[pages, page, heads, width]``."""
+def execute(plan, spec, q, buffers) -> Execution:
+    """Both stages, over q ``[R, Hq, width]`` and buffers ``[pages, page, heads, width]``."""
     shape = (plan.num_rows, spec.num_q_heads)
     done = Execution(np.full((*shape, spec.v_width), np.nan), np.full(shape, np.nan))
     partial_out = np.full((plan.num_partials, shape[1], spec.v_width), np.nan)
@@ -40,8 +40,7 @@ def execute(plan, spec, q, k_cache, v_cache) -> Execution:
         for item in plan.items[begin:end].tolist():
             assert item[1] * spec.group <= plan.tiles[tile].lane_rows
             for head in range(spec.num_kv_heads):
-                cache = (k_cache[:, :, head], v_cache[:, :, head])
-                _unit(plan, spec, item, head, q, cache, (partial_out, partial_lse), done)
+                _unit(plan, spec, item, head, q, buffers, (partial_out, partial_lse), done)
             steps = -(-item[4] // plan.tiles[tile].kv_tile)
             pairs = steps * plan.tiles[tile].kv_tile * plan.tiles[tile].lane_rows
             done.reads["tile_flops"] += (
@@ -51,17 +50,15 @@ def execute(plan, spec, q, k_cache, v_cache) -> Execution:
     return done
 
 
-def _unit(plan, spec, item, head, q, cache, partials, done) -> None:
+def _unit(plan, spec, item, head, q, buffers, partials, done) -> None:
     row_begin, num_rows, run_begin, run_end, num_tokens, dest_begin = item
     heads = slice(head * spec.group, (head + 1) * spec.group)
     done.reads["indices"] += 6 + 2 * num_rows
     done.reads["q"] += num_rows * spec.group * spec.q_width
     scores = {row: [] for row in range(row_begin, row_begin + num_rows)}
     for (page, slot), rows in _tokens(plan, run_begin, run_end, num_tokens, done.reads):
-        key, value = cache[0][page, slot], cache[1][page, slot]
+        key, value = _key_and_value(spec, buffers, page, slot, head, done.reads)
         assert np.isfinite(key).all(), "a slot that holds no token was read"
-        done.reads["k"] += key.size
-        done.reads["v"] += value.size
         for row in rows & scores.keys():
             caller = plan.row_order[row]
             scores[row].append((spec.scale * q[caller, heads] @ key, value))
@@ -77,6 +74,22 @@ def _unit(plan, spec, item, head, q, cache, partials, done) -> None:
         else:
             _store(*partials, dest, heads, out, lse)
             done.reads["partials"] += out.size + lse.size
+
+
+def _key_and_value(spec, buffers, page, slot, head, reads):
+    """The key, its rope part last, and the value; a column that both have is read once, as V's."""
+    k, v = spec.k, spec.v
+    of_v = {(v.buffer, column) for column in range(v.begin, v.end)}
+    of_k = {(k.buffer, column) for column in range(k.begin, k.end)}
+    reads["v"] += len(of_v)
+    reads["k"] += len(of_k - of_v)
+    key, value = (buffers[x.buffer][page, slot, head, x.begin : x.end] for x in (k, v))
+    if spec.rope is None:
+        return key, value
+    heads = buffers[spec.rope][page, slot]
+    rope = heads[head if len(heads) > 1 else 0]
+    reads["rope"] += rope.size
+    return np.concatenate([key, rope]), value
 
 
 def _tokens(plan, run_begin, run_end, num_tokens, reads):

@@ -9,31 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from toy_artifact import HERE, OTHER, SPEC, export, manifest_for
+from toy_artifact import HERE, OTHER, SPEC, manifest_for
 
 from deft_tvm import manifest
 from deft_tvm.artifact import Artifact
 from deft_tvm.errors import ArtifactError
 from deft_tvm.manifest import Kernel, write_artifact
 from deft_tvm.spec import TileShape
-
-
-@pytest.fixture(scope="module")
-def module_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tmp_path_factory)
-
-
-@pytest.fixture
-def directory(tmp_path: Path, module_file: Path) -> Path:
-    return write_artifact(tmp_path / "artifact", manifest_for(), module_file)
-
-
-@pytest.fixture
-def not_a_module(tmp_path: Path) -> Path:
-    """Enough for tests that look at manifests and load nothing."""
-    path = tmp_path / "nothing.so"
-    path.write_bytes(b"nothing")
-    return path
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -139,6 +121,18 @@ def test_an_artifact_is_replaced_whole(tmp_path: Path, not_a_module: Path) -> No
     assert manifest.read_manifest(target).created == "2"
     assert sorted(os.listdir(target)) == ["manifest.json", "module.so"]
     assert os.listdir(target.parent) == ["a"]
+
+
+def test_what_is_no_artifact_is_not_replaced(tmp_path: Path, not_a_module: Path) -> None:
+    target = tmp_path / "a"
+    target.mkdir()
+    write_artifact(target, manifest_for(), not_a_module)  # an empty folder is
+    (target / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match=r"a has 'notes\.txt' in it; expected a new folder, or"):
+        write_artifact(target, manifest_for(), not_a_module)
+    with pytest.raises(ArtifactError, match=r"notes\.txt: Not a directory; expected a folder"):
+        write_artifact(target / "notes.txt", manifest_for(), not_a_module)
+    assert sorted(os.listdir(target)) == ["manifest.json", "module.so", "notes.txt"]
 
 
 def test_a_failed_write_leaves_the_old_artifact(tmp_path: Path, not_a_module: Path) -> None:

@@ -62,8 +62,10 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
     ("arguments", "sentence"),
     [
         (("check", "few_shots"), "workload 'few_shots' starts with 'few_shots'; expected one of"),
+        (("check", "recorded:path=/no.json"), "/no.json: No such file or directory; expected a"),
+        (("tune", "recorded:step=3"), "has no path; expected recorded:path=FILE"),
         (("check", "few_shot:prompt=-1"), "prompt is '-1'; expected a whole number from 1 on"),
-        (("bench", "--spec", "mla:hq=4"), "starts with 'mla'; expected gqa or kv"),
+        (("bench", "--spec", "nsa:hq=4"), "starts with 'nsa'; expected one of gqa, gta, mla"),
         (("show", "plan", "--grouping", "best"), "grouping is 'best'; expected one of node"),
         (("show", "tir", "--kernel", "gemm"), "kernel is 'gemm'; expected one of "),
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),
@@ -91,15 +93,44 @@ def test_wrong_use_exits_with_2(
     assert "Usage: deft-tvm" in ran.err
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(tmp_path / "file" / "m"), "--json")
+    monkeypatch.setattr("deft_tvm.build.lower", None)
+    out = tmp_path / "file" / "m"
+    for options in ((), ("--json",)):
+        ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(out), *options)
+        assert (ran.code, ran.out) == (2, "")
+        sentence = f"{out} cannot be written: {out.parent}: File exists; expected a folder that can"
+        assert ran.err == f"deft-tvm: {sentence}\n"
+
+
+def test_build_replaces_nothing_but_a_module(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").touch()
+    monkeypatch.setattr("deft_tvm.build.lower", None)
+    ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(tmp_path / "work"))
     assert ran.code == 2
-    assert ran.out == ""
+    assert "work has 'thesis.tex' in it; expected a new folder, or one with nothing but" in ran.err
+    ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(tmp_path / "work" / "thesis.tex"))
+    assert "thesis.tex: Not a directory; expected a folder" in ran.err
+    assert (tmp_path / "work" / "thesis.tex").is_file()
+
+
+def test_tune_is_refused_before_it_begins_where_its_module_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("deft_tvm.tuning.tune.tune", None)
+    ran = Ran(capsys, "tune", "--spec", str(SPEC))
+    assert ran.code == 2
     assert ran.err.startswith(f"deft-tvm: {tmp_path / 'file'}")
     assert ran.err.count("\n") == 1
+    assert ": Not a directory; expected a folder" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -224,6 +255,24 @@ def test_show_draws_trees_and_plans(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "packed" in Ran(capsys, "show", "plan", FEW_SHOT, "--spec", str(SPEC)).out
     assert Ran(capsys, "show", "plan", "--svg", str(tmp_path / "plan.svg")).out == ""
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+
+
+def test_recorded_trees_are_workloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drafts = {"tree_structure": [[0], [1]], "records": [{"Accept_length": [2, 3]}]}
+    (tmp_path / "trees.json").write_text(json.dumps([drafts]))
+    workload = f"recorded:path={tmp_path / 'trees.json'},prompt=40"
+    assert "42 tokens" in Ran(capsys, "show", "tree", workload).out
+    found = Ran(capsys, "check", workload, "--spec", str(SPEC), "--module", str(module()), "--json")
+    assert found.json["exact"] is True
+    assert (
+        found.json["workload"]
+        == f"{workload.removesuffix(',prompt=40')},request=1,step=2,prompt=40"
+    )
+
+
+@pytest.mark.parametrize("command", ["tune", "check", "bench"])
+def test_help_tells_of_recorded_trees(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "recorded:path=FILE" in Ran(capsys, command, "--help").out
 
 
 def test_show_tells_trees_and_plans_as_json(

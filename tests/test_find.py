@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_artifact import HERE, OTHER, SPEC, export, manifest_for
+from toy_artifact import HERE, OTHER, SPEC, manifest_for
 
 import deft_tvm
 from deft_tvm import artifact, env, manifest
@@ -17,24 +17,6 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import CompilerMissing
 from deft_tvm.manifest import Kernel, write_artifact
 from deft_tvm.spec import AttentionSpec
-
-
-@pytest.fixture(scope="module")
-def module_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(tmp_path_factory)
-
-
-@pytest.fixture
-def directory(tmp_path: Path, module_file: Path) -> Path:
-    return write_artifact(tmp_path / "artifact", manifest_for(), module_file)
-
-
-@pytest.fixture
-def not_a_module(tmp_path: Path) -> Path:
-    """Enough for tests that look at manifests and load nothing."""
-    path = tmp_path / "nothing.so"
-    path.write_bytes(b"nothing")
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from cases import (
     fill_cache,
     forests,
     paged,
+    plain,
     plan_of,
     profile,
     profiles,
@@ -33,13 +34,13 @@ from deft_tvm.plan import packed as packed_module
 from deft_tvm.spec import TileShape
 from deft_tvm.tree import Forest
 
-# float64 on both sides. Scores are sums of 4 products of about 1, outputs averages of at most some
-# 360 values: errors of a few hundred times 2⁻⁵³.
+# float64 on both sides. Scores are sums of 4 or 8 products of about 1, outputs averages of at most
+# some 360 values: errors of a few hundred times 2⁻⁵³.
 CLOSE = {"rtol": 0.0, "atol": 1e-13}
 
 
 def assert_exact(case: Case, plan: Plan) -> None:
-    done = execute(plan, case.spec, case.q, case.k, case.v)
+    done = execute(plan, case.spec, case.q, case.buffers)
     visible = {(int(row), *case.slots[token]) for row, token in np.argwhere(case.mask())}
     counted = {pair: count for pair, count in done.pairs.items() if count}
     assert counted == dict.fromkeys(visible, 1)
@@ -76,7 +77,7 @@ def test_update_is_a_plan_made_afresh(forest, device, grouping, data) -> None:
     number = forest.num_nodes
     growth = data.draw(st.lists(st.integers(0, 20), min_size=number, max_size=number))
     grown = forest.with_lengths(np.where(forest.lengths > 0, forest.lengths + growth, 0))
-    before, after = (fill_cache(f, paged(f, 4, True, 1), 4, 1) for f in (forest, grown))
+    before, after = (fill_cache(f, paged(f, 4, True, 1), plain(4), 1) for f in (forest, grown))
     plan = make_plan(forest, before.pages, before.spec, TILES[0], device, grouping)
     updated = plan.update(grown, after.pages)
     fresh = make_plan(grown, after.pages, after.spec, TILES[0], device, plan.grouping)

@@ -101,6 +101,28 @@ def test_compiled_refuses_a_lost_gradient(attention: TreeAttention) -> None:
         compiled(case.q.requires_grad_(), *case.buffers)
 
 
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_an_output_with_a_gradient_is_refused_compiled_or_not(
+    attention: TreeAttention, name: str
+) -> None:
+    """Compiling asks the operator without data; what runs then does not see the gradient."""
+    torch._dynamo.reset()
+    case = planned(attention, "few_shot:prompt=90,branches=5,tokens=7")
+    given = dict(zip(("out", "lse"), attention.run(case.q, case.buffers), strict=True))
+    given[name].requires_grad_()
+
+    def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        attention.run(q, (k, v), out, lse)
+        return out + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for function in (call, compiled):
+        with pytest.raises(Exception, match=f"{name} requires grad, and there is no backward"):
+            function(case.q, *case.buffers, **given)
+        with torch.no_grad():
+            function(case.q, *case.buffers, **given)
+
+
 class Step(nn.Module):
     """A program that takes the plan as it takes the tensors."""
 

@@ -23,16 +23,26 @@ def traffic_of(forest: Forest, grouping: str = "node", spec: AttentionSpec = SPE
     return traffic(make_plan(forest, pages, spec, tiles, profile(), grouping), spec)
 
 
+def element_bytes(spec: AttentionSpec) -> dict[str, int]:
+    """Of each kind of traffic: each cache has its own type, partials are float32."""
+    kinds = {"k": spec.k.buffer, "v": spec.v.buffer, "rope": spec.rope or 0}
+    types = {kind: spec.buffers[number].dtype for kind, number in kinds.items()}
+    types |= {"q": spec.dtype, "output": spec.dtype}
+    sizes = {kind: 4 if dtype == "float32" else 2 for kind, dtype in types.items()}
+    return sizes | {"partials": 4, "indices": 4}
+
+
 @settings(max_examples=100, deadline=None)
 @given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(GROUPINGS))
 def test_counts_are_what_an_execution_reads(case, device, tiles, grouping) -> None:
     plan = make_plan(case.forest, case.pages, case.spec, tiles, device, grouping)
-    reads = execute(plan, case.spec, case.q, case.k, case.v).reads
+    reads = execute(plan, case.spec, case.q, case.buffers).reads
     counted = traffic(plan, case.spec)
-    for kind in ("k", "v", "q", "partials", "indices"):
-        assert getattr(counted.tree, kind) == 4 * reads[kind], kind
+    sizes = element_bytes(case.spec)
+    for kind in ("k", "v", "rope", "q", "partials", "indices"):
+        assert getattr(counted.tree, kind) == sizes[kind] * reads[kind], kind
     lse = plan.num_rows * case.spec.num_q_heads
-    assert counted.tree.output == 4 * (reads["output"] + lse)
+    assert counted.tree.output == sizes["output"] * reads["output"] + 4 * lse
     assert counted.flops == reads["flops"]
     assert counted.tile_flops == reads["tile_flops"] >= reads["flops"]
 
@@ -42,9 +52,12 @@ def test_counts_are_what_an_execution_reads(case, device, tiles, grouping) -> No
 def test_sequence_based_decoding_reads_what_each_row_sees(case) -> None:
     tiles, seen = TILES[0], int(case.mask().sum())
     plan = make_plan(case.forest, case.pages, case.spec, tiles, profile(), "node")
-    counted = traffic(plan, case.spec).sequence
-    assert counted.k == counted.v == seen * 2 * 4 * 4  # KV heads, width, bytes
-    assert counted.partials == counted.rope == 0
+    counted, spec, sizes = traffic(plan, case.spec).sequence, case.spec, element_bytes(case.spec)
+    assert counted.k == (0 if spec.tied else seen * 2 * 4 * sizes["k"])  # KV heads, width, bytes
+    assert counted.v == seen * 2 * spec.v_width * sizes["v"]
+    assert counted.rope == seen * 2 * spec.rope_width * sizes["rope"]
+    assert counted.q == case.q.size * sizes["q"]
+    assert counted.partials == 0
 
 
 def test_few_shot_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from deft_tvm.errors import WorkloadError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
-from deft_tvm.workloads import FAMILIES, load_recorded, parse, tensors
+from deft_tvm.workloads import FAMILIES, families, load_recorded, notation, parse, tensors
 from deft_tvm.workloads.families import draft_choices
 
 SMALL = "gqa:hq=4,hkv=2,d=8,page=4"
@@ -26,6 +27,12 @@ def test_a_name_is_spelled_in_full_and_parses_to_itself(family: str) -> None:
     assert again.forest.same_topology(workload.forest)
     assert np.array_equal(again.forest.lengths, workload.forest.lengths)
     assert workload.description.endswith(".")
+
+
+def test_examples_in_docstrings() -> None:
+    for module in (families, notation):
+        done = doctest.testmod(module)
+        assert done.attempted and not done.failed
 
 
 def test_arguments_come_in_any_order_and_print_in_one() -> None:
@@ -179,6 +186,60 @@ def test_a_malformed_file_is_refused(tmp_path: Path, content: object, message: s
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match="No such file or directory; expected a JSON file"):
         load_recorded(tmp_path / "none.json")
+
+
+def test_a_recorded_tree_is_named_by_its_file_and_step(tmp_path: Path) -> None:
+    path = write(tmp_path, reasoning())
+    workload = parse(f"recorded:step=4,path={path}")
+    assert workload.name == f"recorded:path={path},request=1,step=4,prompt=1000"
+    assert workload.forest.same_topology(load_recorded(path)[0].at(4).forest)
+    again = parse(workload.name)
+    assert again.name == workload.name
+    assert described(again.forest) == described(workload.forest)
+
+
+def test_without_a_step_it_is_the_last_of_those_with_the_most_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, reasoning())
+    assert parse(f"recorded:path={path}").name.endswith("step=4,prompt=1000")  # of 1 to 6
+    records = [{"Accept_length": [1]}, {"Accept_length": [3, 1, 2]}]
+    path = write(tmp_path, [{"tree_structure": [[0], [1]], "records": records}])
+    workload = parse(f"recorded:path={path},request=2,prompt=50")
+    assert workload.name.endswith("request=2,step=3,prompt=50")
+    assert workload.forest.lengths.tolist() == [54, 1, 1]
+
+
+def test_the_path_of_a_recorded_tree_may_be_relative_and_have_commas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name has it absolute: in a log it means the same wherever it is read."""
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    path = write(folder, reasoning())
+    monkeypatch.chdir(folder)
+    workload = parse("recorded:path=trees.json,step=1")
+    assert workload.name == f"recorded:path={path},request=1,step=1,prompt=1000"
+    assert parse(workload.name).name == workload.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "workload 'recorded' has no path; expected recorded:path=FILE"),
+        (":step=3", "workload 'recorded:step=3' has no path; expected recorded:path=FILE"),
+        (":path={},step=7", "trees.json[1]: step is 7; expected 1 to 6"),
+        (":path={},step=last", "step is 'last'; expected a whole number from 1 on"),
+        (":path={},request=2", "request is 2; expected one of the file's complete ones, of which"),
+        (":path={},nodes=2", "has 'nodes=2'; expected each of path, request, step, prompt at most"),
+        (":path={}x", "trees.jsonx: No such file or directory; expected a JSON file"),
+    ],
+)
+def test_a_recorded_tree_that_is_not_there_is_refused(
+    tmp_path: Path, arguments: str, message: str
+) -> None:
+    path = write(tmp_path, reasoning())
+    with pytest.raises(WorkloadError) as refusal:
+        parse("recorded" + arguments.format(path))
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])

@@ -21,6 +21,7 @@ from deft_tvm.commands.common import (
     print_json,
     table,
 )
+from deft_tvm.commands.progress import told
 
 if TYPE_CHECKING:
     from deft_tvm import bench as measuring
@@ -57,14 +58,19 @@ def bench(
     from deft_tvm.workloads import tensors
 
     attention_spec, chosen = parse(spec, workload)
-    attention = attention_by(attention_spec, module, grouping)
-    case = tensors(chosen.forest, attention_spec)
     names = [name for name in peers.split(",") if name]
-    cold_bytes = 2 * attention.profile.l3_bytes if cold else 0
-    found = measuring.measure(
-        chosen.name, case, attention, names, budget=seconds, cold_bytes=cold_bytes
-    )
-    inside = measuring.between_matmuls(case, attention, budget=seconds / 2) if between else None
+    with told() as say:
+        attention = attention_by(attention_spec, module, grouping, say)
+        say(f"random tensors for {chosen.name}")
+        case = tensors(chosen.forest, attention_spec)
+        cold_bytes = 2 * attention.profile.l3_bytes if cold else 0
+        found = measuring.measure(
+            chosen.name, case, attention, names, budget=seconds, cold_bytes=cold_bytes, say=say
+        )
+        inside = None
+        if between:
+            say("timing a step between two matrix products")
+            inside = measuring.between_matmuls(case, attention, budget=seconds / 2)
     if as_json:
         print_json({"measurement": found, "speedups": found.speedups(), "between": inside})
     else:

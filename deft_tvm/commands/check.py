@@ -19,6 +19,7 @@ from deft_tvm.commands.common import (
     parse,
     print_json,
 )
+from deft_tvm.commands.progress import told
 
 
 def check(
@@ -39,8 +40,12 @@ def check(
     from deft_tvm.workloads import tensors
 
     attention_spec, chosen = parse(spec, workload)
-    attention = attention_by(attention_spec, module, grouping)
-    found = compare(tensors(chosen.forest, attention_spec, seed), attention)
+    with told() as say:
+        attention = attention_by(attention_spec, module, grouping, say)
+        say(f"random tensors for {chosen.name}")
+        case = tensors(chosen.forest, attention_spec, seed)
+        say("one step, and the same in float64")
+        found = compare(case, attention)
     traffic = attention.traffic
     if as_json:
         print_json(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,8 @@ from rich.table import Table
 from deft_tvm import workloads
 from deft_tvm.errors import CompilerMissing, installing
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.workloads import FAMILIES, Workload
+from deft_tvm.workloads import Workload
+from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
 if TYPE_CHECKING:
     from deft_tvm.pytorch import TreeAttention
@@ -37,8 +38,7 @@ WorkloadArgument = Annotated[
     str,
     typer.Argument(
         metavar="WORKLOAD",
-        help=f"The tree: {', '.join(FAMILIES)}, with arguments as in few_shot:prompt=1000 or "
-        "speculative:nodes=64,context=4000.",
+        help=f"The tree: {WORKLOADS_HELP}.",
     ),
 ]
 ModuleOption = Annotated[
@@ -68,12 +68,15 @@ def console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def attention_by(spec: AttentionSpec, module: Path | None, grouping: str) -> TreeAttention:
-    """Tree attention by the best module, or by `module`; says so where it has to be built."""
-    with Console(stderr=True).status("taking the best module, or building the default"):
-        from deft_tvm.pytorch import TreeAttention
+def attention_by(
+    spec: AttentionSpec, module: Path | None, grouping: str, say: Callable[[str], None]
+) -> TreeAttention:
+    """Tree attention by `module`, or by the best one; says so, as it may have to be built."""
+    if module is None:
+        say("taking the best module, or building the default")
+    from deft_tvm.pytorch import TreeAttention
 
-        return TreeAttention(spec, module, grouping=grouping)
+    return TreeAttention(spec, module, grouping=grouping)
 
 
 def print_json(value: Any) -> None:

@@ -17,7 +17,8 @@ from deft_tvm.commands.common import (
     table,
 )
 from deft_tvm.commands.progress import shown
-from deft_tvm.workloads import FAMILIES
+from deft_tvm.workloads import parse as parse_workload
+from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
 if TYPE_CHECKING:
     from deft_tvm.tuning.result import KernelResult, TuningResult
@@ -31,7 +32,7 @@ def tune(
         list[str] | None,
         typer.Argument(
             metavar="WORKLOADS",
-            help=f"Trees whose work is timed: {', '.join(FAMILIES)}; by default four of them.",
+            help=f"Trees whose work is timed, by default four: {WORKLOADS_HELP}.",
         ),
     ] = None,
     spec: SpecOption = DEFAULT_SPEC,
@@ -48,9 +49,15 @@ def tune(
     Example: deft-tvm tune few_shot speculative --trials 100
     """
     needs_compiler("tune")
+    from deft_tvm.device import DeviceProfile
+    from deft_tvm.manifest import cache_directory, check_place
     from deft_tvm.spec import AttentionSpec
 
     attention_spec = AttentionSpec.parse(spec)
+    # What is wrong is refused here, before anything is measured.
+    for text in workload or ():
+        parse_workload(text)
+    check_place(cache_directory(attention_spec, DeviceProfile.detect()))
     try:
         with shown(str(attention_spec)) as listener:
             from deft_tvm.build import build

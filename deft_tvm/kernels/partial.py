@@ -3,7 +3,7 @@
 For item ``I``, KV head ``h`` and lane row ``i`` (query row × group + query head in group), over the
 tokens ``j`` of the item that the row sees,
 
-    logit_ij = scale · (Q_i · K_j + Qrope_i · rope_j)
+    logit_ij = scale · (Q_i · K_j + Qrope_i · rope_j), or cap · tanh(that / cap)
     out_i    = Σ_j exp(logit_ij) V_j / Σ_j exp(logit_ij)        lse_i = log Σ_j exp(logit_ij)
 
 walked in tiles of ``kv_tile`` tokens with an online softmax: running maximum, sum and accumulator,
@@ -31,7 +31,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, storage
+from deft_tvm.kernels.numerics import base2_logit, exp2_polynomial, storage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
     advance,
@@ -86,9 +86,10 @@ def partial_attention(
     TILE = storage(operand)
     ON_CPU = kind == "llvm"
     NEXT = N if ON_CPU else 0
-    SCALE = spec.scale * LOG2_E
     loop = work_loop(kind)
-    exp2 = bind(exp2_polynomial, operand=operand) if kind == "llvm" else tirx.exp2
+    exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
+    precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
+    logit = bind(base2_logit, scale=spec.scale, soft_cap=spec.soft_cap, exp2=precise)
     at = _cache_index(spec.layout)
     shape = _cache_shape(spec.layout)
 
@@ -297,14 +298,14 @@ def partial_attention(
                                             with T.sblock("whole"):
                                                 T.reads()
                                                 T.writes()
-                                                whole_logits(X, S, S_rope, ROPED, SCALE)
+                                                whole_logits(X, S, S_rope, ROPED, logit)
                                     else:
                                         for _ in T.serial(1):
                                             with T.sblock("masked"):
                                                 T.reads()
                                                 T.writes()
                                                 masked_logits(
-                                                    X, S, S_rope, ROPED, SCALE, lane_begin, lane_end
+                                                    X, S, S_rope, ROPED, logit, lane_begin, lane_end
                                                 )
                             for _ in T.serial(1):
                                 with T.sblock("softmax"):

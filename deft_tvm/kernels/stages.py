@@ -230,23 +230,23 @@ def product(S, Q, K, first, operand, block):
 
 
 @stage
-def whole_logits(X, S, S_rope, roped, scale):
+def whole_logits(X, S, S_rope, roped, logit):
     """Every row sees every token."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("logits"):
             vi, vj = T.axis.remap("SS", [i, j])
-            X[vi, vj] = score(S, S_rope, vi, vj, roped) * scale
+            X[vi, vj] = logit(score(S, S_rope, vi, vj, roped))
 
 
 @stage
-def masked_logits(X, S, S_rope, roped, scale, lane_begin, lane_end):
+def masked_logits(X, S, S_rope, roped, logit, lane_begin, lane_end):
     """A row sees the tokens whose interval holds it."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("masked_logits"):
             vi, vj = T.axis.remap("SS", [i, j])
             X[vi, vj] = T.Select(
                 T.And(lane_begin[vj] <= vi, vi < lane_end[vj]),
-                score(S, S_rope, vi, vj, roped) * scale,
+                logit(score(S, S_rope, vi, vj, roped)),
                 T.float32("-inf"),
             )
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from deft_tvm.pytorch.attention import TreeAttention, load
+from deft_tvm.pytorch.latent import absorb_query, expand_output
 from deft_tvm.pytorch.layer import TreeAttentionModule
 from deft_tvm.pytorch.merge import merge_states
 
-__all__ = ["TreeAttention", "TreeAttentionModule", "load", "merge_states"]
+__all__ = [
+    "TreeAttention",
+    "TreeAttentionModule",
+    "absorb_query",
+    "expand_output",
+    "load",
+    "merge_states",
+]

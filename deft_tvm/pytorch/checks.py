@@ -105,17 +105,20 @@ def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> N
             _refuse_gradient(name)
 
 
-def check_no_gradient(q: Tensor, kv: Sequence[Tensor]) -> None:
-    """Refuse inputs whose gradient would silently be lost.
+def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor) -> None:
+    """Refuse tensors whose gradient would silently be lost.
 
     Raises:
-        InputError: grad mode is on, and an input requires grad.
+        InputError: grad mode is on, and an input or output requires grad.
     """
     if not torch.is_grad_enabled():
         return
     for i, tensor in enumerate((q, *kv)):
         if tensor.requires_grad:
             _refuse_gradient(_name(i))
+    for name, tensor in outputs.items():
+        if tensor.requires_grad:
+            _refuse_gradient(name)
 
 
 def check_devices(device: torch.device, *tensors: Tensor) -> None:

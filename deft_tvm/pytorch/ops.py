@@ -86,7 +86,7 @@ def _(
     lse: Tensor,
 ) -> None:
     check_devices(plan.device, q, *kv, out, lse)
-    check_no_gradient(q, kv)
+    check_no_gradient(q, kv, out=out, lse=lse)
 
 
 for _device in ("CPU", "CUDA"):

@@ -38,7 +38,7 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
 def _cpu_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
     """bfloat16 where the CPU multiplies pairs of it; all else is converted as a tile is loaded."""
     pairs = spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
-    native = spec.dtype == "bfloat16" and "avx512bf16" in features and pairs
+    native = _one_dtype(spec) == "bfloat16" and "avx512bf16" in features and pairs
     return "bfloat16" if native else "float32"
 
 
@@ -56,4 +56,10 @@ def _cuda_rows(spec: AttentionSpec) -> tuple[int, ...]:
 
 
 def _cuda_operand(spec: AttentionSpec, lane_rows: int) -> Dtype:
-    return spec.dtype if lane_rows >= 16 else "float32"
+    return _one_dtype(spec) if lane_rows >= 16 else "float32"
+
+
+def _one_dtype(spec: AttentionSpec) -> Dtype:
+    """The type of the query and of all that is cached, float32 where they differ: it holds all."""
+    dtypes = {spec.dtype, *(buffer.dtype for buffer in spec.buffers)}
+    return spec.dtype if len(dtypes) == 1 else "float32"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deft_tvm.reference import Bound, Exact, merge_states
+from deft_tvm.reference import Bound, Exact, merge_states, sensitivity
 from deft_tvm.tuning.subject import Launch
 
 
@@ -95,12 +95,14 @@ def _item(launch: Launch, item: Sequence[int]) -> Exact:
     rows = torch.tensor(launch.plan.row_order[row_begin : row_begin + num_rows]).long()
     queries = case.q[rows].double().unflatten(1, (spec.num_kv_heads, -1))
     logits = spec.scale * torch.einsum("rngw,tnw->rngt", queries, keys)
+    max_logit = _largest(sensitivity(logits, spec.soft_cap))
+    if spec.soft_cap is not None:
+        logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
     masked = logits.masked_fill(~seen[:, None, None], -math.inf)
     lse = masked.logsumexp(-1)
     weights = (masked - lse.nan_to_num(neginf=0)[..., None]).exp()
     out = torch.einsum("rngt,tnv->rngv", weights, values)
-    largest = _largest(logits), _largest(values)
-    return Exact(out.flatten(1, 2), lse.flatten(1), *largest, len(page))
+    return Exact(out.flatten(1, 2), lse.flatten(1), max_logit, _largest(values), len(page))
 
 
 def _tokens(launch: Launch, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

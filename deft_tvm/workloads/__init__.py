@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deft_tvm.workloads.families import FAMILIES, Workload, parse
+from deft_tvm.workloads.families import FAMILIES, Workload
+from deft_tvm.workloads.notation import parse
 from deft_tvm.workloads.recorded import Recording, load_recorded
 from deft_tvm.workloads.tensors import Case, tensors
 

@@ -1,19 +1,12 @@
-"""Trees by name: ``few_shot:prompt=4000,branches=32,tokens=64,vary=0``.
+"""Families of trees, each a function of a few sizes.
 
-A family is a function of this file: its name and the names and defaults of its arguments are the
-spelling, the first line of its docstring the description. All are the same on every machine.
-
->>> workload = parse("multi_step:levels=2")
->>> workload.name
-'multi_step:root=1200,levels=2,width=10,tokens=300'
->>> workload.forest
-Forest(nodes=12, trees=1, levels=3, tokens=4500, rows=10)
+Its name and the names and defaults of its arguments are the spelling that `notation` reads, the
+first line of its docstring the description. All are the same on every machine.
 """
 
 from __future__ import annotations
 
 import heapq
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,43 +37,6 @@ class Workload:
 
 
 FAMILIES: dict[str, Callable[..., Forest]] = {}
-
-
-def parse(text: str) -> Workload:
-    """The workload of a string: a family's name, then ``:`` and any of its arguments.
-
-    Raises:
-        WorkloadError: no such family or argument, a value that is not a whole number in range,
-            or an argument given twice.
-    """
-    name, _, body = text.partition(":")
-    if name not in FAMILIES:
-        raise WorkloadError(
-            f"workload {text!r} starts with {name!r}; expected one of {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[name]
-    arguments = {p.name: p.default for p in inspect.signature(family).parameters.values()}
-    arguments |= _arguments(text, body, tuple(arguments))
-    spelled = ",".join(f"{key}={value}" for key, value in arguments.items())
-    description = (inspect.getdoc(family) or "").partition("\n")[0]
-    return Workload(f"{name}:{spelled}", family(**arguments), description)
-
-
-def _arguments(text: str, body: str, known: Sequence[str]) -> dict[str, int]:
-    given: dict[str, int] = {}
-    for part in filter(None, body.split(",")):
-        key, _, value = part.partition("=")
-        if key not in known or key in given:
-            raise WorkloadError(
-                f"workload {text!r} has {part!r}; expected each of {', '.join(known)} at most once"
-            )
-        least = 0 if key == "vary" else 1
-        if not value.isascii() or not value.isdigit() or int(value) < least:
-            raise WorkloadError(
-                f"workload {text!r}: {key} is {value!r}; expected a whole number from {least} on"
-            )
-        given[key] = int(value)
-    return given
 
 
 def _family(function: Callable[..., Forest]) -> Callable[..., Forest]:

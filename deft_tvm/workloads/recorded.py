@@ -25,6 +25,9 @@ from deft_tvm.errors import TreeError, WorkloadError
 from deft_tvm.tree import Forest
 from deft_tvm.workloads.families import Workload
 
+PROMPT = 1000
+"""Tokens before the first draft, which files of drafts do not tell."""
+
 
 class Recording(ABC):
     """One recorded request: a tree for each decode step, from 1 to `steps`.
@@ -41,7 +44,16 @@ class Recording(ABC):
         """Decode steps that were recorded."""
 
     @abstractmethod
+    def rows(self, step: int) -> int:
+        """Query rows of decode step `step`."""
+
+    @abstractmethod
     def _tree(self, step: int) -> Forest: ...
+
+    @property
+    def widest(self) -> int:
+        """The step with the most rows; of several the last, when most is cached."""
+        return max(range(1, self.steps + 1), key=lambda step: (self.rows(step), step), default=1)
 
     def at(self, step: int) -> Workload:
         """What attention runs on in decode step `step`.
@@ -85,6 +97,9 @@ class RecordedTree(Recording):
     def steps(self) -> int:
         return max(node.end for node in self.nodes)
 
+    def rows(self, step: int) -> int:
+        return sum(node.start <= step <= node.end for node in self.nodes)
+
     def _tree(self, step: int) -> Forest:
         grows = [node.start <= step <= node.end for node in self.nodes]
         live = list(grows)
@@ -119,6 +134,9 @@ class RecordedDrafts(Recording):
     def steps(self) -> int:
         return len(self.contexts)
 
+    def rows(self, step: int) -> int:
+        return 1 + len(self.choices)
+
     def _tree(self, step: int) -> Forest:
         return Forest.from_choices(self.choices, self.contexts[step - 1])
 
@@ -136,12 +154,12 @@ class _Entry(msgspec.Struct):
     records: list[_Record] = []
 
 
-def load_recorded(path: str | os.PathLike[str], prompt: int = 1000) -> list[Recording]:
+def load_recorded(path: str | os.PathLike[str], prompt: int = PROMPT) -> list[Recording]:
     """All complete requests of a file of recorded trees, in its order.
 
     Args:
         path: a JSON file in one of the formats above; which one is seen from its fields.
-        prompt: tokens before the first draft, which files of drafts do not tell.
+        prompt: see `PROMPT`.
 
     Raises:
         WorkloadError: the file is missing, is not JSON, has fields missing or of other types, or

@@ -58,6 +58,7 @@ class Case:
             v=(spec.v.buffer, spec.v.begin, spec.v.end),
             rope=spec.rope,
             scale=spec.scale,
+            soft_cap=spec.soft_cap,
         )
 
 

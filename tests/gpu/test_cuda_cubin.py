@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,20 @@ USAGE = re.compile(
     re.S,
 )
 
-
 SPECS = ("gqa:hq=32,hkv=8,d=128,dtype=f16", "gqa:hq=32,hkv=8,d=128,dtype=f32")
+# These take the schedules of the two above with other loads: an architecture with little shared
+# memory and one with much tell enough, as each compilation takes seconds.
+FEW_ARCHS = ("sm_89", "sm_90a")
+VARIANTS = (
+    "gqa:hq=32,hkv=8,d=128,dtype=bf16",
+    "gqa:hq=32,hkv=8,d=256,dtype=bf16",
+    "gqa:hq=32,hkv=8,d=128,dtype=bf16,layout=hnd",
+    "kv:hq=32,hkv=8,buffers=state*8*128*bf16+rope*1*64*bf16,k=0*0*128,v=0*0*128,rope=1,"
+    "scale=0.125,dtype=bf16",
+)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize(("text", "arch"), [*product(SPECS, ARCHS), *product(VARIANTS, FEW_ARCHS)])
 def test_kernels_fit_the_machine(text: str, arch: str, tmp_path: Path) -> None:
     """All kernels of a spec, in one module as they ship."""
     spec = AttentionSpec.parse(text)

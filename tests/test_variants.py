@@ -1,0 +1,232 @@
+"""MLA, GLA and GTA as specs: their definitions, what they cache, and how they are divided."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from compiled import Compiled, worst
+from unabsorbed import Weights, latent_attention
+
+import deft_tvm as dt
+from deft_tvm.build import lower, tasks_for
+from deft_tvm.errors import InputError, SpecError
+from deft_tvm.plan.cost import kv_bytes, partial_bytes, token_bytes
+from deft_tvm.pytorch import absorb_query, expand_output
+from deft_tvm.reference import tree_attention
+from deft_tvm.spec import AttentionSpec, Region
+from deft_tvm.workloads import parse, tensors
+
+HERE = dt.DeviceProfile.detect()
+FORESTS = (
+    "few_shot:prompt=150,branches=7,tokens=20,vary=9",
+    "speculative:nodes=26,context=70",
+)
+
+SPECS = {
+    "mla-tiny": AttentionSpec.mla(
+        num_q_heads=4, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8
+    ),
+    "gla3-odd": AttentionSpec.gla(
+        num_q_heads=6, num_latent_heads=3, latent_dim=22, rope_dim=6, nope_dim=10
+    ),
+    "gla2-copies": AttentionSpec.gla(
+        num_q_heads=8, num_latent_heads=2, latent_dim=64, rope_dim=32, nope_dim=32, rope_heads=2
+    ),
+    "gla2-medium-bf16": AttentionSpec.gla(
+        num_q_heads=16, num_latent_heads=2, latent_dim=128, rope_dim=32, nope_dim=64,
+        dtype="bfloat16", page_size=64,
+    ),
+    "mla-no-rope": AttentionSpec.mla(
+        num_q_heads=8, kv_lora_rank=64, qk_rope_head_dim=0, scale=0.125, page_size=1
+    ),
+    "mla-medium-f16": AttentionSpec.mla(
+        num_q_heads=16, kv_lora_rank=256, qk_rope_head_dim=32, qk_nope_head_dim=64,
+        dtype="float16",
+    ),
+    "gta3-odd": AttentionSpec.gta(num_q_heads=6, num_kv_heads=3, head_dim=24, rope_dim=12),
+    "gta4-bf16-f32rope": AttentionSpec.gta(
+        num_q_heads=16, num_kv_heads=4, head_dim=64, rope_dim=16, dtype="bfloat16", layout="HND",
+        rope_dtype="float32",
+    ),
+    "gqa-capped": AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, soft_cap=3.0),
+    "mla-capped-bf16": AttentionSpec.mla(
+        num_q_heads=8, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32,
+        dtype="bfloat16", soft_cap=30.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_kernels_are_exact(name: str) -> None:
+    spec = SPECS[name]
+    tasks = tasks_for(spec, HERE)
+    kernels = Compiled(tasks, lower(tasks))
+    for forest in FORESTS:
+        for max_logit in (None, 60.0):
+            case = tensors(parse(forest).forest, spec, max_logit=max_logit)
+            assert worst(kernels, case) <= 1, (forest, max_logit)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_one_line_spells_it(name: str) -> None:
+    spec = SPECS[name]
+    text = str(spec)
+    assert AttentionSpec.parse(text) == spec
+    assert text.split(":")[0] == name[:3] or spec.rope is None
+    assert set(spec.slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_+")
+
+
+def test_what_the_variants_read() -> None:
+    mla = AttentionSpec.mla(
+        num_q_heads=128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        dtype="bfloat16", page_size=64,
+    )  # fmt: skip
+    assert mla.tied and (mla.q_width, mla.v_width) == (576, 512)
+    assert mla.scale == 192**-0.5
+    assert kv_bytes(mla) == {"k": 0, "v": 1024, "rope": 128}
+    assert partial_bytes(mla) * 2 // token_bytes(mla) == 456
+
+    gta = AttentionSpec.gta(num_q_heads=32, num_kv_heads=8, head_dim=128, rope_dim=64)
+    assert gta.k == Region(0, 0, 64) and gta.v == Region(0, 0, 128) and gta.scale == 128**-0.5
+
+
+# arXiv 2505.21487: bytes per token, layer and rank in bfloat16, at 1, 2, 4 and 8 ranks.
+XL = {"num_q_heads": 16, "dtype": "bfloat16"}
+PUBLISHED = {
+    "MHA": (AttentionSpec.gqa(**XL, num_kv_heads=16, head_dim=128), (8192, 4096, 2048, 1024)),
+    "GQA-4": (AttentionSpec.gqa(**XL, num_kv_heads=4, head_dim=128), (2048, 1024, 512, 512)),
+    "GTA-4": (
+        AttentionSpec.gta(**XL, num_kv_heads=4, head_dim=128, rope_dim=64),
+        (1152, 640, 384, 384),
+    ),
+    "GLA-2": (
+        AttentionSpec.gla(**XL, num_latent_heads=2, latent_dim=256, rope_dim=64, nope_dim=128),
+        (1152, 640, 640, 640),
+    ),
+    "MLA": (
+        AttentionSpec.mla(**XL, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128),
+        (1152, 1152, 1152, 1152),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_cache_bytes_of_the_published_table(variant: str) -> None:
+    spec, wanted = PUBLISHED[variant]
+    ranks = (1, 2, 4, 8)
+    assert tuple(spec.shard(0, n).kv_bytes_per_token for n in ranks) == wanted
+    assert [spec.shard(n - 1, n).num_q_heads for n in ranks] == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("variant", ["GQA-4", "GTA-4", "GLA-2", "MLA"])
+def test_shards_together_are_the_whole(variant: str, world: int) -> None:
+    spec = dataclasses.replace(PUBLISHED[variant][0], dtype="float32")
+    spec = dataclasses.replace(
+        spec, buffers=tuple(dataclasses.replace(b, dtype="float32") for b in spec.buffers)
+    )
+    case = tensors(parse("few_shot:prompt=9,branches=3,tokens=4").forest, spec)
+    whole = case.reference().out
+    parts = []
+    for rank in range(world):
+        part, heads = spec.shard(rank, world), slice(*spec.heads_of_shard(rank, world))
+        width = spec.num_q_heads // world
+        buffers = tuple(
+            b[:, :, heads].contiguous() if s.heads != 1 or spec.num_kv_heads == 1 else b
+            for b, s in zip(case.buffers, spec.buffers, strict=True)
+        )
+        q = case.q[:, rank * width : (rank + 1) * width]
+        parts.append(dataclasses.replace(case, spec=part, q=q, buffers=buffers).reference().out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, 3), (0, 32)])
+def test_shards_that_there_are_not(rank: int, world: int) -> None:
+    with pytest.raises(SpecError, match=r"(rank|world) is -?\d+; expected"):
+        PUBLISHED["GQA-4"][0].shard(rank, world)
+
+
+def test_the_scale_of_absorbed_widths_is_asked_for() -> None:
+    with pytest.raises(SpecError, match="scale and the nope width are None; expected one"):
+        AttentionSpec.mla(num_q_heads=4, kv_lora_rank=16, qk_rope_head_dim=4)
+    with pytest.raises(SpecError, match="rope_dim is 24; expected less than head_dim, 24"):
+        AttentionSpec.gta(num_q_heads=4, num_kv_heads=2, head_dim=24, rope_dim=24)
+    with pytest.raises(SpecError, match=r"soft_cap is -1.0; expected a finite number above zero"):
+        AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=24, soft_cap=-1.0)
+
+
+@pytest.mark.parametrize("latents", [1, 2, 4])
+@pytest.mark.parametrize("rope_dim", [0, 6])
+def test_absorbed_is_unabsorbed(latents: int, rope_dim: int) -> None:
+    spec, weights, step = _latent_step(latents, rope_dim)
+    expanded, _ = latent_attention(step, weights, spec.scale)
+    absorbed = _absorbed(spec, weights, step)
+    found = expand_output(absorbed.out, weights.w_uv)
+    torch.testing.assert_close(found, expanded, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_of_keys_moves_only_the_lse() -> None:
+    spec, weights, step = _latent_step(2, 6)
+    biased = dataclasses.replace(weights, b_uk=torch.randn(8, 10, dtype=torch.float64))
+    out, lse = latent_attention(step, weights, spec.scale)
+    out_biased, lse_biased = latent_attention(step, biased, spec.scale)
+    torch.testing.assert_close(out, out_biased, rtol=1e-11, atol=1e-11)
+    shift = spec.scale * torch.einsum("rhn,hn->rh", step.q_nope, biased.b_uk)
+    torch.testing.assert_close(lse_biased - lse, shift, rtol=1e-10, atol=1e-10)
+    assert shift.abs().max() > 0.1
+
+
+def test_a_bias_of_values_is_added_once() -> None:
+    spec, weights, step = _latent_step(2, 6)
+    biased = dataclasses.replace(weights, b_uv=torch.randn(8, 12, dtype=torch.float64))
+    out, _ = latent_attention(step, weights, spec.scale)
+    out_biased, _ = latent_attention(step, biased, spec.scale)
+    torch.testing.assert_close(out + biased.b_uv, out_biased, rtol=1e-12, atol=1e-12)
+
+
+def test_the_scale_cannot_be_told_from_absorbed_widths() -> None:
+    spec, weights, step = _latent_step(1, 6)
+    expanded, _ = latent_attention(step, weights, spec.scale)
+    guessed = dataclasses.replace(spec, scale=spec.q_width**-0.5)
+    found = expand_output(_absorbed(guessed, weights, step).out, weights.w_uv)
+    assert (found - expanded).abs().max() > 1e-3
+
+
+def test_projections_that_do_not_fit() -> None:
+    q = torch.zeros(3, 8, 10)
+    with pytest.raises(InputError, match=r"w_uk has shape \(4, 10, 16\); expected 8 heads in"):
+        absorb_query(q, q[..., :4], torch.zeros(4, 10, 16))
+    with pytest.raises(InputError, match=r"w_uv .*; expected .* and width 10 in axis 2"):
+        expand_output(q, torch.zeros(8, 12, 16))
+
+
+def _latent_step(latents: int, rope_dim: int):
+    """A small tree step of 8 heads, its weights, and the spec of its absorbed form."""
+    from unabsorbed import Step
+
+    spec = AttentionSpec.gla(
+        num_q_heads=8, num_latent_heads=latents, latent_dim=16, rope_dim=rope_dim, nope_dim=10
+    )
+    step = Step.random([-1, 0, 0, 1], [5, 3, 1, 2], [1, 2, 0, 1], latents, rope_dim)
+    return spec, Weights.random(8), step
+
+
+def _absorbed(spec: AttentionSpec, weights: Weights, step):
+    """The oracle of trees on absorbed queries, which projects nothing."""
+    return tree_attention(
+        absorb_query(step.q_nope, step.q_rope, weights.w_uk),
+        (step.latent, step.rope)[: len(spec.buffers)],
+        step.parents,
+        step.lengths,
+        step.rows,
+        None,
+        page_size=1,
+        layout="NHD",
+        num_kv_heads=spec.num_kv_heads,
+        k=(0, 0, 16),
+        v=(0, 0, 16),
+        rope=spec.rope,
+        scale=spec.scale,
+    )
