@@ -50,7 +50,10 @@ class Gathered:
         forest, spec = case.forest, case.spec
         self.case = case
         self.mask = dense_mask(
-            forest.parents.tolist(), forest.lengths.tolist(), forest.rows.tolist()
+            forest.parents.tolist(),
+            forest.lengths.tolist(),
+            forest.rows.tolist(),
+            forest.bidirectional.astype(bool).tolist(),
         )
         tokens = [_by_token(case, buffer) for buffer in case.buffers]
         keys = tokens[spec.k.buffer][..., spec.k.begin : spec.k.end]

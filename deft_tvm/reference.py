@@ -121,6 +121,7 @@ def tree_attention(
     rope: int | None = None,
     scale: float,
     soft_cap: float | None = None,
+    bidirectional: Sequence[bool] | None = None,
 ) -> Exact:
     """Attention of every row over its path, in float64.
 
@@ -142,6 +143,7 @@ def tree_attention(
         rope: number of the buffer with the rotated part of K, of 1 or `num_kv_heads` heads.
         scale: multiplies q·K.
         soft_cap: the largest logit c of ``c · tanh(scale · q·K / c)``; None for no such bound.
+        bidirectional: for each node whether its rows see all of it; by default none do.
     """
     place = _places(lengths, page_indices, page_indptr, first_slot, page_size)
     if page_indices is None:
@@ -151,7 +153,7 @@ def tree_attention(
     out = q.new_zeros((*q.shape[:2], v[2] - v[1]), dtype=torch.float64)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float64)
     max_logit, max_value, max_tokens = 0.0, 0.0, 0
-    for row, tokens in enumerate(_seen(parents, lengths, rows)):
+    for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional)):
         if not len(tokens):
             continue
         page, slot = place[:, tokens]
@@ -183,10 +185,15 @@ def sensitivity(logits: Tensor, soft_cap: float | None) -> Tensor:
     return logits.abs() * (1 - bounded**2) + soft_cap * bounded.abs()
 
 
-def dense_mask(parents: Integers, lengths: Integers, rows: Integers) -> Tensor:
+def dense_mask(
+    parents: Integers,
+    lengths: Integers,
+    rows: Integers,
+    bidirectional: Sequence[bool] | None = None,
+) -> Tensor:
     """bool[rows, tokens], true where the row sees the token: the mask of one flattened call."""
     mask = torch.zeros(sum(_integers(rows)), sum(_integers(lengths)), dtype=torch.bool)
-    for row, tokens in enumerate(_seen(parents, lengths, rows)):
+    for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional)):
         mask[row, tokens] = True
     return mask
 
@@ -209,7 +216,12 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return (weights.unsqueeze(-1) * outs.double()).sum(0), total
 
 
-def _seen(parents: Integers, lengths: Integers, rows: Integers) -> Iterator[Tensor]:
+def _seen(
+    parents: Integers,
+    lengths: Integers,
+    rows: Integers,
+    bidirectional: Sequence[bool] | None,
+) -> Iterator[Tensor]:
     """For every row in the caller's order the numbers of the tokens that it sees, root first."""
     parent, length = _integers(parents), _integers(lengths)
     ends = list(accumulate(length))
@@ -222,6 +234,8 @@ def _seen(parents: Integers, lengths: Integers, rows: Integers) -> Iterator[Tens
         begin = ends[node] - length[node]
         for i in range(count):
             end = ends[node] - count + i + 1 if length[node] else begin
+            if bidirectional is not None and bidirectional[node]:
+                end = ends[node]
             yield torch.cat([*reversed(above), torch.arange(begin, end)])
 
 

@@ -53,6 +53,8 @@ class Forest:
         lengths: KV tokens of the node itself; 0 is allowed.
         rows: query rows of the node itself, at most its length. A node of length 0 may have any
             number: they see the whole path, and not each other.
+        bidirectional: 1 for a node whose rows see it whole, later tokens too, as blocks of
+            diffusion decoders do; 0 for one that is causal inside.
         preorder: the nodes in depth-first order, children in the caller's order.
         position: place of the node in `preorder`.
         subtree_end: the subtree is ``preorder[position:subtree_end]``.
@@ -66,6 +68,7 @@ class Forest:
     parents: Int32
     lengths: Int32
     rows: Int32
+    bidirectional: Int32
     preorder: Int32
     position: Int32
     subtree_end: Int32
@@ -111,18 +114,24 @@ class Forest:
         check_counts("lengths", checked)
         _check_rows_fit(self.rows, checked)
         start = sums_above(checked, self.preorder, self.position, self.subtree_end)
-        diagonal = read_only(np.maximum(checked - self.rows, 0))
+        whole = self.bidirectional > 0
+        diagonal = read_only(np.where(whole, checked, np.maximum(checked - self.rows, 0)))
         return replace(self, lengths=checked, start=start, diagonal=diagonal)
 
     def same_topology(self, other: Forest) -> bool:
-        """Whether parents and rows agree, so that only lengths may differ."""
-        return self.preorder is other.preorder or (
-            np.array_equal(self.parents, other.parents) and np.array_equal(self.rows, other.rows)
+        """Whether all but the lengths agrees."""
+        return self.preorder is other.preorder or all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in ("parents", "rows", "bidirectional")
         )
 
     @classmethod
     def from_parents(
-        cls, parents: ArrayLike, lengths: ArrayLike, rows: ArrayLike | None = None
+        cls,
+        parents: ArrayLike,
+        lengths: ArrayLike,
+        rows: ArrayLike | None = None,
+        bidirectional: ArrayLike | None = None,
     ) -> Forest:
         """A forest from one entry per node, nodes in any order.
 
@@ -130,6 +139,7 @@ class Forest:
             parents: int[nodes], the number of the parent or -1 for a root.
             lengths: int[nodes], KV tokens of the node.
             rows: int[nodes], query rows of the node; by default one at each leaf.
+            bidirectional: bool[nodes], whose rows see their node whole; by default none.
 
         Raises:
             TreeError: a parent out of range, a cycle, a negative number, arrays of different
@@ -142,7 +152,13 @@ class Forest:
             rows[above[above >= 0]] = 0
         own = int32_array("rows", rows, len(above), TreeError)
         check_counts("rows", own)
-        return _without_tokens(above, own).with_lengths(lengths)
+        whole = np.zeros(len(above), bool) if bidirectional is None else np.asarray(bidirectional)
+        if whole.dtype != bool or whole.shape != above.shape:
+            raise TreeError(
+                f"bidirectional is {whole.dtype} of shape {whole.shape}; expected one bool for "
+                f"each of {len(above)} nodes"
+            )
+        return _without_tokens(above, own, read_only(whole)).with_lengths(lengths)
 
     @classmethod
     def from_branches(cls, branches: Sequence[Sequence[int]]) -> tuple[Forest, Int32]:
@@ -260,7 +276,7 @@ def _check_rows_fit(rows: Int32, lengths: Int32) -> None:
         )
 
 
-def _without_tokens(parents: Int32, rows: Int32) -> Forest:
+def _without_tokens(parents: Int32, rows: Int32, bidirectional: Int32) -> Forest:
     """The topology, as a forest whose nodes are all empty."""
     position, subtree_end = number_preorder(parents)
     preorder = np.empty_like(position)
@@ -277,7 +293,8 @@ def _without_tokens(parents: Int32, rows: Int32) -> Forest:
     }
     zeros = read_only(np.zeros_like(parents))
     shared = {name: read_only(array) for name, array in arrays.items()}
-    return Forest(parents, rows=rows, lengths=zeros, start=zeros, diagonal=zeros, **shared)
+    own = {"rows": rows, "bidirectional": bidirectional}
+    return Forest(parents, lengths=zeros, start=zeros, diagonal=zeros, **own, **shared)
 
 
 def _choice_parents(choices: Sequence[Sequence[int]]) -> NDArray[np.int32]:

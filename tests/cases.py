@@ -73,16 +73,18 @@ class Case:
     buffers: tuple[np.ndarray, ...]
 
     def mask(self) -> np.ndarray:
-        """bool[R, tokens] from parents, lengths and rows alone, a row and an ancestor at a time."""
-        parents, lengths, rows = (
-            getattr(self.forest, name).tolist() for name in ("parents", "lengths", "rows")
+        """bool[R, tokens] from what the nodes were made of alone, a row and an ancestor at a time."""
+        parents, lengths, rows, whole = (
+            getattr(self.forest, name).tolist()
+            for name in ("parents", "lengths", "rows", "bidirectional")
         )
         first = np.cumsum([0, *lengths])
         mask = np.zeros((sum(rows), first[-1]), bool)
         row = 0
         for node, own in enumerate(rows):
             for place in range(own):
-                seen = max(0, lengths[node] - own + place + 1) if lengths[node] else 0
+                later = 0 if whole[node] else own - place - 1
+                seen = max(0, lengths[node] - later) if lengths[node] else 0
                 mask[row, first[node] : first[node] + seen] = True
                 above = parents[node]
                 while above >= 0:
@@ -137,7 +139,8 @@ def forests(draw) -> Forest:
         parents[order[place]] = order[above] if above >= 0 else -1
     lengths = [draw(st.sampled_from((0, 1, 2, 5, 9, 17, 40))) for _ in range(number)]
     rows = [draw(st.integers(0, min(4, length) if length else 2)) for length in lengths]
-    return Forest.from_parents(parents, lengths, rows)
+    bidirectional = [draw(st.integers(0, 3)) == 0 for _ in range(number)]
+    return Forest.from_parents(parents, lengths, rows, bidirectional)
 
 
 def paged(forest: Forest, page_size: int, tight: bool, seed: int) -> PageTable:

@@ -80,6 +80,13 @@ def test_mask_of_a_node_without_tokens_is_its_path() -> None:
     assert dense_mask([-1, 0], [2, 0], [0, 2]).tolist() == [[True, True]] * 2
 
 
+def test_rows_of_a_bidirectional_node_see_it_whole() -> None:
+    causal = dense_mask([-1, 0], [2, 2], [2, 2])
+    mixed = dense_mask([-1, 0], [2, 2], [2, 2], [True, False])
+    assert causal.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert mixed.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
 def test_every_row_agrees_with_torch_on_the_flattened_tree() -> None:
     q, k, v = example(sum(LENGTHS), sum(ROWS))
     out, _ = attend(q, k, v)

@@ -70,6 +70,29 @@ def test_intervals_are_the_mask(nodes):
     assert tokens_masked_in(Forest.from_parents(*nodes)) == tokens_seen(*nodes)
 
 
+@given(forests(), st.data())
+def test_rows_of_bidirectional_nodes_see_their_node_whole(nodes, data):
+    parents, lengths, rows = nodes
+    whole = data.draw(st.lists(st.booleans(), min_size=len(parents), max_size=len(parents)))
+    wanted = tokens_seen(*nodes)
+    owner = [node for node, count in enumerate(rows) for _ in range(count)]
+    for row, node in enumerate(owner):
+        if whole[node]:
+            wanted[row] |= {(node, p) for p in range(lengths[node])}
+    forest = Forest.from_parents(*nodes, bidirectional=np.array(whole, bool))
+    assert tokens_masked_in(forest) == wanted
+    assert forest.same_topology(Forest.from_parents(*nodes)) == (not any(whole))
+
+
+def test_bidirectional_is_one_bool_a_node():
+    for given_, described in (
+        ([1, 0], "int64 of shape \\(2,\\)"),
+        ([True], "bool of shape \\(1,\\)"),
+    ):
+        with pytest.raises(TreeError, match=f"bidirectional is {described}; expected one bool for"):
+            Forest.from_parents([-1, 0], [3, 2], bidirectional=given_)
+
+
 @given(forests())
 def test_preorder_levels_and_starts(nodes):
     parents, lengths, _ = nodes

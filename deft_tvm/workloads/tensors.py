@@ -59,6 +59,7 @@ class Case:
             rope=spec.rope,
             scale=spec.scale,
             soft_cap=spec.soft_cap,
+            bidirectional=forest.bidirectional.astype(bool).tolist(),
         )
 
 
