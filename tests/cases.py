@@ -73,7 +73,7 @@ class Case:
     buffers: tuple[np.ndarray, ...]
 
     def mask(self) -> np.ndarray:
-        """bool[R, tokens] from what the nodes were made of alone, a row and an ancestor at a time."""
+        """bool[R, tokens] from what the nodes were made of, a row and an ancestor at a time."""
         parents, lengths, rows, whole = (
             getattr(self.forest, name).tolist()
             for name in ("parents", "lengths", "rows", "bidirectional")

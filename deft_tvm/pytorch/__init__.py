@@ -6,11 +6,13 @@ from deft_tvm.pytorch.attention import TreeAttention, load
 from deft_tvm.pytorch.latent import absorb_query, expand_output
 from deft_tvm.pytorch.layer import TreeAttentionModule
 from deft_tvm.pytorch.merge import merge_states
+from deft_tvm.pytorch.sinks import apply_sinks
 
 __all__ = [
     "TreeAttention",
     "TreeAttentionModule",
     "absorb_query",
+    "apply_sinks",
     "expand_output",
     "load",
     "merge_states",

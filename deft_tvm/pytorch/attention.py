@@ -19,6 +19,7 @@ from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands
 from deft_tvm.pytorch.packing import pack
+from deft_tvm.pytorch.sinks import apply_sinks
 from deft_tvm.pytorch.watch import Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -171,6 +172,8 @@ class TreeAttention:
         kv: Sequence[Tensor],
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        *,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of one layer; nothing is copied, and nothing allocated if `out` and `lse` are.
 
@@ -182,6 +185,8 @@ class TreeAttention:
                 if the plan has no pages; strides but the last are free.
             out: [R, query heads, v_width] in q's dtype, contiguous; by default a new tensor.
             lse: [R, query heads], float32, contiguous; by default a new tensor.
+            sinks: [query heads], learned logits of `apply_sinks`; leave them out where states are
+                merged with others afterwards.
 
         Returns:
             `out`, and `lse`: the natural logarithm of the sum of exponentials of the scaled
@@ -194,8 +199,10 @@ class TreeAttention:
         step = self._planned("run")
         check_types(q, kv)
         if step.watch is not None and not torch.compiler.is_compiling():
-            return step.watch.run(lambda: self._run(step.operands, q, kv, out, lse), q, kv)
-        return self._run(step.operands, q, kv, out, lse)
+            found = step.watch.run(lambda: self._run(step.operands, q, kv, out, lse), q, kv)
+        else:
+            found = self._run(step.operands, q, kv, out, lse)
+        return found if sinks is None else apply_sinks(*found, sinks)
 
     def _run(
         self,

@@ -19,9 +19,11 @@ class TreeAttentionModule(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, q: Tensor, kv: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, kv: Sequence[Tensor], sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """out and lse of one layer; see `TreeAttention.run`."""
-        return self.attention.run(q, kv)
+        return self.attention.run(q, kv, sinks=sinks)
 
     def extra_repr(self) -> str:
         return str(self.attention.spec)
