@@ -31,7 +31,7 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 EXAMPLE = "gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd"
-_COMMON = ("dtype", "page", "layout", "cap", "scale")
+_COMMON = ("dtype", "page", "layout", "window", "cap", "scale")
 _REQUIRED = {
     "gqa": ("hq", "hkv", "d"),
     "gta": ("hq", "hkv", "d", "rope"),
@@ -66,7 +66,7 @@ def parse_spec(text: str) -> AttentionSpec:
     Fields may come in any order; ``dtype``, ``page``, ``layout`` and, for ``gqa`` and ``gta``,
     ``scale`` have defaults (f32, 16, nhd, ``d ** -0.5``), ``rope_dtype`` is ``dtype``'s and
     ``rope_heads`` 1;
-    ``cap``, a soft cap, is none.
+    ``cap``, a soft cap, and ``window`` are none.
 
     Raises:
         SpecError: says which part of the text was expected to be what.
@@ -143,6 +143,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
         "dtype": fields.get("dtype", _dtype, "float32"),
         "page_size": fields.get("page", int, 16),
         "layout": fields.get("layout", _layout, "NHD"),
+        "window": fields.get("window", int, None),
         "soft_cap": fields.get("cap", float, None),
     }
 
@@ -188,11 +189,13 @@ def _spelled_out(spec: AttentionSpec) -> dict[str, str]:
 
 
 def _common_fields(spec: AttentionSpec) -> dict[str, str]:
+    window = {} if spec.window is None else {"window": str(spec.window)}
     cap = {} if spec.soft_cap is None else {"cap": repr(spec.soft_cap)}
     return {
         "dtype": SHORT_DTYPE[spec.dtype],
         "page": str(spec.page_size),
         "layout": spec.layout.lower(),
+        **window,
         **cap,
     }
 

@@ -54,6 +54,7 @@ class Gathered:
             forest.lengths.tolist(),
             forest.rows.tolist(),
             forest.bidirectional.astype(bool).tolist(),
+            spec.window,
         )
         tokens = [_by_token(case, buffer) for buffer in case.buffers]
         keys = tokens[spec.k.buffer][..., spec.k.begin : spec.k.end]

@@ -122,6 +122,7 @@ def tree_attention(
     scale: float,
     soft_cap: float | None = None,
     bidirectional: Sequence[bool] | None = None,
+    window: int | None = None,
 ) -> Exact:
     """Attention of every row over its path, in float64.
 
@@ -144,6 +145,7 @@ def tree_attention(
         scale: multiplies q·K.
         soft_cap: the largest logit c of ``c · tanh(scale · q·K / c)``; None for no such bound.
         bidirectional: for each node whether its rows see all of it; by default none do.
+        window: tokens so many positions or more before a row's own are not seen; None: all are.
     """
     place = _places(lengths, page_indices, page_indptr, first_slot, page_size)
     if page_indices is None:
@@ -153,7 +155,7 @@ def tree_attention(
     out = q.new_zeros((*q.shape[:2], v[2] - v[1]), dtype=torch.float64)
     lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float64)
     max_logit, max_value, max_tokens = 0.0, 0.0, 0
-    for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional)):
+    for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional, window)):
         if not len(tokens):
             continue
         page, slot = place[:, tokens]
@@ -190,10 +192,11 @@ def dense_mask(
     lengths: Integers,
     rows: Integers,
     bidirectional: Sequence[bool] | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """bool[rows, tokens], true where the row sees the token: the mask of one flattened call."""
     mask = torch.zeros(sum(_integers(rows)), sum(_integers(lengths)), dtype=torch.bool)
-    for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional)):
+    for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional, window)):
         mask[row, tokens] = True
     return mask
 
@@ -221,8 +224,12 @@ def _seen(
     lengths: Integers,
     rows: Integers,
     bidirectional: Sequence[bool] | None,
+    window: int | None,
 ) -> Iterator[Tensor]:
-    """For every row in the caller's order the numbers of the tokens that it sees, root first."""
+    """For every row in the caller's order the numbers of the tokens that it sees, root first.
+
+    A row without KV of its own stands where the last token of its path does.
+    """
     parent, length = _integers(parents), _integers(lengths)
     ends = list(accumulate(length))
     for node, count in enumerate(_integers(rows)):
@@ -236,7 +243,10 @@ def _seen(
             end = ends[node] - count + i + 1 if length[node] else begin
             if bidirectional is not None and bidirectional[node]:
                 end = ends[node]
-            yield torch.cat([*reversed(above), torch.arange(begin, end)])
+            path = torch.cat([*reversed(above), torch.arange(begin, end)])
+            later = count - 1 - i if end == ends[node] and length[node] else 0
+            position = len(path) - 1 - (later if bidirectional and bidirectional[node] else 0)
+            yield path if window is None else path[max(0, position - window + 1) :]
 
 
 def _places(

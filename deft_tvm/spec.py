@@ -58,6 +58,7 @@ class Options(TypedDict, total=False):
     page_size: int
     layout: Layout
     soft_cap: float | None
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class AttentionSpec:
         layout: ``NHD`` is ``[pages, page_size, heads, width]``, ``HND`` swaps the middle two.
         soft_cap: a scaled score s becomes ``soft_cap · tanh(s / soft_cap)``, as in Gemma 2
             (arXiv 2408.00118, section 2); None for no cap.
+        window: a row sees those of its path's tokens that are less than so many positions before
+            its own, itself counted (Mistral 7B, arXiv 2310.06825, section 2); None for all.
 
     Raises:
         SpecError: a field is out of range or does not fit the others.
@@ -93,6 +96,7 @@ class AttentionSpec:
     page_size: int = 16
     layout: Layout = "NHD"
     soft_cap: float | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -413,6 +417,8 @@ def _check_storage(spec: AttentionSpec) -> None:
     for name, dtype in (("dtype", spec.dtype), *((b.name, b.dtype) for b in spec.buffers)):
         if dtype not in DTYPE_BYTES:
             raise SpecError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+    if spec.window is not None and spec.window < 1:
+        raise SpecError(f"window is {spec.window}; expected 1 or more tokens, or None")
     for name, value in (("scale", spec.scale), ("soft_cap", spec.soft_cap)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise SpecError(f"{name} is {value}; expected a finite number above zero")

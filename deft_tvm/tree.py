@@ -91,6 +91,17 @@ class Forest:
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
+    def row_positions(self) -> Int32:
+        """int32[num_rows], position on its path of each preorder row, the path's last token's for
+        the rows of a node of length 0."""
+        node, within = np.repeat(self.preorder, self.rows[self.preorder]), self.row_order
+        before = np.cumsum(self.rows) - self.rows
+        own = np.maximum(self.lengths - self.rows, -1)
+        first = np.where(self.lengths > 0, self.start + own, self.start - 1)
+        step = np.where(self.lengths[node] > 0, within - before[node], 0)
+        return read_only(first[node] + step)
+
+    @property
     def level(self) -> Int32:
         """Number of ancestors of each node."""
         return sums_above(

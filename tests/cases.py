@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -18,7 +18,7 @@ from deft_tvm.tree import Forest
 SPEC = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128)
 WIDE = (TileShape(128, 64, "float32"), TileShape(32, 64, "float32"), TileShape(4, 64, "float32"))
 ARRAYS = (
-    *("header", "row_order", "runs", "items", "dests"),
+    *("header", "row_order", "row_positions", "runs", "items", "dests"),
     *("merge_rows", "merge_indptr", "page_indices"),
 )
 
@@ -86,12 +86,25 @@ class Case:
                 later = 0 if whole[node] else own - place - 1
                 seen = max(0, lengths[node] - later) if lengths[node] else 0
                 mask[row, first[node] : first[node] + seen] = True
-                above = parents[node]
+                above, start = parents[node], 0
                 while above >= 0:
                     mask[row, first[above] : first[above + 1]] = True
+                    start += lengths[above]
                     above = parents[above]
+                position = start + (lengths[node] - own + place if lengths[node] else -1)
+                if self.spec.window is not None:
+                    self._cut(mask[row], node, start, position - self.spec.window)
                 row += 1
         return mask
+
+    def _cut(self, seen: np.ndarray, node: int, start: int, last_past: int) -> None:
+        """Unsee the path's tokens up to position `last_past`; `node` begins at `start`."""
+        lengths, first = self.forest.lengths, np.cumsum([0, *self.forest.lengths])
+        while node >= 0:
+            past = int(np.clip(last_past + 1 - start, 0, lengths[node]))
+            seen[first[node] : first[node] + past] = False
+            node = int(self.forest.parents[node])
+            start -= int(lengths[node]) if node >= 0 else 0
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
         """Output and LSE by one dense masked softmax."""
@@ -187,10 +200,12 @@ def fill_cache(forest: Forest, pages: PageTable, spec: AttentionSpec, seed: int)
 def cases(draw) -> Case:
     forest, seed = draw(forests()), draw(st.integers(0, 2**16))
     page_size, spec = draw(st.sampled_from(PAGE_SIZES)), draw(st.sampled_from(SPECS))
+    window = draw(st.sampled_from((None, None, 1, 2, 7, 30)))
+    whole = replace(spec(page_size or 16), window=window)
     if page_size is None:
-        return fill_cache(forest, PageTable.contiguous(forest), spec(16), seed)
+        return fill_cache(forest, PageTable.contiguous(forest), whole, seed)
     pages = paged(forest, page_size, draw(st.booleans()), seed)
-    return fill_cache(forest, pages, spec(page_size), seed)
+    return fill_cache(forest, pages, whole, seed)
 
 
 def plan_of(forest: Forest, grouping: str = "packed", spec: AttentionSpec = SPEC, **how) -> Plan:

@@ -36,13 +36,12 @@ class Compiled:
         caches = [b[None] if case.pages.is_contiguous else b for b in case.buffers]
         k, v = caches[spec.k.buffer], caches[spec.v.buffer]
         rope = k if spec.rope is None else caches[spec.rope]
-        arrays = (plan.header, plan.page_indices, plan.row_order, plan.runs)
-        header, page_indices, row_order, runs = map(torch.tensor, arrays)
+        arrays = (plan.header, plan.page_indices, plan.row_order, plan.row_positions, plan.runs)
+        index_arrays = tuple(map(torch.tensor, arrays))
         for tile, begin, end in plan.launches:
             items = torch.tensor(plan.items[begin:end])
-            head = (q, k, v, rope, header, page_indices, row_order, runs, items)
-            dests = torch.tensor(plan.dests)
-            self.functions[tile](*head, dests, out, lse, partial_out, partial_lse)
+            head = (q, k, v, rope, *index_arrays, items, torch.tensor(plan.dests))
+            self.functions[tile](*head, out, lse, partial_out, partial_lse)
         if len(plan.merge_rows):
             indptr, rows = torch.tensor(plan.merge_indptr), torch.tensor(plan.merge_rows)
             self.functions[-1](partial_out, partial_lse, indptr, rows, out, lse)

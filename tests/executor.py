@@ -51,9 +51,11 @@ def execute(plan, spec, q, buffers) -> Execution:
 
 
 def _unit(plan, spec, item, head, q, buffers, partials, done) -> None:
-    row_begin, num_rows, run_begin, run_end, num_tokens, dest_begin = item
+    row_begin, num_rows, run_begin, run_end, num_tokens, dest_begin, last = item
     heads = slice(head * spec.group, (head + 1) * spec.group)
-    done.reads["indices"] += 6 + 2 * num_rows
+    done.reads["indices"] += 7 + (2 if plan.window is None else 3) * num_rows
+    if plan.window is not None:
+        assert last == plan.row_positions[row_begin : row_begin + num_rows].max()
     done.reads["q"] += num_rows * spec.group * spec.q_width
     scores = {row: [] for row in range(row_begin, row_begin + num_rows)}
     for (page, slot), rows in _tokens(plan, run_begin, run_end, num_tokens, done.reads):
@@ -99,16 +101,20 @@ def _tokens(plan, run_begin, run_end, num_tokens, reads):
     offsets = [*plan.runs[run_begin:run_end, 0].tolist(), num_tokens]
     for run, (begin, end) in enumerate(pairwise(offsets), run_begin):
         assert begin < end
-        _, page_begin, first_slot, row_begin, row_end, diagonal = plan.runs[run].tolist()
+        _, page_begin, first_slot, row_begin, row_end, diagonal, position = plan.runs[run].tolist()
         assert first_slot < 1 << shift
-        reads["indices"] += 6
+        reads["indices"] += 7
         page_read = None
         for t in range(end - begin):
             entry, slot = divmod(first_slot + t, 1 << shift)
             reads["indices"] += entry != page_read
             page_read = entry
             page = int(plan.page_indices[page_begin + entry])
-            yield (page, slot), set(range(row_begin + max(0, t - diagonal), row_end))
+            rows = set(range(row_begin + max(0, t - diagonal), row_end))
+            if plan.window is not None:
+                near = plan.row_positions - (position + t) < plan.window
+                rows &= set(np.flatnonzero(near).tolist())
+            yield (page, slot), rows
 
 
 def _softmax(scores, spec):

@@ -143,7 +143,9 @@ def _stories(plan: Plan, rows: int) -> list[list[tuple]]:
     that only say where in the arrays something lies."""
     stories = [[] for _ in range(rows)]
     for tile, begin, end in plan.launches:
-        for row_begin, num_rows, run_begin, run_end, tokens, dest in plan.items[begin:end].tolist():
+        for row_begin, num_rows, run_begin, run_end, tokens, dest, _ in plan.items[
+            begin:end
+        ].tolist():
             runs = plan.runs[run_begin:run_end, [0, 2, 5]].tolist()
             for within in range(num_rows):
                 if row_begin + within < rows:

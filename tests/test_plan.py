@@ -112,7 +112,7 @@ def test_arrays_are_what_kernels_take() -> None:
     for name in ARRAYS:
         array = getattr(plan, name)
         assert array.dtype == np.int32 and array.flags.c_contiguous, name
-    assert plan.header.shape == (8,) and plan.runs.shape[1] == plan.items.shape[1] == 6
+    assert plan.header.shape == (8,) and plan.runs.shape[1] == plan.items.shape[1] == 7
     assert len(plan.dests) == plan.items[:, 1].sum()
     assert plan.num_partials == (plan.dests >= 0).sum()
 
@@ -138,7 +138,7 @@ def test_partials_of_a_row_are_neighbours_in_the_order_of_the_tree() -> None:
     assert plan.merge_rows.tolist() == [0, 1]
     assert plan.merge_indptr.tolist() == [0, 4, 8]
     begins = {tuple(item[[0, 1]]): [] for item in plan.items}
-    for row_begin, num_rows, run_begin, _, _, dest_begin in plan.items.tolist():
+    for row_begin, num_rows, run_begin, _, _, dest_begin, _ in plan.items.tolist():
         slots = plan.dests[dest_begin : dest_begin + num_rows].tolist()
         begins[row_begin, num_rows].append((plan.runs[run_begin, 2], slots))
     assert sorted(begins[0, 2]) == [(0, [0, 4]), (128, [1, 5]), (256, [2, 6])]
@@ -180,7 +180,7 @@ def test_blocks_leave_out_what_their_rows_do_not_see() -> None:
 def assert_covers(plan: Plan) -> None:
     """Rows see as many tokens in all items together as they have on their paths."""
     forest, total = plan.forest, 0
-    for row_begin, num_rows, run_begin, run_end, num_tokens, _ in plan.items.tolist():
+    for row_begin, num_rows, run_begin, run_end, num_tokens, *_ in plan.items.tolist():
         ends = [*plan.runs[run_begin + 1 : run_end, 0].tolist(), num_tokens]
         for run, end in zip(plan.runs[run_begin:run_end].tolist(), ends, strict=True):
             t = np.arange(end - run[0])

@@ -212,7 +212,7 @@ def plan_of(workload: str) -> Plan:
 def test_packing_loses_nothing(workload: str) -> None:
     plan = plan_of(workload)
     found = unpack(*pack(plan, True, CPU))
-    for name in ("header", "page_indices", "row_order", "runs", "dests"):
+    for name in ("header", "page_indices", "row_order", "row_positions", "runs", "dests"):
         assert torch.equal(getattr(found, name), torch.tensor(getattr(plan, name))), name
     assert found.merge_indptr.tolist() == plan.merge_indptr.tolist()
     assert found.merge_rows.tolist() == plan.merge_rows.tolist()

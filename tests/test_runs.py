@@ -137,18 +137,22 @@ def test_a_plan_for_another_group_or_page_size(small: TreeAttention) -> None:
 
 # By a plan of one node with nine tokens: three pages, one row, run and item, which needs no merge.
 PACKED: dict[str, tuple[Change, Change, str]] = {
-    "plan dtype": (Tensor.long, Tensor.clone, "plan is int64[26]; expected int32[26]"),
-    "plan size": (lambda plan: plan[:-1], Tensor.clone, "plan is int32[25]; expected int32[26]"),
-    "plan shape": (lambda plan: plan[None], Tensor.clone, "plan is int32[1, 26]; expected int32[2"),
+    "plan dtype": (Tensor.long, Tensor.clone, "plan is int64[28]; expected int32[28]"),
+    "plan size": (lambda plan: plan[:-1], Tensor.clone, "plan is int32[27]; expected int32[28]"),
+    "plan shape": (lambda plan: plan[None], Tensor.clone, "plan is int32[1, 28]; expected int32[2"),
     "plan strides": (
         lambda plan: plan.repeat_interleave(2)[::2],
         Tensor.clone,
         "plan has strides (2,); expected it contiguous",
     ),
-    "layout dtype": (Tensor.clone, Tensor.int, "layout is int32[10]; expected int64[N]"),
-    "layout shape": (Tensor.clone, lambda one: one[None], "layout is int64[1, 10]; expected int64"),
-    "layout size": (Tensor.clone, lambda one: one[:8], "expected 9 or more numbers, none below ze"),
-    "layout below zero": (Tensor.clone, Tensor.neg, "expected 9 or more numbers, none below zero"),
+    "layout dtype": (Tensor.clone, Tensor.int, "layout is int32[11]; expected int64[N]"),
+    "layout shape": (Tensor.clone, lambda one: one[None], "layout is int64[1, 11]; expected int64"),
+    "layout size": (
+        Tensor.clone,
+        lambda one: one[:8],
+        "expected 10 or more numbers, none below ze",
+    ),
+    "layout below zero": (Tensor.clone, Tensor.neg, "expected 10 or more numbers, none below zero"),
 }
 
 

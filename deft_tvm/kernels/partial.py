@@ -70,9 +70,10 @@ def partial_attention(
 
     Returns:
         A function of q ``[R, Hq, q_width]``, the k, v and rope caches (a buffer again where the
-        spec has no own one), the plan's header, page_indices, row_order, runs, items and dests, out
-        ``[R, Hq, v_width]`` in q's dtype, lse ``[R, Hq]``, partial_out ``[W, Hq, v_width]`` and
-        partial_lse ``[W, Hq]``, all float32; the LSE is in natural logarithms.
+        spec has no own one), the plan's header, page_indices, row_order, row_positions, runs, items
+        and dests, out ``[R, Hq, v_width]`` in q's dtype, lse ``[R, Hq]``, partial_out
+        ``[W, Hq, v_width]`` and partial_lse ``[W, Hq]``, all float32; the LSE is in natural
+        logarithms.
     """
     M, N, operand = tile.lane_rows, tile.kv_tile, tile.operand
     G, HQ, HK = spec.group, spec.num_q_heads, spec.num_kv_heads
@@ -80,6 +81,7 @@ def partial_attention(
     K0, V0 = spec.k.begin, spec.v.begin
     K_IN_V = spec.k.begin - spec.v.begin
     TIED, ROPED = spec.tied, spec.rope is not None
+    WINDOW, WINDOWED = spec.window, spec.window is not None
     k_buffer, v_buffer = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
     r_buffer = spec.buffers[spec.rope if spec.rope is not None else spec.k.buffer]
     R_HEADS = r_buffer.heads
@@ -102,6 +104,7 @@ def partial_attention(
         header_handle: T.handle,
         page_indices_handle: T.handle,
         row_order_handle: T.handle,
+        row_positions_handle: T.handle,
         runs_handle: T.handle,
         items_handle: T.handle,
         dests_handle: T.handle,
@@ -113,6 +116,7 @@ def partial_attention(
         T.func_attr({"tirx.noalias": True})
         num_rows, num_runs, num_items = T.int32(), T.int32(), T.int32()
         num_indices, num_dests, num_slots = T.int32(), T.int32(), T.int32()
+        num_positions = T.int32()
         q_rows = T.int64()
         k_pages, k_page, v_pages, v_page = T.int64(), T.int64(), T.int64(), T.int64()
         r_pages, r_page = T.int64(), T.int64()
@@ -147,8 +151,9 @@ def partial_attention(
         header = T.match_buffer(header_handle, (8,), "int32")
         page_indices = T.match_buffer(page_indices_handle, (num_indices,), "int32")
         row_order = T.match_buffer(row_order_handle, (num_rows,), "int32")
-        runs = T.match_buffer(runs_handle, (num_runs, 6), "int32")
-        items = T.match_buffer(items_handle, (num_items, 6), "int32")
+        row_positions = T.match_buffer(row_positions_handle, (num_positions,), "int32")
+        runs = T.match_buffer(runs_handle, (num_runs, 7), "int32")
+        items = T.match_buffer(items_handle, (num_items, 7), "int32")
         dests = T.match_buffer(dests_handle, (num_dests,), "int32")
         out = T.match_buffer(out_handle, (num_rows, HQ, VW), spec.dtype)
         lse = T.match_buffer(lse_handle, (num_rows, HQ), "float32")
@@ -169,6 +174,7 @@ def partial_attention(
                     run_end: T.let[T.int32] = items[item, 3]
                     num_tokens: T.let[T.int32] = items[item, 4]
                     dest_begin: T.let[T.int32] = items[item, 5]
+                    last_position: T.let[T.int32] = items[item, 6]
                     page_shift: T.let[T.int32] = header[0]
                     search_steps: T.let[T.int32] = header[1]
                     Q = T.sblock_alloc_buffer((M, KW), TILE)
@@ -180,6 +186,7 @@ def partial_attention(
                     slot = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     lane_begin = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     lane_end = T.sblock_alloc_buffer((N + NEXT,), "int32")
+                    position = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     cut = T.sblock_alloc_buffer((1,), "int32")
                     state = T.sblock_alloc_buffer((UNIT_STATE_BYTES,), "uint8")
                     S = T.sblock_alloc_buffer((M, N), "float32")
@@ -225,8 +232,9 @@ def partial_attention(
                                     run_first, runs, run_begin, run_end, search_steps, 0, num_tokens
                                 )
                                 locate(
-                                    page, slot, lane_begin, lane_end, NEXT, run_first, runs,
-                                    page_indices, page_shift, row_begin, G, 0, num_tokens,
+                                    page, slot, lane_begin, lane_end, position, WINDOWED, NEXT,
+                                    run_first, runs, page_indices, page_shift, row_begin, G, 0,
+                                    num_tokens,
                                 )  # fmt: skip
                     for step in range((num_tokens + (N - 1)) // N):
                         with T.sblock("tile"):
@@ -239,15 +247,17 @@ def partial_attention(
                                     T.writes()
                                     run_of = T.sblock_alloc_buffer((N,), "int32")
                                     if ON_CPU:
-                                        advance(page, slot, lane_begin, lane_end, N)
+                                        advance(
+                                            page, slot, lane_begin, lane_end, position, WINDOWED, N
+                                        )
                                     seek(
                                         run_of, runs, run_begin, run_end, search_steps, t0 + NEXT,
                                         num_tokens,
                                     )  # fmt: skip
                                     locate(
-                                        page, slot, lane_begin, lane_end, NEXT, run_of, runs,
-                                        page_indices, page_shift, row_begin, G, t0 + NEXT,
-                                        num_tokens,
+                                        page, slot, lane_begin, lane_end, position, WINDOWED, NEXT,
+                                        run_of, runs, page_indices, page_shift, row_begin, G,
+                                        t0 + NEXT, num_tokens,
                                     )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("loading"):
@@ -288,7 +298,10 @@ def partial_attention(
                                 with T.sblock("cutting"):
                                     T.reads()
                                     T.writes()
-                                    find_cut(cut, lane_begin, lane_end, lanes, N)
+                                    find_cut(
+                                        cut, lane_begin, lane_end, position, lanes, last_position,
+                                        WINDOW, N,
+                                    )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("masking"):
                                     T.reads()
@@ -305,8 +318,10 @@ def partial_attention(
                                                 T.reads()
                                                 T.writes()
                                                 masked_logits(
-                                                    X, S, S_rope, ROPED, logit, lane_begin, lane_end
-                                                )
+                                                    X, S, S_rope, ROPED, logit, lane_begin,
+                                                    lane_end, position, row_positions, row_begin,
+                                                    lanes, G, WINDOW,
+                                                )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("softmax"):
                                     T.reads()

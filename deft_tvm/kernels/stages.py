@@ -60,6 +60,20 @@ def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
     return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
 
 
+def position_of(
+    row_positions: Any, row_begin: Any, i: Any, lanes: Any, group: int, window: int | None
+) -> Expr | None:
+    """Path position of a lane row; of its item's last past the end."""
+    if window is None:
+        return None
+    return row_positions[row_begin + tirx.min(i, lanes - 1) // group]
+
+
+def in_window(own: Expr | None, position: Any, j: Any, window: int | None) -> Expr:
+    """Whether token j is less than `window` positions before a row's own; true without one."""
+    return tirx.const(True, "bool") if window is None else own - position[j] < window
+
+
 def line_elements(cache: Any) -> int:
     """Elements of a cache line."""
     return LINE_BYTES * 8 // DataType(str(cache.dtype)).bits
@@ -140,10 +154,12 @@ def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens):
 
 @stage
 def locate(
-    page, slot, lane_begin, lane_end, first, run_of, runs, page_indices, page_shift,
-    row_begin, group, t0, num_tokens,
+    page, slot, lane_begin, lane_end, position, windowed, first, run_of, runs, page_indices,
+    page_shift, row_begin, group, t0, num_tokens,
 ):  # fmt: skip
     """Where each token lies, and the interval of lane rows that see it; none past the last.
+
+    Its path position too, where there is a window.
 
     The tables are written from entry `first`.
     """
@@ -159,10 +175,12 @@ def locate(
             lane_end[first + vj] = T.Select(
                 t0 + vj < num_tokens, (runs[run, 4] - row_begin) * group, 0
             )
+            if windowed:
+                position[first + vj] = runs[run, 6] + t
 
 
 @stage
-def advance(page, slot, lane_begin, lane_end, kv_tile):
+def advance(page, slot, lane_begin, lane_end, position, windowed, kv_tile):
     """The next tile becomes this one."""
     for j in range(kv_tile):
         with T.sblock("advance"):
@@ -171,17 +189,26 @@ def advance(page, slot, lane_begin, lane_end, kv_tile):
             slot[vj] = slot[kv_tile + vj]
             lane_begin[vj] = lane_begin[kv_tile + vj]
             lane_end[vj] = lane_end[kv_tile + vj]
+            if windowed:
+                position[vj] = position[kv_tile + vj]
 
 
 @stage
-def find_cut(cut, lane_begin, lane_end, lanes, kv_tile):
+def find_cut(cut, lane_begin, lane_end, position, lanes, last_position, window, kv_tile):
     """How many tokens of the tile some row of the item does not see."""
     for j in range(kv_tile):
         with T.sblock("find_cut"):
             vj = T.axis.reduce(kv_tile, j)
             with T.init():
                 cut[0] = 0
-            cut[0] = cut[0] + T.Select(T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]), 0, 1)
+            cut[0] = cut[0] + T.Select(
+                T.And(
+                    T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]),
+                    in_window(last_position, position, vj, window),
+                ),
+                0,
+                1,
+            )
 
 
 @stage
@@ -239,13 +266,24 @@ def whole_logits(X, S, S_rope, roped, logit):
 
 
 @stage
-def masked_logits(X, S, S_rope, roped, logit, lane_begin, lane_end):
-    """A row sees the tokens whose interval holds it."""
+def masked_logits(
+    X, S, S_rope, roped, logit, lane_begin, lane_end, position, row_positions, row_begin, lanes,
+    group, window,
+):  # fmt: skip
+    """A row sees the tokens whose interval holds it, up to so far before its own position."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("masked_logits"):
             vi, vj = T.axis.remap("SS", [i, j])
             X[vi, vj] = T.Select(
-                T.And(lane_begin[vj] <= vi, vi < lane_end[vj]),
+                T.And(
+                    T.And(lane_begin[vj] <= vi, vi < lane_end[vj]),
+                    in_window(
+                        position_of(row_positions, row_begin, vi, lanes, group, window),
+                        position,
+                        vj,
+                        window,
+                    ),
+                ),
                 logit(score(S, S_rope, vi, vj, roped)),
                 T.float32("-inf"),
             )

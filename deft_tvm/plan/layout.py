@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from deft_tvm.errors import PlanError
 from deft_tvm.plan.cost import Floats, Ints
-from deft_tvm.plan.split import Groups, Walk
+from deft_tvm.plan.split import Groups, Walk, interval_minima
 from deft_tvm.spec import TileShape
 
 if TYPE_CHECKING:
@@ -41,13 +41,17 @@ class Plan:
     Attributes:
         header: [8] ``page_shift``, ``search_steps`` (of the binary search for a token's run), 0 …
         row_order: [R], the caller's number of each row.
-        runs: [U, 6] ``offset`` (tokens of the item before the run), ``page_begin``,
-            ``first_slot``, ``row_begin``, ``row_end``, ``diagonal``. Token t of a run lies in slot
+        row_positions: [R], path position of each row; [0] where there is no window.
+        runs: [U, 7] ``offset`` (tokens of the item before the run), ``page_begin``,
+            ``first_slot``, ``row_begin``, ``row_end``, ``diagonal``, ``position``. Token t of a run
+            has path position ``position + t``, lies in slot
             ``x % page_size`` of page ``page_indices[page_begin + x // page_size]``, with
             ``x = first_slot + t``, and is seen by the rows
-            ``[row_begin + max(0, t - diagonal), row_end)``, those of other items included.
-        items: [I, 6] ``row_begin``, ``num_rows``, ``run_begin``, ``run_end``, ``num_tokens``,
-            ``dest_begin``; by tile class, dearest first.
+            ``[row_begin + max(0, t - diagonal), row_end)``, those of other items included, whose
+            positions are less than `window` above its own.
+        items: [I, 7] ``row_begin``, ``num_rows``, ``run_begin``, ``run_end``, ``num_tokens``,
+            ``dest_begin``, ``last_position`` (the highest of its rows; 0 without a window); by
+            tile class, dearest first.
         launches: ``(tile, item_begin, item_end)`` of each tile class that has items.
         dests: [D], entry ``dest_begin + i`` for row ``row_begin + i`` of an item: a partial slot,
             or ``~caller's row`` where the item is the row's only one.
@@ -55,6 +59,7 @@ class Plan:
         merge_indptr: [Mr + 1], the partial slots of each; none: output 0 and LSE -inf.
         page_indices: [P], as the page table has them.
         tiles: the tile classes that `launches` counts in.
+        window: positions that a row sees, its own included; None for all.
         group: query heads a KV head, by which `tiles` were taken to hold so many rows.
         grouping: how the forest was divided; never ``auto``.
         max_page: the highest page that the page table names.
@@ -65,6 +70,7 @@ class Plan:
 
     header: Int32
     row_order: Int32
+    row_positions: Int32
     runs: Int32
     items: Int32
     launches: tuple[tuple[int, int, int], ...]
@@ -74,6 +80,7 @@ class Plan:
     page_indices: Int32
     tiles: tuple[TileShape, ...]
     group: int
+    window: int | None
     grouping: str
     max_page: int
     forest: Forest
@@ -175,14 +182,15 @@ def number_partials(groups: Groups, row_order: Ints) -> Partials:
 
 
 def lay_out_runs(walk: Walk, groups: Groups, pages: PageTable) -> Int32:
-    """int32[U, 6], a run for each piece: see `Plan.runs`."""
-    node, begin = groups.node, groups.begin
-    cut = begin - walk.diagonal[node]
-    runs = np.empty((len(node), 6), np.int32)
+    """int32[U, 7], a run for each piece: see `Plan.runs`."""
+    node, begin = groups.node, groups.begin + walk.skip[groups.node]
+    cut = groups.begin - walk.diagonal[node]
+    runs = np.empty((len(node), 7), np.int32)
     runs[:, 0] = groups.first
     runs[:, 3] = walk.row_begin[node] + np.maximum(0, cut)
     runs[:, 4] = walk.row_end[node]
     runs[:, 5] = np.maximum(0, -cut)
+    runs[:, 6] = walk.start[node] + begin
     locate(runs, walk.node[node], begin, pages)
     return runs
 
@@ -195,17 +203,19 @@ def locate(runs: Int32, node: Ints, begin: Ints, pages: PageTable) -> None:
 
 
 def lay_out_items(
-    groups: Groups, tile: Ints, cost: Floats, num_tiles: int
+    walk: Walk, groups: Groups, tile: Ints, cost: Floats, num_tiles: int
 ) -> tuple[Int32, tuple[tuple[int, int, int], ...]]:
-    """int32[I, 6] and the launches: see `Plan.items`."""
+    """int32[I, 7] and the launches: see `Plan.items`."""
     rows = groups.rows
-    items = np.empty((len(rows), 6), np.int32)
+    items = np.zeros((len(rows), 7), np.int32)
     items[:, 0] = groups.row_begin
     items[:, 1] = rows
     items[:, 2] = groups.indptr[:-1]
     items[:, 3] = groups.indptr[1:]
     items[:, 4] = groups.tokens
     items[:, 5] = rows.cumsum() - rows
+    if walk.window is not None:
+        items[:, 6] = -interval_minima(-walk.positions, groups.row_begin, groups.row_end)
     ends = np.bincount(tile, minlength=num_tiles).cumsum().tolist()
     spans = zip(range(num_tiles), [0, *ends], ends, strict=False)
     launches = tuple((index, begin, end) for index, begin, end in spans if end > begin)

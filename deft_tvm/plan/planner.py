@@ -27,6 +27,7 @@ from deft_tvm.plan.split import (
     by_sequence,
     cut_rows,
     cut_tokens,
+    cut_window,
     flattened,
 )
 from deft_tvm.spec import AttentionSpec, TileShape
@@ -87,7 +88,7 @@ def make_plan(
     elif grouping in ("node_chunk", "flatten"):
         chunk = chunk or PAPER_CHUNK
     costs = prices(spec, tuple(tiles), CostModel.from_profile(profile))
-    recipe = Recipe(costs, tuple(tiles), spec.group, grouping, chunk, deterministic)
+    recipe = Recipe(costs, tuple(tiles), spec.group, spec.window, grouping, chunk, deterministic)
     return recipe(forest, pages)
 
 
@@ -99,6 +100,7 @@ class Recipe:
         prices: costs of items on the device.
         tiles: the tile classes.
         group: query heads a KV head.
+        window: positions that a row sees; None for all.
         grouping: one of `GROUPINGS`.
         chunk: tokens at which groups are cut; None: to fill the machine.
         deterministic: nothing may depend on `prices`.
@@ -107,6 +109,7 @@ class Recipe:
     prices: Prices
     tiles: tuple[TileShape, ...]
     group: int
+    window: int | None
     grouping: str
     chunk: int | None
     deterministic: bool
@@ -114,15 +117,17 @@ class Recipe:
     def __call__(self, forest: Forest, pages: PageTable, previous: Plan | None = None) -> Plan:
         """The plan of `forest`; what `previous` numbered alike is taken from it."""
         pages.check(forest)
-        walk = Walk.of(forest)
+        walk = Walk.of(forest, self.window)
         grouping, groups, chunk = self._choose(walk)
         groups = cut_rows(walk, cut_tokens(walk, groups, chunk), self.prices.most_rows)
+        groups = cut_window(walk, groups)
         tile, cost = self._assign(groups)
-        items, launches = lay_out_items(groups, tile, cost, len(self.tiles))
+        items, launches = lay_out_items(walk, groups, tile, cost, len(self.tiles))
         partials = _reused(previous, groups) or number_partials(groups, forest.row_order)
         return Plan(
             header=lay_out_header(groups, pages),
             row_order=forest.row_order,
+            row_positions=walk.positions,
             runs=lay_out_runs(walk, groups, pages),
             items=items,
             launches=launches,
@@ -132,10 +137,11 @@ class Recipe:
             page_indices=pages.page_indices,
             tiles=self.tiles,
             group=self.group,
+            window=self.window,
             grouping=grouping,
             max_page=pages.max_page,
             forest=forest,
-            groups=groups,
+            groups=groups.moved(walk.skip),
             remake=self if grouping == self.grouping else replace(self, grouping=grouping),
         )
 
@@ -144,9 +150,9 @@ class Recipe:
         if self.grouping == "auto":
             return self._cheaper(walk)
         if self.grouping == "packed":
-            groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+            groups = self._packed(walk)
         else:
-            groups = UNPRICED[self.grouping](walk)
+            groups = cut_window(walk, UNPRICED[self.grouping](walk))
         if self.grouping == "node":
             return "node", groups, groups.tokens
         if self.chunk is not None:
@@ -155,7 +161,7 @@ class Recipe:
 
     def _cheaper(self, walk: Walk) -> tuple[str, Groups, Ints]:
         """Of ``packed`` and ``sequence``, whose paths are laid out only if they win."""
-        groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+        groups = self._packed(walk)
         chunk, seconds = fill(self.prices, groups.tokens, groups.rows, self.chunk)
         seconds += self.prices.merge_seconds(groups.row_begin, groups.row_end)
         tokens, rows = walk.paths()
@@ -163,8 +169,13 @@ class Recipe:
         if self.prices.read_seconds(tokens) < seconds:
             path_chunk, path_seconds = fill(self.prices, tokens, rows, self.chunk)
             if path_seconds < seconds:
-                return "sequence", by_sequence(walk), path_chunk
+                groups = cut_window(walk, by_sequence(walk))
+                return "sequence", groups, np.minimum(path_chunk, groups.tokens)
         return "packed", groups, chunk
+
+    def _packed(self, walk: Walk) -> Groups:
+        groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+        return cut_window(walk, groups)
 
     def _assign(self, groups: Groups) -> tuple[Ints, Floats]:
         """The tile class of each item, and the key by which its class is ordered."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deft_tvm.arrays import Int32
 from deft_tvm.plan.cost import Ints
 
 if TYPE_CHECKING:
@@ -34,46 +35,64 @@ class Walk:
         node: the caller's number.
         parent: place of the parent in the walk, -1 for a root.
         subtree_end: the subtree is ``[place, subtree_end)``.
-        length: KV tokens; 0 where no row sees them.
+        length: KV tokens that any row sees, but for `skip`.
+        skip: tokens at the node's beginning that no row sees any more, through the window; tokens
+            of a node are counted from here on.
         row_begin: first row of the subtree, its own rows first.
         row_end: one past the last.
         own_rows: rows of the node itself.
-        diagonal: tokens that all rows of the subtree see.
+        diagonal: tokens that all rows of the subtree see, windows apart.
         start: tokens on the path above.
+        positions: int[R], path position of each row, where there is a window.
+        window: positions that a row sees, its own included; None for all.
     """
 
     node: Ints
     parent: Ints
     subtree_end: Ints
     length: Ints
+    skip: Ints
     row_begin: Ints
     row_end: Ints
     own_rows: Ints
     diagonal: Ints
     start: Ints
+    positions: Int32
+    window: int | None
 
     @classmethod
-    def of(cls, forest: Forest) -> Walk:
+    def of(cls, forest: Forest, window: int | None = None) -> Walk:
         order = forest.preorder
         parent = forest.parents[order]
         row_begin, row_end = forest.row_begin[order], forest.row_end[order]
+        length = np.where(row_end > row_begin, forest.lengths[order], 0)
+        positions, skip = forest.row_order[:0], np.zeros_like(length)
+        if window is not None:
+            positions = forest.row_positions
+            seen = length > 0
+            first = interval_minima(positions, row_begin[seen], row_end[seen]) - window + 1
+            skip[seen] = np.clip(first - forest.start[order][seen], 0, length[seen])
         return cls(
             node=order,
             parent=np.where(parent < 0, -1, forest.position[parent]),
             subtree_end=forest.subtree_end[order],
-            length=np.where(row_end > row_begin, forest.lengths[order], 0),
+            length=length - skip,
+            skip=skip,
             row_begin=row_begin,
             row_end=row_end,
             own_rows=forest.rows[order],
-            diagonal=forest.diagonal[order],
+            diagonal=forest.diagonal[order] - skip,
             start=forest.start[order],
+            positions=positions,
+            window=window,
         )
 
     def paths(self) -> tuple[Ints, Ints]:
         """Tokens on the path to each node with rows that see any, and how many rows."""
-        tokens = self.start + self.length
+        tokens = self.start + self.skip + self.length
         holder = (self.own_rows > 0) & (tokens > 0)
-        return tokens[holder], self.own_rows[holder]
+        tokens, rows = tokens[holder], self.own_rows[holder]
+        return (tokens if self.window is None else tokens.clip(max=self.window + rows - 1)), rows
 
     def path_nodes(self) -> Ints:
         """Nodes on the path to each node, itself included."""
@@ -125,6 +144,11 @@ class Groups:
     def rows(self) -> Ints:
         """int[G]."""
         return self.row_end - self.row_begin
+
+    def moved(self, skip: Ints) -> Groups:
+        """The same with tokens counted from each node's own beginning."""
+        by = skip[self.node]
+        return replace(self, begin=self.begin + by, end=self.end + by)
 
 
 def ranges(counts: Ints) -> tuple[Ints, Ints]:
@@ -254,6 +278,44 @@ def cut_rows(walk: Walk, groups: Groups, most: int) -> Groups:
         row_begin=row_begin[some],
         row_end=row_end[some],
     )
+
+
+def cut_window(walk: Walk, groups: Groups) -> Groups:
+    """Leave out the tokens at each piece's beginning that none of its group's rows sees."""
+    if walk.window is None or not len(groups):
+        return groups
+    node, owner = groups.node, groups.owner
+    row_begin = np.maximum(walk.row_begin[node], groups.row_begin[owner])
+    row_end = np.minimum(walk.row_end[node], groups.row_end[owner])
+    first = interval_minima(walk.positions, row_begin, row_end) - walk.window + 1
+    begin = np.maximum(groups.begin, first - walk.start[node] - walk.skip[node])
+    kept = begin < groups.end
+    counts = np.bincount(owner[kept], minlength=len(groups))
+    return Groups(
+        node=node[kept],
+        begin=begin[kept],
+        end=groups.end[kept],
+        indptr=np.append(0, counts[counts > 0].cumsum()),
+        row_begin=groups.row_begin[counts > 0],
+        row_end=groups.row_end[counts > 0],
+    )
+
+
+def interval_minima(values: Ints, begin: Ints, end: Ints) -> Ints:
+    """The smallest of ``values[begin:end]`` for each interval, none of them empty.
+
+    Two overlapping ranges of a power of two cover any interval.
+    """
+    level = np.frexp(end - begin)[1] - 1
+    minima = np.empty(len(begin), values.dtype)
+    table = values
+    for power in range(int(level.max(initial=-1)) + 1):
+        if power:
+            half = 1 << power - 1
+            table = np.minimum(table[:-half], table[half:])
+        here = level == power
+        minima[here] = np.minimum(table[begin[here]], table[end[here] - (1 << power)])
+    return minima
 
 
 def _visible_end(walk: Walk, groups: Groups, piece: Ints, row_begin: Ints, row_end: Ints) -> Ints:

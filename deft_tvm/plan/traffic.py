@@ -92,7 +92,7 @@ class Traffic:
 
 def traffic(plan: Plan, spec: AttentionSpec) -> Traffic:
     """Count what `plan` moves and computes for one layer of `spec`."""
-    path = row_tokens(plan.forest)
+    path = row_tokens(plan.forest, plan.window)
     widths = spec.q_width + spec.v_width
     read = int(plan.items[:, 4].sum(dtype=np.int64))
     seen = int(path.sum())
@@ -107,11 +107,16 @@ def traffic(plan: Plan, spec: AttentionSpec) -> Traffic:
     )
 
 
-def row_tokens(forest: Forest) -> Ints:
+def row_tokens(forest: Forest, window: int | None) -> Ints:
     """int[R], tokens that each row sees, in the caller's order of rows."""
     node, within = ranges(forest.rows)
     own = np.minimum(forest.lengths[node], forest.diagonal[node] + within + 1)
-    return (forest.start[node] + own).astype(np.int64)
+    end = (forest.start[node] + own).astype(np.int64)
+    if window is None:
+        return end
+    position = np.empty_like(end)
+    position[forest.row_order] = forest.row_positions
+    return end - np.maximum(0, position - window + 1)
 
 
 def _bytes(
@@ -133,7 +138,8 @@ def _index_words(plan: Plan, heads: int) -> int:
     runs = plan.runs
     tokens = _run_tokens(plan)
     pages = (runs[:, 2] + tokens - 1) // plan.page_size + 1
-    a_head = int(pages.sum()) + runs.size + plan.items.size + 2 * len(plan.dests)
+    a_row = 2 if plan.window is None else 3
+    a_head = int(pages.sum()) + runs.size + plan.items.size + a_row * len(plan.dests)
     return a_head * heads + plan.merge_rows.size + plan.merge_indptr.size
 
 

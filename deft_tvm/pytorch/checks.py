@@ -35,6 +35,8 @@ def check_plan(
         )
     if plan.group != spec.group:
         raise PlanError(f"plan has group {plan.group}; expected the spec's, {spec.group}")
+    if plan.window != spec.window:
+        raise PlanError(f"plan has window {plan.window}; expected the spec's, {spec.window}")
     if pages.page_size != plan.page_size:
         raise PlanError(
             f"pages have page_size {pages.page_size}; expected the plan's, {plan.page_size}"

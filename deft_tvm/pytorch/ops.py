@@ -110,7 +110,8 @@ def _launch(
     if not step.paged:
         kv = _one_page(loaded, kv)
     k, v, rope = loaded.regions
-    inputs = (q, kv[k], kv[v], kv[rope], step.header, step.page_indices, step.row_order, step.runs)
+    rows = (step.row_order, step.row_positions)
+    inputs = (q, kv[k], kv[v], kv[rope], step.header, step.page_indices, *rows, step.runs)
     partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
     for kernel, items in zip(loaded.partials, step.items, strict=True):
         if items.shape[0]:

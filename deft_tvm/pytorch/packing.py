@@ -21,10 +21,10 @@ from deft_tvm.plan import Plan
 RECENT = 8
 """Plans that a thread keeps unpacked: those that the layers of a model alternate between."""
 
-_COLUMNS = 6
+_COLUMNS = 7
 _HEADER = 8
 _SCALARS = 3
-_ARRAYS = 5
+_ARRAYS = 6
 
 
 class Unpacked(NamedTuple):
@@ -40,6 +40,7 @@ class Unpacked(NamedTuple):
     header: Tensor
     page_indices: Tensor
     row_order: Tensor
+    row_positions: Tensor
     runs: Tensor
     dests: Tensor
     merge_indptr: Tensor
@@ -54,10 +55,11 @@ def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]
     """The operators' ``plan``, int32[N] on `device`, and ``layout``, int64 on the CPU.
 
     The layout is whether there are pages, the pages (or tokens) needed, the partial slots; then
-    the lengths of page_indices, row_order, runs, dests and merge_rows; then the items of each tile
-    class.
+    the lengths of page_indices, row_order, row_positions, runs, dests and merge_rows; then the
+    items of each tile class.
     """
-    arrays = (plan.page_indices, plan.row_order, plan.runs, plan.dests, plan.merge_rows)
+    rows = (plan.row_order, plan.row_positions)
+    arrays = (plan.page_indices, *rows, plan.runs, plan.dests, plan.merge_rows)
     packed = (plan.header, *arrays, plan.merge_indptr, plan.items)
     counts = {tile: end - begin for tile, begin, end in plan.launches}
     needed = plan.max_page + 1 if paged else plan.forest.num_tokens
@@ -96,8 +98,8 @@ _recent = _Recent()
 
 def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int) -> Unpacked:
     items = lengths[_ARRAYS:]
-    header, page_indices, row_order, run, dest, merge_rows, indptr, rest = plan.split(
-        _sizes(lengths)
+    header, page_indices, row_order, row_positions, run, dest, merge_rows, indptr, rest = (
+        plan.split(_sizes(lengths))
     )
     table = rest.view(-1, _COLUMNS)
     bounds = pairwise(accumulate(items, initial=0))
@@ -105,6 +107,7 @@ def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int)
         header=header,
         page_indices=page_indices,
         row_order=row_order,
+        row_positions=row_positions,
         runs=run.view(-1, _COLUMNS),
         dests=dest,
         merge_indptr=indptr,
@@ -118,8 +121,8 @@ def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int)
 
 def _sizes(lengths: tuple[int, ...]) -> list[int]:
     """Elements of each part of a plan, in order."""
-    pages, rows, runs, dests, merged, *items = lengths
-    sizes = [_HEADER, pages, rows, runs * _COLUMNS, dests, merged, merged + 1]
+    pages, rows, positions, runs, dests, merged, *items = lengths
+    sizes = [_HEADER, pages, rows, positions, runs * _COLUMNS, dests, merged, merged + 1]
     return [*sizes, sum(items) * _COLUMNS]
 
 

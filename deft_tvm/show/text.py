@@ -133,7 +133,7 @@ def _elided(forest: Forest, nodes: NDArray[np.int32]) -> str:
 
 
 def _item(plan: Plan, item: int, most: int) -> str:
-    row, rows, _, _, tokens, _ = plan.items[item].tolist()
+    row, rows, _, _, tokens, *_ = plan.items[item].tolist()
     which = f"row {row}" if rows == 1 else f"rows {row} to {row + rows - 1}"
     return f"{tokens:7} {_bar(tokens / most)} {which}, {_read(plan, item)}"
 

@@ -66,7 +66,7 @@ def _difference(wanted: Tensor, found: Tensor) -> float:
 def _partials(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
     out, lse, partial_out, partial_lse = outputs
     found = [_item(launch, item) for item in launch.items.tolist()]
-    for (_, num_rows, *_, dest_begin), exact in zip(launch.items.tolist(), found, strict=True):
+    for (_, num_rows, *_, dest_begin, _), exact in zip(launch.items.tolist(), found, strict=True):
         dests = torch.tensor(launch.plan.dests[dest_begin : dest_begin + num_rows]).long()
         direct = dests < 0
         out[~dests[direct]], lse[~dests[direct]] = exact.out[direct], exact.lse[direct]
@@ -107,16 +107,18 @@ def _item(launch: Launch, item: Sequence[int]) -> Exact:
 
 def _tokens(launch: Launch, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Page and slot of each token of an item, and bool[rows, tokens]: who sees it."""
-    plan, (row_begin, num_rows, run_begin, run_end, num_tokens, _) = launch.plan, item
+    plan, (row_begin, num_rows, run_begin, run_end, num_tokens, *_) = launch.plan, item
     runs = plan.runs[run_begin:run_end].astype(np.int64)
     token = np.arange(num_tokens)
     run = runs[np.searchsorted(runs[:, 0], token, side="right") - 1].T
-    offset, page_begin, first_slot, seen_begin, seen_end, diagonal = run
+    offset, page_begin, first_slot, seen_begin, seen_end, diagonal, position = run
     x = first_slot + token - offset
     page = plan.page_indices[page_begin + x // plan.page_size]
     rows = np.arange(row_begin, row_begin + num_rows)[:, None]
     first_row = seen_begin + np.maximum(0, token - offset - diagonal)
     seen = (first_row <= rows) & (rows < seen_end)
+    if plan.window is not None:
+        seen &= plan.row_positions[rows] - (position + token - offset) < plan.window
     return (
         torch.from_numpy(page).long(),
         torch.from_numpy(x % plan.page_size),

@@ -122,7 +122,8 @@ def _partial_arguments(case: workloads.Case, plan: Plan, items: np.ndarray) -> A
     spec, buffers = case.spec, case.buffers
     k, v = buffers[spec.k.buffer], buffers[spec.v.buffer]
     rope = k if spec.rope is None else buffers[spec.rope]
-    arrays = (plan.header, plan.page_indices, plan.row_order, plan.runs, items, plan.dests)
+    rows = (plan.row_order, plan.row_positions)
+    arrays = (plan.header, plan.page_indices, *rows, plan.runs, items, plan.dests)
     inputs = (case.q, k, v, rope, *map(torch.tensor, arrays))
     return inputs, (*_results(case), *_partials(case, plan))
 

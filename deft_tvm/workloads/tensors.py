@@ -60,6 +60,7 @@ class Case:
             scale=spec.scale,
             soft_cap=spec.soft_cap,
             bidirectional=forest.bidirectional.astype(bool).tolist(),
+            window=spec.window,
         )
 
 

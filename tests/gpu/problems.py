@@ -112,11 +112,12 @@ def partial_arguments(problem: Problem, begin: int, end: int) -> Arguments:
     }
     arrays = {
         name: torch.from_numpy(getattr(plan, name).copy())
-        for name in ("header", "page_indices", "row_order", "runs", "dests")
+        for name in ("header", "page_indices", "row_order", "row_positions", "runs", "dests")
     }
     items = torch.from_numpy(plan.items[begin:end].copy())
     sizes = {
         "num_rows": plan.num_rows,
+        "num_positions": len(plan.row_positions),
         "num_runs": len(plan.runs),
         "num_items": end - begin,
         "num_indices": len(plan.page_indices),

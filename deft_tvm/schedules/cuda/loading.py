@@ -16,14 +16,15 @@ from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal
 from deft_tvm.schedules.rule import KernelTask, Knobs
 
 TABLES = 4
+"""Tables of a tile's tokens that `locate` writes; with a window, positions too."""
 
 
-def locate_tokens(sch: Schedule, warps: Any) -> None:
+def locate_tokens(task: KernelTask, sch: Schedule, warps: Any) -> None:
     """A thread for each token; whether the tile is cut is found by every warp for itself."""
     keep(sch, ("seek",), DEALT_THREADS)
     keep(sch, ("find_cut",), "local")
     locate = sch.get_sblock("locate")
-    for table in range(TABLES):
+    for table in range(TABLES if task.spec.window is None else TABLES + 1):
         sch.set_scope(locate, table, TABLE_SCOPE)
     for block in ("seek", "locate"):
         deal_threads(sch, block, warps)

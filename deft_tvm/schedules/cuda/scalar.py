@@ -41,7 +41,7 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     products = score_products(task.spec)
     warps = knobs.pick("warps", WARPS, nearest(WARPS, max(4, tile.lane_rows // 8)))
 
-    locate_tokens(sch, warps)
+    locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)
 
     keep(sch, ("init_out", *products, "logits", "exponentials", "accumulate", "fold"), DEALT)

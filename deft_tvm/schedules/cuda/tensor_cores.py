@@ -44,7 +44,7 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     operand, warps = tile.operand, tile.lane_rows // SIDE
     products = score_products(task.spec)
 
-    locate_tokens(sch, warps)
+    locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)
 
     matrices = ("init_out", *products, "logits", "exponentials", "probabilities")
