@@ -73,6 +73,8 @@ def make_problem(
         v=(spec.v.buffer, spec.v.begin, spec.v.end),
         rope=spec.rope,
         scale=spec.scale,
+        soft_cap=spec.soft_cap,
+        window=spec.window,
     )
     rows, heads, slots = forest.num_rows, spec.num_q_heads, max(1, plan.num_partials)
     return Problem(

@@ -89,6 +89,18 @@ CASES = {
         CAUSAL,
         "node",
     ),
+    "scalar, window": (
+        gqa(8, 2, 64, "float32", window=9, page_size=8),
+        (8, 32, "float32"),
+        BRANCHES,
+        "packed",
+    ),
+    "tensor cores, window and cap": (
+        gqa(8, 2, 64, "float16", window=20, soft_cap=4.0),
+        (32, 32, "float16"),
+        BRANCHES,
+        "flatten",
+    ),
     "empty": (gqa(4, 2, 64, "float16"), (16, 16, "float16"), EMPTY, "node"),
 }
 
