@@ -34,25 +34,20 @@ from tvm.script import tirx as T
 from deft_tvm.kernels.numerics import base2_logit, exp2_polynomial, storage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
-    advance,
-    ahead,
     enter,
     exponentiate,
     fill,
-    find_cut,
     gather,
     grow_max,
     keep,
     leave,
-    load,
-    locate,
     masked_logits,
     product,
-    seek,
     weigh,
     whole_logits,
     write,
 )
+from deft_tvm.kernels.tokens import advance, ahead, find_cut, load, locate, seek
 from deft_tvm.kernels.work import work_loop
 from deft_tvm.spec import AttentionSpec, TileShape
 

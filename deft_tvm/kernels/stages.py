@@ -1,11 +1,7 @@
-"""The stages of the partial kernel: pieces of TensorIR that `partial` puts in their place.
+"""The stages of the partial kernel about its rows, in their order.
 
-    enter, leave  around a unit of work
+    enter       what a schedule puts before a unit of work; leave, after it
     gather      query rows of the item, permuted and folded, into a tile
-    locate      page, slot and the rows that see it, for each token of the tile
-    advance     what was located for the next tile becomes this tile's
-    load        K, V or rope of the tile's tokens out of their pages
-    ahead       the same of the next tile, asked of memory early
     product     scores of all rows and tokens
     logits      scores scaled to base 2; -inf where the row does not see the token
     softmax     online: new maximum, probabilities, sums, and the factor that rescales the past
@@ -13,51 +9,25 @@
     keep        the new state becomes the state
     write       normalised output and LSE, to a partial slot or straight to the caller's row
 
-Tiles are [M rows, N tokens, width]; i is a row, j a token, d a column. `operand` is the type in
-which the products' factors are kept (see `numerics.storage`). Blocks are named by what they
-compute: schedules address them by name.
+`tokens` has those about a tile's tokens. Tiles are [M rows, N tokens, width]; i is a row, j a
+token, d a column. `operand` is the type in which the products' factors are kept (see
+`numerics.storage`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
-from tvm import DataType, tirx
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import finite, narrow, natural_lse, storage, widen
-
-LINE_BYTES = 64
-"""A cache line of x86 and of most AArch64; asking for shorter lines than there are does no harm."""
-
+from deft_tvm.kernels.stage import stage
+from deft_tvm.kernels.tokens import in_window
 
 UNIT_STATE_BYTES = 64
 """State of the processor that a schedule may keep for as long as a unit of work."""
-
-
-def stage(function: Callable[..., None]) -> Callable[..., None]:
-    """TensorIR that is parsed where it is called.
-
-    ``T.inline`` counts its calls and numbers block names by them, over all kernels of the process;
-    a fresh one for each call keeps the names.
-    """
-
-    @wraps(function)
-    def placed(*args: Any) -> None:
-        return T.inline(function)(*args)
-
-    return placed
-
-
-def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
-    """One step of the binary search: go 2^step runs on if those begin by `token`."""
-    ahead = run + tirx.shift_left(tirx.const(1, "int32"), step)
-    # The index is clamped since both sides of a select are read.
-    begins = runs[tirx.min(ahead, run_end - 1), 0]
-    return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
 
 
 def position_of(
@@ -67,24 +37,6 @@ def position_of(
     if window is None:
         return None
     return row_positions[row_begin + tirx.min(i, lanes - 1) // group]
-
-
-def in_window(own: Expr | None, position: Any, j: Any, window: int | None) -> Expr:
-    """Whether token j is less than `window` positions before a row's own; true without one."""
-    return tirx.const(True, "bool") if window is None else own - position[j] < window
-
-
-def line_elements(cache: Any) -> int:
-    """Elements of a cache line."""
-    return LINE_BYTES * 8 // DataType(str(cache.dtype)).bits
-
-
-def prefetch(element: Expr) -> Expr:
-    """Ask for the cache line of `element` to be read into the second level."""
-    READ, SECOND_LEVEL, DATA = 0, 2, 1
-    return tirx.call_intrin(
-        "void", "tirx.prefetch", tirx.address_of(element), READ, SECOND_LEVEL, DATA
-    )
 
 
 def score(S: Any, S_rope: Any, i: Any, j: Any, roped: bool) -> Expr:
@@ -130,119 +82,6 @@ def fill(buffer, value, block):
         with T.sblock(block):
             vi = T.axis.spatial(buffer.shape[0], i)
             buffer[vi] = T.float32(value)
-
-
-@stage
-def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens):
-    """The run of each token, by binary search over the runs' offsets.
-
-    Tokens past the item's last are taken for its last, so that nothing outside is ever read.
-    """
-    for j, s in T.grid(run_of.shape[0], search_steps + 1):
-        with T.sblock("seek"):
-            vj, vs = T.axis.remap("SR", [j, s])
-            with T.init():
-                run_of[vj] = run_begin
-            run_of[vj] = next_run(
-                runs,
-                run_of[vj],
-                run_end,
-                search_steps - vs,
-                T.min(t0 + vj, num_tokens - 1),
-            )
-
-
-@stage
-def locate(
-    page, slot, lane_begin, lane_end, position, windowed, first, run_of, runs, page_indices,
-    page_shift, row_begin, group, t0, num_tokens,
-):  # fmt: skip
-    """Where each token lies, and the interval of lane rows that see it; none past the last.
-
-    Its path position too, where there is a window.
-
-    The tables are written from entry `first`.
-    """
-    for j in range(run_of.shape[0]):
-        with T.sblock("locate"):
-            vj = T.axis.spatial(run_of.shape[0], j)
-            run: T.let[T.int32] = run_of[vj]
-            t: T.let[T.int32] = T.min(t0 + vj, num_tokens - 1) - runs[run, 0]
-            x: T.let[T.int32] = runs[run, 2] + t
-            page[first + vj] = page_indices[runs[run, 1] + T.shift_right(x, page_shift)]
-            slot[first + vj] = T.bitwise_and(x, T.shift_left(1, page_shift) - 1)
-            lane_begin[first + vj] = (runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin) * group
-            lane_end[first + vj] = T.Select(
-                t0 + vj < num_tokens, (runs[run, 4] - row_begin) * group, 0
-            )
-            if windowed:
-                position[first + vj] = runs[run, 6] + t
-
-
-@stage
-def advance(page, slot, lane_begin, lane_end, position, windowed, kv_tile):
-    """The next tile becomes this one."""
-    for j in range(kv_tile):
-        with T.sblock("advance"):
-            vj = T.axis.spatial(kv_tile, j)
-            page[vj] = page[kv_tile + vj]
-            slot[vj] = slot[kv_tile + vj]
-            lane_begin[vj] = lane_begin[kv_tile + vj]
-            lane_end[vj] = lane_end[kv_tile + vj]
-            if windowed:
-                position[vj] = position[kv_tile + vj]
-
-
-@stage
-def find_cut(cut, lane_begin, lane_end, position, lanes, last_position, window, kv_tile):
-    """How many tokens of the tile some row of the item does not see."""
-    for j in range(kv_tile):
-        with T.sblock("find_cut"):
-            vj = T.axis.reduce(kv_tile, j)
-            with T.init():
-                cut[0] = 0
-            cut[0] = cut[0] + T.Select(
-                T.And(
-                    T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]),
-                    in_window(last_position, position, vj, window),
-                ),
-                0,
-                1,
-            )
-
-
-@stage
-def load(tile, cache, at, page, slot, head, first, operand, block):
-    """Columns from `first` of each token of the tile."""
-    for j, d in T.grid(tile.shape[0], tile.shape[1]):
-        with T.sblock(block):
-            vj, vd = T.axis.remap("SS", [j, d])
-            tile[vj, vd] = narrow(at(cache, page[vj], slot[vj], head, first + vd), operand)
-
-
-@stage
-def ahead(cache, at, page, slot, head, first, width, kv_tile, block):
-    """Ask memory for columns from `first` of the next tile's tokens, line by line.
-
-    Pages scatter a head's tokens, so that no hardware prefetcher foresees the next one; asked for
-    between this tile's products, they arrive beside the arithmetic.
-    """
-    for j, n in T.grid(kv_tile, -(-width // line_elements(cache))):
-        with T.sblock(block):
-            vj, vn = T.axis.remap("SS", [j, n])
-            T.reads(page[kv_tile + vj], slot[kv_tile + vj])
-            T.writes()
-            T.evaluate(
-                prefetch(
-                    at(
-                        cache,
-                        page[kv_tile + vj],
-                        slot[kv_tile + vj],
-                        head,
-                        first + vn * line_elements(cache),
-                    )
-                )
-            )
 
 
 @stage

@@ -11,10 +11,10 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cpu.amx import (
-    AMX_LLVM,
-    DEPTH,
-    EDGE,
+from deft_tvm.schedules.cpu.amx import AMX_LLVM, DEPTH, EDGE
+from deft_tvm.schedules.cpu.blocks import score_products
+from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM
+from deft_tvm.schedules.cpu.tile_intrinsics import (
     enter_tiles,
     leave_tiles,
     tile_products,
@@ -22,8 +22,6 @@ from deft_tvm.schedules.cpu.amx import (
     tile_zeros,
     transpose_tokens,
 )
-from deft_tvm.schedules.cpu.blocks import score_products
-from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
 from deft_tvm.schedules.cpu.vector import float_lanes
 from deft_tvm.schedules.rule import KernelTask, Knobs
