@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
 from cases import WIDE, assert_same, few_shot, plan_of, profile
 
+from deft_tvm.device import DeviceProfile
 from deft_tvm.plan import GROUPINGS, CostModel, Plan
 from deft_tvm.plan.cost import makespan, prices
+from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tree import Forest
 
@@ -158,3 +162,25 @@ def test_deterministic_items_take_the_smallest_class_that_holds_them() -> None:
     plan = plan_of(few_shot(100, 8, 9), "auto", deterministic=True)
     assert plan.grouping == "node_chunk"
     assert [tile for tile, *_ in plan.launches] == [1, 2]
+
+
+def test_past_the_ridge_a_prefix_is_read_again_and_before_it_shared() -> None:
+    """128 heads of MLA fill a tile with one row: sharing KV saves no product, and a partial weighs
+    456 tokens. GQA's weighs 8, and its rows share a tile."""
+    forest = few_shot(256, 8, 64)
+    logs = Path(__file__).parents[1] / "logs"
+    shipped = DeviceProfile.read(logs / "amd-epyc-avx512bf16-2c" / "device.json")
+    gqa = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+    mla = AttentionSpec.mla(
+        num_q_heads=128,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        dtype="bfloat16",
+    )
+    plans = {}
+    for name, spec in (("gqa", gqa), ("mla", mla)):
+        tiles = default_tiles(spec, "llvm", frozenset(shipped.features))
+        plans[name] = plan_of(forest, "auto", spec, tiles=tiles, profile=shipped)
+    assert 256 in plans["gqa"].items[:, 4] and plans["gqa"].num_partials == 16
+    assert plans["mla"].items[:, 4].tolist() == [320] * 8 and plans["mla"].num_partials == 0
