@@ -20,12 +20,14 @@ TORCH_INDEX ?=
 run: $(VENV)/installed-tune
 	@$(IN) deft_tvm.demo $(if $(TRIALS),--trials $(TRIALS))
 
+# Two files of tests at a time; torch's idle threads must not spin on the other one's core.
 test: export TVM_BACKTRACE = 1
+test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed-test
 	$(IN) ruff check .
 	$(IN) ruff format --check .
 	$(IN) mypy
-	$(IN) pytest
+	$(IN) pytest --numprocesses 2 --dist loadfile
 
 # The stamps are newer than what was asked for, so that nothing is installed twice.
 $(VENV)/installed-test: $(VENV)/installed-tune

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 import tvm
 
-from deft_tvm.build import compile_module
+from deft_tvm.build import compile_module, lower, tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.schedules import KernelTask
-from deft_tvm.spec import TileShape
+from deft_tvm.schedules.tiles import default_tiles
+from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.workloads import Case
 
 
@@ -46,6 +47,15 @@ class Compiled:
             indptr, rows = torch.tensor(plan.merge_indptr), torch.tensor(plan.merge_rows)
             self.functions[-1](partial_out, partial_lse, indptr, rows, out, lse)
         return out, lse
+
+
+def few_and_many(spec: AttentionSpec) -> Compiled:
+    """Default kernels of two tile classes, that of the fewest lane rows and one of many."""
+    here = DeviceProfile.detect()
+    tiles = default_tiles(spec, "llvm", frozenset(here.features))
+    many = next((tile for tile in tiles if tile.lane_rows >= 32), tiles[-1])
+    tasks = tasks_for(spec, here, tuple(dict.fromkeys((tiles[0], many))))
+    return Compiled(tasks, lower(tasks))
 
 
 def worst(compiled: Compiled, case: Case, grouping: str = "auto") -> float:

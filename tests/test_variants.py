@@ -6,11 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from compiled import Compiled, worst
+from compiled import few_and_many, worst
 from unabsorbed import Weights, latent_attention
 
-import deft_tvm as dt
-from deft_tvm.build import lower, tasks_for
 from deft_tvm.errors import InputError, SpecError
 from deft_tvm.plan.cost import kv_bytes, partial_bytes, token_bytes
 from deft_tvm.pytorch import absorb_query, expand_output
@@ -18,7 +16,6 @@ from deft_tvm.reference import tree_attention
 from deft_tvm.spec import AttentionSpec, Region
 from deft_tvm.workloads import parse, tensors
 
-HERE = dt.DeviceProfile.detect()
 FORESTS = (
     "few_shot:prompt=150,branches=7,tokens=20,vary=9",
     "speculative:nodes=26,context=70",
@@ -61,8 +58,7 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_kernels_are_exact(name: str) -> None:
     spec = SPECS[name]
-    tasks = tasks_for(spec, HERE)
-    kernels = Compiled(tasks, lower(tasks))
+    kernels = few_and_many(spec)
     for forest in FORESTS:
         for max_logit in (None, 60.0):
             case = tensors(parse(forest).forest, spec, max_logit=max_logit)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from cases import plan_of
-from compiled import Compiled, worst
+from compiled import few_and_many, worst
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deft_tvm.build import lower, tasks_for
+from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import PlanError, SpecError
 from deft_tvm.plan.split import interval_minima
@@ -51,8 +51,7 @@ def windowed(spec: AttentionSpec, window: int) -> AttentionSpec:
 @pytest.mark.parametrize("name", SPECS)
 def test_kernels_are_exact(name: str, window: int) -> None:
     spec = windowed(SPECS[name], window)
-    tasks = tasks_for(spec, HERE)
-    kernels = Compiled(tasks, lower(tasks))
+    kernels = few_and_many(spec)
     for forest in FORESTS:
         case = tensors(parse(forest).forest, spec)
         for grouping in ("auto", "flatten", "node_chunk", "sequence"):
@@ -61,8 +60,7 @@ def test_kernels_are_exact(name: str, window: int) -> None:
 
 def test_rows_inside_a_node_and_without_kv_have_windows_of_their_own() -> None:
     spec = windowed(FULL, 5)
-    tasks = tasks_for(spec, HERE)
-    kernels = Compiled(tasks, lower(tasks))
+    kernels = few_and_many(spec)
     forest = Forest.from_parents(
         [-1, 0, 0, 1, 2], [9, 12, 3, 0, 7], [0, 8, 2, 2, 7], [False, True, False, False, True]
     )
