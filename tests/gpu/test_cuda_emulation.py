@@ -167,12 +167,22 @@ def test_no_races(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", RACES)
 def test_a_missing_barrier_is_reported(case: str, tmp_path: Path) -> None:
-    """The barrier that stands between locating a tile's tokens and loading them."""
+    """The barrier that stands between locating a tile's tokens and loading them.
+
+    On busy cores one run may keep the threads so far apart that the sanitizer has forgotten the
+    first access when the second comes: any of a few runs has to tell.
+    """
     kernel, arguments = first_launch(problem_of(case))
     barrier = "__syncthreads();"
     copies = kernel.cpp.rindex("deft_copy_16_bytes_later((&")
     planted = without(kernel, barrier, kernel.cpp.rindex(barrier, 0, copies))
-    assert planted.races(tmp_path, 2, arguments) > 0
+    folders = (tmp_path / str(attempt) for attempt in range(8))
+    assert any(planted.races(_made(folder), 2, arguments) > 0 for folder in folders)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 @pytest.mark.parametrize("case", RACES)
