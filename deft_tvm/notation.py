@@ -65,8 +65,7 @@ def parse_spec(text: str) -> AttentionSpec:
 
     Fields may come in any order; ``dtype``, ``page``, ``layout`` and, for ``gqa`` and ``gta``,
     ``scale`` have defaults (f32, 16, nhd, ``d ** -0.5``), ``rope_dtype`` is ``dtype``'s and
-    ``rope_heads`` 1;
-    ``cap``, a soft cap, and ``window`` are none.
+    ``rope_heads`` 1, ``cap``, a soft cap, and ``window`` are none.
 
     Raises:
         SpecError: says which part of the text was expected to be what.

@@ -166,13 +166,17 @@ def tree_attention(
         queries = q[row].double().unflatten(0, (num_kv_heads, -1))
         logits = scale * (queries @ keys.transpose(1, 2))
         max_logit = max(max_logit, float(sensitivity(logits, soft_cap).amax()))
-        if soft_cap is not None:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
+        logits = capped(logits, soft_cap)
         out[row] = (logits.softmax(-1) @ values).flatten(0, 1)
         lse[row] = logits.logsumexp(-1).flatten()
         max_value = max(max_value, float(values.abs().amax()))
         max_tokens = max(max_tokens, len(tokens))
     return Exact(out, lse, max_logit, max_value, max_tokens)
+
+
+def capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    """``c · tanh(s / c)`` of each logit s; with no cap as they are."""
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
 
 def sensitivity(logits: Tensor, soft_cap: float | None) -> Tensor:
@@ -238,15 +242,13 @@ def _seen(
         while ancestor >= 0:
             above.append(torch.arange(ends[ancestor] - length[ancestor], ends[ancestor]))
             ancestor = parent[ancestor]
-        begin = ends[node] - length[node]
+        start, begin = sum(map(len, above)), ends[node] - length[node]
+        whole = bidirectional is not None and bidirectional[node]
         for i in range(count):
-            end = ends[node] - count + i + 1 if length[node] else begin
-            if bidirectional is not None and bidirectional[node]:
-                end = ends[node]
+            own = length[node] - count + i + 1 if length[node] else 0
+            end = begin + (length[node] if whole else own)
             path = torch.cat([*reversed(above), torch.arange(begin, end)])
-            later = count - 1 - i if end == ends[node] and length[node] else 0
-            position = len(path) - 1 - (later if bidirectional and bidirectional[node] else 0)
-            yield path if window is None else path[max(0, position - window + 1) :]
+            yield path if window is None else path[max(0, start + own - window) :]
 
 
 def _places(

@@ -96,8 +96,7 @@ class Forest:
         the rows of a node of length 0."""
         node, within = np.repeat(self.preorder, self.rows[self.preorder]), self.row_order
         before = np.cumsum(self.rows) - self.rows
-        own = np.maximum(self.lengths - self.rows, -1)
-        first = np.where(self.lengths > 0, self.start + own, self.start - 1)
+        first = self.start + np.where(self.lengths > 0, self.lengths - self.rows, -1)
         step = np.where(self.lengths[node] > 0, within - before[node], 0)
         return read_only(first[node] + step)
 

@@ -149,10 +149,7 @@ class Recipe:
         """The grouping by name, its groups, and the tokens at which to cut each."""
         if self.grouping == "auto":
             return self._cheaper(walk)
-        if self.grouping == "packed":
-            groups = self._packed(walk)
-        else:
-            groups = cut_window(walk, UNPRICED[self.grouping](walk))
+        groups = self._groups(self.grouping, walk)
         if self.grouping == "node":
             return "node", groups, groups.tokens
         if self.chunk is not None:
@@ -161,7 +158,7 @@ class Recipe:
 
     def _cheaper(self, walk: Walk) -> tuple[str, Groups, Ints]:
         """Of ``packed`` and ``sequence``, whose paths are laid out only if they win."""
-        groups = self._packed(walk)
+        groups = self._groups("packed", walk)
         chunk, seconds = fill(self.prices, groups.tokens, groups.rows, self.chunk)
         seconds += self.prices.merge_seconds(groups.row_begin, groups.row_end)
         tokens, rows = walk.paths()
@@ -169,12 +166,15 @@ class Recipe:
         if self.prices.read_seconds(tokens) < seconds:
             path_chunk, path_seconds = fill(self.prices, tokens, rows, self.chunk)
             if path_seconds < seconds:
-                groups = cut_window(walk, by_sequence(walk))
-                return "sequence", groups, np.minimum(path_chunk, groups.tokens)
+                return "sequence", self._groups("sequence", walk), path_chunk
         return "packed", groups, chunk
 
-    def _packed(self, walk: Walk) -> Groups:
-        groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+    def _groups(self, grouping: str, walk: Walk) -> Groups:
+        """The groups of one grouping, with no token that none of their rows sees."""
+        if grouping == "packed":
+            groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+        else:
+            groups = UNPRICED[grouping](walk)
         return cut_window(walk, groups)
 
     def _assign(self, groups: Groups) -> tuple[Ints, Floats]:

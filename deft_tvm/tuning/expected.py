@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deft_tvm.reference import Bound, Exact, merge_states, sensitivity
+from deft_tvm.reference import Bound, Exact, capped, merge_states, sensitivity
 from deft_tvm.tuning.subject import Launch
 
 
@@ -96,9 +96,7 @@ def _item(launch: Launch, item: Sequence[int]) -> Exact:
     queries = case.q[rows].double().unflatten(1, (spec.num_kv_heads, -1))
     logits = spec.scale * torch.einsum("rngw,tnw->rngt", queries, keys)
     max_logit = _largest(sensitivity(logits, spec.soft_cap))
-    if spec.soft_cap is not None:
-        logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
-    masked = logits.masked_fill(~seen[:, None, None], -math.inf)
+    masked = capped(logits, spec.soft_cap).masked_fill(~seen[:, None, None], -math.inf)
     lse = masked.logsumexp(-1)
     weights = (masked - lse.nan_to_num(neginf=0)[..., None]).exp()
     out = torch.einsum("rngt,tnv->rngv", weights, values)

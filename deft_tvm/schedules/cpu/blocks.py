@@ -1,21 +1,16 @@
-"""Which of the partial kernel's blocks there are for a spec, and how wide they are."""
+"""The partial kernel's blocks that fetch, by what a CPU's schedule does with them."""
 
 from __future__ import annotations
 
 from deft_tvm.spec import AttentionSpec
 
 
-def score_products(spec: AttentionSpec) -> dict[str, tuple[int, str | None]]:
-    """The products of queries with keys: their depth, and what is asked for ahead beside them.
+def asked_beside(spec: AttentionSpec, product: str) -> str | None:
+    """What is asked of memory ahead, beside a product of queries with keys.
 
     Where K lies inside V, it comes with V, beside the output's product.
     """
-    products: dict[str, tuple[int, str | None]] = {
-        "scores": (spec.k_width, None if spec.tied else "ahead_k")
-    }
-    if spec.rope is not None:
-        products["scores_rope"] = (spec.rope_width, "ahead_rope")
-    return products
+    return {"scores": None if spec.tied else "ahead_k", "scores_rope": "ahead_rope"}[product]
 
 
 def load_widths(spec: AttentionSpec) -> dict[str, int]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cpu.blocks import score_products
+from deft_tvm.schedules.blocks import score_products
+from deft_tvm.schedules.cpu.blocks import asked_beside
 from deft_tvm.schedules.cpu.instructions import (
     BFLOAT16_LLVM,
     dot_pairs,
@@ -59,7 +60,8 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     out_dims = knobs.pick_parts("out_dims", spec.v_width, dim_choices, nearest(dim_choices, deep))
 
     transpose(sch, spec, paired)
-    for product, (_, ahead) in score_products(spec).items():
+    for product in score_products(spec):
+        ahead = asked_beside(spec, product)
         _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
     if paired:
         _pair_values(sch)

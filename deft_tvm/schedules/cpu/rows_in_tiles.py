@@ -11,8 +11,9 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cpu.amx import AMX_LLVM, DEPTH, EDGE
-from deft_tvm.schedules.cpu.blocks import score_products
+from deft_tvm.schedules.cpu.blocks import asked_beside
 from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM
 from deft_tvm.schedules.cpu.tile_intrinsics import (
     enter_tiles,
@@ -47,8 +48,8 @@ def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     )
 
     transpose(sch, spec, paired=True)
-    for product, (_, ahead) in score_products(spec).items():
-        _product(sch, product, score_tokens, score_rows, ahead)
+    for product in score_products(spec):
+        _product(sch, product, score_tokens, score_rows, asked_beside(spec, product))
     _transpose_values(sch)
     _product(sch, "accumulate", out_dims, out_rows, "ahead_v", consumer="fold")
     vectorize_over(sch, "fold", 0, lanes)

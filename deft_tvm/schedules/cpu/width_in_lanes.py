@@ -13,7 +13,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cpu.blocks import load_widths, score_products
+from deft_tvm.schedules.blocks import score_products
+from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
 from deft_tvm.schedules.cpu.instructions import dot, dot_llvm
 from deft_tvm.schedules.cpu.vector import float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
@@ -44,9 +45,10 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     out_dims = knobs.pick_parts("out_dims", spec.v_width, part_choices, nearest(part_choices, fits))
 
     products = score_products(spec)
-    for block, (width, ahead) in products.items():
+    for block, width in products.items():
+        ahead = asked_beside(spec, block)
         _dot_products(sch, block, width, tile.operand, score_tokens, ahead)
-    import_llvm(sch, "item", dot_llvm((w for w, _ in products.values()), lanes, tile.operand))
+    import_llvm(sch, "item", dot_llvm(products.values(), lanes, tile.operand))
     _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // token_choices[-1])
 
     for block in ("init_out", "keep_out", "write_out"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from deft_tvm.spec import AttentionSpec
-
 ROW_STATES = ("init_max", "init_sum", "new_max", "rescale", "new_sum", "normalise")
 """The first to write each vector over rows, row by row."""
 
@@ -21,7 +19,3 @@ MATRIX_PASSES = (
     "write_out",
 )
 """One element of a matrix after the other."""
-
-
-def score_products(spec: AttentionSpec) -> tuple[str, ...]:
-    return ("scores",) if spec.rope is None else ("scores", "scores_rope")

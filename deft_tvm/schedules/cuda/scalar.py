@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cuda.blocks import (
     MATRIX_PASSES,
     ROW_KEEPS,
     ROW_REDUCTIONS,
     ROW_STATES,
-    score_products,
 )
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
 from deft_tvm.schedules.cuda.shares import DEALT, DEALT_ROWS

@@ -10,12 +10,12 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cuda.blocks import (
     MATRIX_PASSES,
     ROW_KEEPS,
     ROW_REDUCTIONS,
     ROW_STATES,
-    score_products,
 )
 from deft_tvm.schedules.cuda.intrinsics import (
     SIDE,
