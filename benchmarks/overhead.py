@@ -13,12 +13,12 @@ spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64)
 case = tensors(Forest.from_parents([-1], [1]), spec)
 attention = TreeAttention(spec)
 attention.plan(case.forest, case.pages)
-out, lse = attention.run(case.q, case.buffers)
+out, lse = attention.run(case.q, case.kv)
 
 with torch.inference_mode():
     timings = measure(
         {
-            "run": lambda: attention.run(case.q, case.buffers, out, lse),
+            "run": lambda: attention.run(case.q, case.kv, out, lse),
             "plan": lambda: attention.plan(case.forest, case.pages),
             "update": lambda: attention.update(case.forest),
             "torch.add(out=)": lambda: torch.add(lse, lse, out=lse),

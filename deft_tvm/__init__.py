@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deft_tvm import errors
     from deft_tvm.device import DeviceProfile
     from deft_tvm.errors import DeftError
+    from deft_tvm.fp8 import dequantize, quantize
     from deft_tvm.pages import PageTable
     from deft_tvm.plan import Plan, Traffic
     from deft_tvm.pytorch import (
@@ -40,10 +41,12 @@ __all__ = [
     "TreeAttentionModule",
     "absorb_query",
     "apply_sinks",
+    "dequantize",
     "errors",
     "expand_output",
     "load",
     "merge_states",
+    "quantize",
 ]
 
 _HOMES = {
@@ -58,6 +61,8 @@ _HOMES = {
     "TreeAttentionModule": "pytorch",
     "absorb_query": "pytorch",
     "apply_sinks": "pytorch",
+    "dequantize": "fp8",
+    "quantize": "fp8",
     "expand_output": "pytorch",
     "load": "pytorch",
     "merge_states": "pytorch",

@@ -20,6 +20,7 @@ from deft_tvm.workloads import Case
 
 if TYPE_CHECKING:
     from deft_tvm.pytorch import TreeAttention
+    from deft_tvm.spec import AttentionSpec
 
 OURS = "deft_tvm"
 MOST_COPIED = 6 << 30
@@ -143,7 +144,7 @@ def step(case: Case, attention: TreeAttention) -> Callable[[], object]:
 
     def call() -> None:
         plan()
-        attention.run(case.q, case.buffers, out=out, lse=lse)
+        attention.run(case.q, case.kv, out, lse, sinks=case.sinks)
 
     return call
 
@@ -159,10 +160,16 @@ def _fitting(gathered: Gathered, peers: Iterable[str]) -> tuple[list[str], dict[
         if peer not in PEERS:
             raise InputError(f"peer is {peer!r}; expected one of {', '.join(PEERS)}")
         size = gathered.sequence_bytes if PEERS[peer].copies else 0
-        if gathered.case.spec.soft_cap is not None:
-            left_out[peer] = "SDPA has no soft cap"
+        if lacks := _what_sdpa_lacks(gathered.case.spec):
+            left_out[peer] = f"SDPA has no {lacks}"
         elif size > MOST_COPIED:
             left_out[peer] = f"its copies of KV take {size / 2**30:.0f} GiB"
         else:
             chosen.append(peer)
     return chosen, left_out
+
+
+def _what_sdpa_lacks(spec: AttentionSpec) -> str | None:
+    if spec.soft_cap is not None:
+        return "soft cap"
+    return "sinks" if spec.sinks else None

@@ -18,10 +18,12 @@ from typing import Any, TypeVar, cast
 
 from deft_tvm.errors import SpecError
 from deft_tvm.spec import (
+    FP8,
     LONG_DTYPE,
     SHORT_DTYPE,
     AttentionSpec,
     CacheBuffer,
+    CacheDtype,
     Dtype,
     Layout,
     Region,
@@ -31,7 +33,7 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 EXAMPLE = "gqa:hq=32,hkv=8,d=128,dtype=bf16,page=16,layout=nhd"
-_COMMON = ("dtype", "page", "layout", "window", "cap", "scale")
+_COMMON = ("dtype", "page", "layout", "window", "cap", "sinks", "scale")
 _REQUIRED = {
     "gqa": ("hq", "hkv", "d"),
     "gta": ("hq", "hkv", "d", "rope"),
@@ -40,9 +42,10 @@ _REQUIRED = {
     "kv": ("hq", "hkv", "buffers", "k", "v", "scale"),
 }
 _OPTIONAL = {
-    "gta": ("rope_dtype",),
-    "mla": ("rope_dtype",),
-    "gla": ("rope_heads", "rope_dtype"),
+    "gqa": ("kv_dtype",),
+    "gta": ("kv_dtype", "rope_dtype"),
+    "mla": ("kv_dtype", "rope_dtype"),
+    "gla": ("rope_heads", "kv_dtype", "rope_dtype"),
     "kv": ("rope",),
 }
 _KNOWN = {
@@ -64,8 +67,9 @@ def parse_spec(text: str) -> AttentionSpec:
     """The spec that `text` spells; the inverse of `format_spec`.
 
     Fields may come in any order; ``dtype``, ``page``, ``layout`` and, for ``gqa`` and ``gta``,
-    ``scale`` have defaults (f32, 16, nhd, ``d ** -0.5``), ``rope_dtype`` is ``dtype``'s and
-    ``rope_heads`` 1, ``cap``, a soft cap, and ``window`` are none.
+    ``scale`` have defaults (f32, 16, nhd, ``d ** -0.5``), ``kv_dtype`` and
+    ``rope_dtype`` are ``dtype``'s and ``rope_heads`` 1, ``cap``, a soft cap, and ``window`` are
+    none, ``sinks`` no.
 
     Raises:
         SpecError: says which part of the text was expected to be what.
@@ -84,6 +88,7 @@ def _read_gqa(fields: _Fields) -> AttentionSpec:
         num_q_heads=fields["hq", int],
         num_kv_heads=fields["hkv", int],
         head_dim=fields["d", int],
+        kv_dtype=fields.get("kv_dtype", _cache_dtype, None),
         scale=fields.get("scale", float, None),
         **_common(fields),
     )
@@ -95,6 +100,7 @@ def _read_gta(fields: _Fields) -> AttentionSpec:
         num_kv_heads=fields["hkv", int],
         head_dim=fields["d", int],
         rope_dim=fields["rope", int],
+        kv_dtype=fields.get("kv_dtype", _cache_dtype, None),
         rope_dtype=fields.get("rope_dtype", _dtype, None),
         scale=fields.get("scale", float, None),
         **_common(fields),
@@ -108,6 +114,7 @@ def _read_latent(fields: _Fields) -> AttentionSpec:
         latent_dim=fields["d", int],
         rope_dim=fields["rope", int],
         rope_heads=fields.get("rope_heads", int, 1),
+        kv_dtype=fields.get("kv_dtype", _cache_dtype, None),
         rope_dtype=fields.get("rope_dtype", _dtype, None),
         scale=fields["scale", float],
         **_common(fields),
@@ -144,6 +151,7 @@ def _common(fields: _Fields) -> dict[str, Any]:
         "layout": fields.get("layout", _layout, "NHD"),
         "window": fields.get("window", int, None),
         "soft_cap": fields.get("cap", float, None),
+        "sinks": fields.get("sinks", _flag, False),
     }
 
 
@@ -153,6 +161,9 @@ def _fields_as(kind: str, spec: AttentionSpec) -> dict[str, str] | None:
     fields = {"hq": str(spec.num_q_heads), "hkv": str(spec.num_kv_heads), "d": str(spec.v_width)}
     if kind == "mla":
         del fields["hkv"]
+    cached = spec.buffers[spec.v.buffer].dtype
+    if cached != spec.dtype:
+        fields["kv_dtype"] = SHORT_DTYPE[cached]
     if kind != "gqa":
         fields["rope"] = str(spec.rope_width)
         if rope is not None and rope.dtype != spec.dtype:
@@ -190,12 +201,14 @@ def _spelled_out(spec: AttentionSpec) -> dict[str, str]:
 def _common_fields(spec: AttentionSpec) -> dict[str, str]:
     window = {} if spec.window is None else {"window": str(spec.window)}
     cap = {} if spec.soft_cap is None else {"cap": repr(spec.soft_cap)}
+    sinks = {"sinks": "yes"} if spec.sinks else {}
     return {
         "dtype": SHORT_DTYPE[spec.dtype],
         "page": str(spec.page_size),
         "layout": spec.layout.lower(),
         **window,
         **cap,
+        **sinks,
     }
 
 
@@ -232,7 +245,19 @@ class _Fields:
 
 def _dtype(text: str) -> Dtype:
     """f32, f16 or bf16"""
+    if text == SHORT_DTYPE[FP8]:
+        raise ValueError
     return cast(Dtype, LONG_DTYPE[text])
+
+
+def _cache_dtype(text: str) -> CacheDtype:
+    """f32, f16, bf16 or e4m3"""
+    return cast(CacheDtype, LONG_DTYPE[text])
+
+
+def _flag(text: str) -> bool:
+    """yes or no"""
+    return {"yes": True, "no": False}[text]
 
 
 def _layout(text: str) -> Layout:
@@ -250,7 +275,7 @@ def _buffers(text: str) -> tuple[CacheBuffer, ...]:
     """name*heads*width*dtype, joined by +"""
     parts = (part.split("*") for part in text.split("+"))
     return tuple(
-        CacheBuffer(name, int(heads), int(width), _dtype(dtype))
+        CacheBuffer(name, int(heads), int(width), _cache_dtype(dtype))
         for name, heads, width, dtype in parts
     )
 

@@ -2,7 +2,7 @@
 
 SDPA knows no trees. What it needs is gathered beforehand and not counted: a copy of its path for
 every row, or all tokens back to back; masks are additive and of q's type; no call moves its output
-to another place.
+to another place. What is cached in 8 bits has q's type again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deft_tvm.fp8 import dequantize
 from deft_tvm.reference import dense_mask
 from deft_tvm.workloads import Case
 
@@ -56,7 +57,10 @@ class Gathered:
             forest.bidirectional.astype(bool).tolist(),
             spec.window,
         )
-        tokens = [_by_token(case, buffer) for buffer in case.buffers]
+        tokens = [
+            _by_token(case, buffer if scale is None else _wide(case, buffer, scale))
+            for buffer, scale in zip(case.buffers, case.scale_of, strict=True)
+        ]
         keys = tokens[spec.k.buffer][..., spec.k.begin : spec.k.end]
         if spec.rope is not None:
             keys = torch.cat([keys, tokens[spec.rope].expand(-1, spec.num_kv_heads, -1)], dim=-1)
@@ -140,6 +144,11 @@ PEERS = {
 }
 """SDPA sequence by sequence; with the group folded into rows; with sequences of one length in one
 call as well; in one call over the flattened tree."""
+
+
+def _wide(case: Case, buffer: Tensor, scales: Tensor) -> Tensor:
+    """A cache in 8 bits as SDPA can read it."""
+    return dequantize(buffer, scales, layout=case.spec.layout).to(case.q.dtype)
 
 
 def _by_token(case: Case, buffer: Tensor) -> Tensor:

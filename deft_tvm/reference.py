@@ -12,7 +12,8 @@ share it, and K and V the regions of the cache buffers that a specification name
     K_h = kv[k.buffer][h, k.begin:k.end] ⊕ rope        V_h = kv[v.buffer][h, v.begin:v.end]
     s_j = scale · q·K_j        L = ln Σ_j exp(s_j)        O = Σ_j exp(s_j - L) V_j
 
-(Vaswani et al. 2017, section 3.2.1). A row that sees nothing has O = 0 and L = -∞.
+(Vaswani et al. 2017, section 3.2.1), where a head may have a sink s too, so that its L is the sum
+over all j and s (gpt-oss). A row that sees nothing has O = 0 and L = -∞, or s.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def tree_attention(
     soft_cap: float | None = None,
     bidirectional: Sequence[bool] | None = None,
     window: int | None = None,
+    scales: Sequence[Tensor | None] | None = None,
+    sinks: Tensor | None = None,
 ) -> Exact:
     """Attention of every row over its path, in float64.
 
@@ -146,20 +149,28 @@ def tree_attention(
         soft_cap: the largest logit c of ``c · tanh(scale · q·K / c)``; None for no such bound.
         bidirectional: for each node whether its rows see all of it; by default none do.
         window: tokens so many positions or more before a row's own are not seen; None: all are.
+        scales: for each buffer by what its elements are multiplied, [heads] or [pages, heads];
+            None for those that are taken as they are.
+        sinks: [query heads], a logit of each head that counts in the sum and has no value.
     """
     place = _places(lengths, page_indices, page_indptr, first_slot, page_size)
     if page_indices is None:
         buffers, layout = [buffer[None] for buffer in buffers], "NHD"
     heads_first = [b if layout == "HND" else b.transpose(1, 2) for b in buffers]
+    factors = [None] * len(buffers) if scales is None else scales
 
     out = q.new_zeros((*q.shape[:2], v[2] - v[1]), dtype=torch.float64)
-    lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float64)
-    max_logit, max_value, max_tokens = 0.0, 0.0, 0
+    sink = torch.tensor(-math.inf) if sinks is None else sinks
+    lse = sink.double().expand(q.shape[:2]).clone()
+    max_logit, max_value, max_tokens = _largest(sinks), 0.0, 0
     for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional, window)):
         if not len(tokens):
             continue
         page, slot = place[:, tokens]
-        read = [b[page, :, slot].transpose(0, 1).double() for b in heads_first]
+        read = [
+            scaled(b[page, :, slot].double(), factor, page).transpose(0, 1)
+            for b, factor in zip(heads_first, factors, strict=True)
+        ]
         keys, values = read[k[0]][..., k[1] : k[2]], read[v[0]][..., v[1] : v[2]]
         if rope is not None:
             keys = torch.cat([keys, read[rope].expand(num_kv_heads, -1, -1)], dim=-1)
@@ -167,11 +178,26 @@ def tree_attention(
         logits = scale * (queries @ keys.transpose(1, 2))
         max_logit = max(max_logit, float(sensitivity(logits, soft_cap).amax()))
         logits = capped(logits, soft_cap)
-        out[row] = (logits.softmax(-1) @ values).flatten(0, 1)
-        lse[row] = logits.logsumexp(-1).flatten()
+        total = torch.logaddexp(logits.logsumexp(-1), lse[row].view(logits.shape[:2]))
+        out[row] = ((logits - total[..., None]).exp() @ values).flatten(0, 1)
+        lse[row] = total.flatten()
         max_value = max(max_value, float(values.abs().amax()))
         max_tokens = max(max_tokens, len(tokens))
     return Exact(out, lse, max_logit, max_value, max_tokens)
+
+
+def scaled(read: Tensor, factor: Tensor | None, page: Tensor) -> Tensor:
+    """[tokens, heads, width] of a buffer times the scales of the tokens' pages."""
+    if factor is None:
+        return read
+    return read * (factor[page] if factor.dim() == 2 else factor).double().unsqueeze(-1)
+
+
+def _largest(sinks: Tensor | None) -> float:
+    """In magnitude; an infinite sink is none."""
+    if sinks is None:
+        return 0.0
+    return float(sinks.nan_to_num(neginf=0.0).abs().max())
 
 
 def capped(logits: Tensor, soft_cap: float | None) -> Tensor:

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+CacheDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Layout = Literal["NHD", "HND"]
 
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-SHORT_DTYPE: dict[str, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+FP8: Literal["float8_e4m3fn"] = "float8_e4m3fn"
+"""Cached elements in 8 bits (Micikevicius et al., arXiv 2209.05433): 4 of exponent, 3 of mantissa,
+no infinity, at most 448; a float32 scale for each head, or page and head, stands beside them."""
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, FP8: 1}
+SHORT_DTYPE: dict[str, str] = {
+    "float32": "f32", "float16": "f16", "bfloat16": "bf16", FP8: "e4m3"
+}  # fmt: skip
 LONG_DTYPE: dict[str, str] = {short: long for long, short in SHORT_DTYPE.items()}
 
 
@@ -36,7 +43,12 @@ class CacheBuffer:
     name: str
     heads: int
     width: int
-    dtype: Dtype
+    dtype: CacheDtype
+
+    @property
+    def scaled(self) -> bool:
+        """Its elements are read times a scale."""
+        return self.dtype == FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,7 @@ class Options(TypedDict, total=False):
     layout: Layout
     soft_cap: float | None
     window: int | None
+    sinks: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,8 @@ class AttentionSpec:
             (arXiv 2408.00118, section 2); None for no cap.
         window: a row sees those of its path's tokens that are less than so many positions before
             its own, itself counted (Mistral 7B, arXiv 2310.06825, section 2); None for all.
+        sinks: whether each query head has a learned logit without a value in its softmax, as in
+            gpt-oss.
 
     Raises:
         SpecError: a field is out of range or does not fit the others.
@@ -97,6 +112,7 @@ class AttentionSpec:
     layout: Layout = "NHD"
     soft_cap: float | None = None
     window: int | None = None
+    sinks: bool = False
 
     def __post_init__(self) -> None:
         _check_heads(self)
@@ -132,6 +148,26 @@ class AttentionSpec:
         same = self.k.buffer == self.v.buffer
         return same and self.k.begin < self.v.end and self.v.begin < self.k.end
 
+    @cached_property
+    def scaled(self) -> tuple[int, ...]:
+        """Numbers of the buffers that have scales."""
+        return tuple(i for i, buffer in enumerate(self.buffers) if buffer.scaled)
+
+    @cached_property
+    def operands(self) -> tuple[int, ...]:
+        """Which tensors of a layer stage 1 takes after q, in its order: the caches of K, V and rope
+        (K's again where there is no rope), the scales of K and V, the sinks.
+
+        A layer's tensors are its buffers, then the scales of those that have any, then the sinks.
+        """
+        rope = self.k.buffer if self.rope is None else self.rope
+        numbers = [self.k.buffer, self.v.buffer, rope]
+        first_scale = len(self.buffers)
+        if self.scaled:
+            scales = {buffer: first_scale + i for i, buffer in enumerate(self.scaled)}
+            numbers += [scales[self.k.buffer], scales[self.v.buffer]]
+        return (*numbers, first_scale + len(self.scaled)) if self.sinks else tuple(numbers)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token of one layer takes."""
@@ -150,17 +186,19 @@ class AttentionSpec:
         num_kv_heads: int,
         head_dim: int,
         dtype: Dtype = "float32",
+        kv_dtype: CacheDtype | None = None,
         scale: float | None = None,
         **options: Unpack[Options],
     ) -> AttentionSpec:
         """Grouped-query attention; MHA with as many KV heads as query heads, MQA with one.
 
-        `scale` defaults to ``head_dim ** -0.5`` (Vaswani et al. 2017, section 3.2.1). Every
-        constructor takes the fields in `Options` as well.
+        `scale` defaults to ``head_dim ** -0.5`` (Vaswani et al. 2017, section 3.2.1), `kv_dtype`,
+        of what is cached, to `dtype`. Every constructor takes the fields in `Options` as well.
         """
         if head_dim < 1:
             raise SpecError(f"head_dim is {head_dim}; expected 1 or more")
-        buffers = tuple(CacheBuffer(name, num_kv_heads, head_dim, dtype) for name in ("k", "v"))
+        cached = kv_dtype or dtype
+        buffers = tuple(CacheBuffer(name, num_kv_heads, head_dim, cached) for name in ("k", "v"))
         return cls(
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
@@ -181,6 +219,7 @@ class AttentionSpec:
         qk_rope_head_dim: int,
         qk_nope_head_dim: int | None = None,
         dtype: Dtype = "float32",
+        kv_dtype: CacheDtype | None = None,
         rope_dtype: Dtype | None = None,
         scale: float | None = None,
         **options: Unpack[Options],
@@ -200,6 +239,7 @@ class AttentionSpec:
             rope_dim=qk_rope_head_dim,
             nope_dim=qk_nope_head_dim,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             rope_dtype=rope_dtype,
             scale=scale,
             **options,
@@ -216,6 +256,7 @@ class AttentionSpec:
         nope_dim: int | None = None,
         rope_heads: int = 1,
         dtype: Dtype = "float32",
+        kv_dtype: CacheDtype | None = None,
         rope_dtype: Dtype | None = None,
         scale: float | None = None,
         **options: Unpack[Options],
@@ -237,7 +278,12 @@ class AttentionSpec:
             num_q_heads=num_q_heads,
             num_kv_heads=num_latent_heads,
             buffers=_state_and_rope(
-                num_latent_heads, latent_dim, dtype, rope_dim, rope_heads, rope_dtype
+                num_latent_heads,
+                latent_dim,
+                kv_dtype or dtype,
+                rope_dim,
+                rope_heads,
+                rope_dtype or dtype,
             ),
             k=Region(0, 0, latent_dim),
             v=Region(0, 0, latent_dim),
@@ -256,6 +302,7 @@ class AttentionSpec:
         head_dim: int,
         rope_dim: int,
         dtype: Dtype = "float32",
+        kv_dtype: CacheDtype | None = None,
         rope_dtype: Dtype | None = None,
         scale: float | None = None,
         **options: Unpack[Options],
@@ -271,7 +318,9 @@ class AttentionSpec:
         return cls(
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
-            buffers=_state_and_rope(num_kv_heads, head_dim, dtype, rope_dim, 1, rope_dtype),
+            buffers=_state_and_rope(
+                num_kv_heads, head_dim, kv_dtype or dtype, rope_dim, 1, rope_dtype or dtype
+            ),
             k=Region(0, 0, head_dim - rope_dim),
             v=Region(0, 0, head_dim),
             rope=1 if rope_dim else None,
@@ -359,14 +408,14 @@ class TileShape:
 def _state_and_rope(
     heads: int,
     width: int,
-    dtype: Dtype,
+    dtype: CacheDtype,
     rope_dim: int,
     rope_heads: int,
-    rope_dtype: Dtype | None,
+    rope_dtype: Dtype,
 ) -> tuple[CacheBuffer, ...]:
     """The caches of a variant whose K and V are one state; without a rope only that."""
     state = CacheBuffer("state", heads, width, dtype)
-    rope = CacheBuffer("rope", rope_heads, rope_dim, rope_dtype or dtype)
+    rope = CacheBuffer("rope", rope_heads, rope_dim, rope_dtype)
     return (state, rope) if rope_dim else (state,)
 
 
@@ -414,9 +463,19 @@ def _check_storage(spec: AttentionSpec) -> None:
         raise SpecError(f"page_size is {spec.page_size}; expected a power of two")
     if spec.layout not in get_args(Layout):
         raise SpecError(f"layout is {spec.layout!r}; expected 'NHD' or 'HND'")
-    for name, dtype in (("dtype", spec.dtype), *((b.name, b.dtype) for b in spec.buffers)):
-        if dtype not in DTYPE_BYTES:
-            raise SpecError(f"{name} has dtype {dtype!r}; expected one of {', '.join(DTYPE_BYTES)}")
+    rope = [] if spec.rope is None else [("rope", spec.buffers[spec.rope].dtype)]
+    for name, dtype in (("dtype", spec.dtype), *rope):
+        if dtype not in get_args(Dtype):
+            raise SpecError(f"{name} is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
+    for buffer in spec.buffers:
+        if buffer.dtype not in DTYPE_BYTES:
+            raise SpecError(
+                f"buffer {buffer.name!r} has dtype {buffer.dtype!r}; expected one of "
+                f"{', '.join(DTYPE_BYTES)}"
+            )
+    k, v = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
+    if k.scaled != v.scaled:
+        raise SpecError(f"K is {k.dtype} and V {v.dtype}; expected both of them in {FP8}, or none")
     if spec.window is not None and spec.window < 1:
         raise SpecError(f"window is {spec.window}; expected 1 or more tokens, or None")
     for name, value in (("scale", spec.scale), ("soft_cap", spec.soft_cap)):

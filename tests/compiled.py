@@ -9,6 +9,7 @@ import tvm
 
 from deft_tvm.build import compile_module, lower, tasks_for
 from deft_tvm.device import DeviceProfile
+from deft_tvm.layer import kernel_operands
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.schedules import KernelTask
 from deft_tvm.schedules.tiles import default_tiles
@@ -35,17 +36,17 @@ class Compiled:
         partial_out = torch.full((slots, spec.num_q_heads, spec.v_width), poison)
         partial_lse = torch.full((slots, spec.num_q_heads), poison)
         caches = [b[None] if case.pages.is_contiguous else b for b in case.buffers]
-        k, v = caches[spec.k.buffer], caches[spec.v.buffer]
-        rope = k if spec.rope is None else caches[spec.rope]
+        layer = kernel_operands(spec, (*caches, *case.layer[len(caches) :]))
+        sinks = [] if case.sinks is None else [case.sinks]
         arrays = (plan.header, plan.page_indices, plan.row_order, plan.row_positions, plan.runs)
         index_arrays = tuple(map(torch.tensor, arrays))
         for tile, begin, end in plan.launches:
             items = torch.tensor(plan.items[begin:end])
-            head = (q, k, v, rope, *index_arrays, items, torch.tensor(plan.dests))
+            head = (q, *layer, *index_arrays, items, torch.tensor(plan.dests))
             self.functions[tile](*head, out, lse, partial_out, partial_lse)
         if len(plan.merge_rows):
             indptr, rows = torch.tensor(plan.merge_indptr), torch.tensor(plan.merge_rows)
-            self.functions[-1](partial_out, partial_lse, indptr, rows, out, lse)
+            self.functions[-1](partial_out, partial_lse, *sinks, indptr, rows, out, lse)
         return out, lse
 
 

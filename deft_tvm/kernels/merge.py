@@ -4,7 +4,8 @@
 
 with m the largest lse_p (DeFT, ICLR 2025, section 3.3). A row's partials lie side by side and are
 read in the plan's order, so the sum is the same on every run. No partial, or only partials that saw
-no key: zeros and -inf.
+no key: zeros and -inf. Before the first partial comes the row's sink if there are any: an lse
+without an output.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, finite, natural_lse
-from deft_tvm.kernels.work import work_loop
+from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec
 
 
@@ -25,13 +26,14 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
     """The merge kernel for the output width and dtype of `spec`.
 
     Returns:
-        A function of partial_out ``[W, Hq, v_width]`` and partial_lse ``[W, Hq]``, float32;
+        A function of partial_out ``[W, Hq, v_width]`` and partial_lse ``[W, Hq]``, float32; sinks
+        ``[Hq]``, float32, only where the spec has any;
         merge_indptr ``[R' + 1]`` and merge_rows ``[R']``, int32: partial slots
         ``merge_indptr[k] : merge_indptr[k + 1]`` belong to row ``merge_rows[k]``; out
         ``[R, Hq, v_width]`` in q's dtype and lse ``[R, Hq]`` float32, of which only those rows are
         written.
     """
-    HQ, VW = spec.num_q_heads, spec.v_width
+    HQ, VW, SINKS = spec.num_q_heads, spec.v_width, spec.sinks
     exp2 = bind(exp2_polynomial, operand="float32") if kind == "llvm" else tirx.exp2
     work = work_loop(kind)
 
@@ -39,6 +41,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
     def kernel(
         partial_out_handle: T.handle,
         partial_lse_handle: T.handle,
+        sinks_handle: T.handle,
         merge_indptr_handle: T.handle,
         merge_rows_handle: T.handle,
         out_handle: T.handle,
@@ -48,6 +51,8 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
         num_slots, num_merged, num_indptr, num_rows = T.int32(), T.int32(), T.int32(), T.int32()
         partial_out = T.match_buffer(partial_out_handle, (num_slots, HQ, VW), "float32")
         partial_lse = T.match_buffer(partial_lse_handle, (num_slots, HQ), "float32")
+        if SINKS:
+            sinks = T.match_buffer(sinks_handle, (HQ,), "float32")
         merge_indptr = T.match_buffer(merge_indptr_handle, (num_indptr,), "int32")
         merge_rows = T.match_buffer(merge_rows_handle, (num_merged,), "int32")
         out = T.match_buffer(out_handle, (num_rows, HQ, VW), spec.dtype)
@@ -75,14 +80,28 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                     vp = T.axis.reduce(count + 1, p)
                                     with T.init():
                                         m[0] = T.float32("-inf")
-                                    m[0] = T.max(m[0], _lse_of(partial_lse, begin, vp, head))
+                                    m[0] = T.max(
+                                        m[0],
+                                        _lse_of(
+                                            sinks if SINKS else None, partial_lse, begin, vp, head
+                                        ),
+                                    )
                             for p in range(count + 1):
                                 with T.sblock("sum"):
                                     vp = T.axis.reduce(count + 1, p)
                                     with T.init():
                                         total[0] = T.float32(0)
                                     total[0] = total[0] + exp2(
-                                        (_lse_of(partial_lse, begin, vp, head) - finite(m[0]))
+                                        (
+                                            _lse_of(
+                                                sinks if SINKS else None,
+                                                partial_lse,
+                                                begin,
+                                                vp,
+                                                head,
+                                            )
+                                            - finite(m[0])
+                                        )
                                         * LOG2_E
                                     )
                             for d, p in T.grid(VW, count + 1):
@@ -112,10 +131,10 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                             with T.sblock("write_lse"):
                                 lse[row, head] = natural_lse(m[0] * LOG2_E, total[0])
 
-    return kernel.with_attr("global_symbol", name)
+    return used_parameters(kernel).with_attr("global_symbol", name)
 
 
-def _lse_of(partial_lse: Any, begin: Any, p: Any, head: Any) -> Expr:
-    """LSE of partial p - 1; -inf for p = 0, the step that a row with no partial has too."""
-    nothing = tirx.const(float("-inf"), "float32")
-    return tirx.if_then_else(p == 0, nothing, partial_lse[begin + p - 1, head])
+def _lse_of(sinks: Any, partial_lse: Any, begin: Any, p: Any, head: Any) -> Expr:
+    """LSE of partial p - 1; for p = 0, the step that a row with no partial has too, of its sink."""
+    first = tirx.const(float("-inf"), "float32") if sinks is None else sinks[head]
+    return tirx.if_then_else(p == 0, first, partial_lse[begin + p - 1, head])

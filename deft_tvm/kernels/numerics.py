@@ -47,6 +47,11 @@ TANH_DEGREE_4 = (
 TANH_SMALL = 0.625
 
 
+FP8_BITS = "uint8"
+"""Element type in which kernels take caches of `deft_tvm.spec.FP8`, so that no legalisation of
+TVM's changes them."""
+
+
 def storage(operand: str) -> str:
     """Element type in which a tile of `operand` is kept.
 
@@ -57,7 +62,15 @@ def storage(operand: str) -> str:
 
 
 def narrow(value: Expr, operand: str) -> Expr:
-    """`value`, of any float type, rounded to `operand` and in its `storage` type."""
+    """`value`, of any float type, rounded to `operand` and in its `storage` type.
+
+    Bytes are taken for elements of `FP8_BITS`, which every operand holds exactly.
+    """
+    if str(value.ty) == FP8_BITS:
+        value = _from_e4m3(value)
+        if operand == "bfloat16":
+            upper = tirx.shift_right(tirx.reinterpret("uint32", value), tirx.const(16, "uint32"))
+            return tirx.Cast("uint16", upper)
     if operand != "bfloat16":
         return value.astype(operand)
     if str(value.ty) == "bfloat16":
@@ -128,6 +141,23 @@ def natural_lse(maximum: Expr, total: Expr) -> Expr:
     natural = (maximum + tirx.log2(total)) * tirx.const(LN_2, "float32")
     nothing = total == tirx.const(0.0, "float32")
     return tirx.if_then_else(nothing, tirx.const(float("-inf"), "float32"), natural)
+
+
+def _from_e4m3(byte: Expr) -> Expr:
+    """The float32 value of an e4m3 byte, by way of the float16 whose exponent is 8 less.
+
+    Conversion of float16 is an instruction that knows subnormal numbers, whatever the processor is
+    told to do with those of float32. NaN, the largest magnitude, stays NaN.
+    """
+    bits = tirx.Cast("uint16", byte)
+    sign = tirx.shift_left(
+        tirx.bitwise_and(bits, tirx.const(0x80, "uint16")), tirx.const(8, "uint16")
+    )
+    size = tirx.bitwise_and(bits, tirx.const(0x7F, "uint16"))
+    shifted = tirx.shift_left(size, tirx.const(7, "uint16"))
+    nan = size == tirx.const(0x7F, "uint16")
+    half = tirx.bitwise_or(sign, tirx.Select(nan, tirx.const(0x7E00, "uint16"), shifted))
+    return tirx.reinterpret("float16", half).astype("float32") * tirx.const(256.0, "float32")
 
 
 def _bfloat16_bits(value: Expr) -> Expr:

@@ -17,6 +17,12 @@ exactly 0. Slots that hold no token of the item are never read.
 On a CPU the tokens of the next tile are located one tile early, and asked of memory beside this
 tile's products (a GPU's schedule fetches ahead by copies of its own).
 
+Elements of 8 bits become the products' type exactly, as they are loaded. Their scales multiply
+scores and probabilities, of which there are fewer, and which rounding to that type meets anyway.
+
+A sink is a row's first token, with a logit and no value. It belongs to the row and not to a set of
+tokens: an item that alone answers for a row begins with it, and other rows meet it in stage 2.
+
 Every stage is an opaque block under a loop of one. The block makes it a scope of its own, in which
 TVM accepts ``compute_at``; the loop keeps schedules from writing into the module they started from.
 """
@@ -31,9 +37,10 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import base2_logit, exp2_polynomial, storage
+from deft_tvm.kernels.numerics import FP8_BITS, base2_logit, exp2_polynomial, storage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
+    begin_with_sink,
     enter,
     exponentiate,
     fill,
@@ -47,9 +54,9 @@ from deft_tvm.kernels.stages import (
     whole_logits,
     write,
 )
-from deft_tvm.kernels.tokens import advance, ahead, find_cut, load, locate, seek
-from deft_tvm.kernels.work import work_loop
-from deft_tvm.spec import AttentionSpec, TileShape
+from deft_tvm.kernels.tokens import advance, ahead, find_cut, find_scales, load, locate, seek
+from deft_tvm.kernels.work import used_parameters, work_loop
+from deft_tvm.spec import AttentionSpec, CacheBuffer, TileShape
 
 
 def partial_attention(
@@ -65,8 +72,9 @@ def partial_attention(
 
     Returns:
         A function of q ``[R, Hq, q_width]``, the k, v and rope caches (a buffer again where the
-        spec has no own one), the plan's header, page_indices, row_order, row_positions, runs, items
-        and dests, out ``[R, Hq, v_width]`` in q's dtype, lse ``[R, Hq]``, partial_out
+        spec has no own one), where the spec has them the scales of K and V ``[pages, Hkv]`` and the
+        sinks ``[Hq]``, all float32; the plan's header, page_indices, row_order, row_positions,
+        runs, items and dests; out ``[R, Hq, v_width]`` in q's dtype, lse ``[R, Hq]``, partial_out
         ``[W, Hq, v_width]`` and partial_lse ``[W, Hq]``, all float32; the LSE is in natural
         logarithms.
     """
@@ -77,6 +85,7 @@ def partial_attention(
     K_IN_V = spec.k.begin - spec.v.begin
     TIED, ROPED = spec.tied, spec.rope is not None
     WINDOW, WINDOWED = spec.window, spec.window is not None
+    SCALED, SINKS = bool(spec.scaled), spec.sinks
     k_buffer, v_buffer = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
     r_buffer = spec.buffers[spec.rope if spec.rope is not None else spec.k.buffer]
     R_HEADS = r_buffer.heads
@@ -96,6 +105,9 @@ def partial_attention(
         k_handle: T.handle,
         v_handle: T.handle,
         rope_handle: T.handle,
+        k_scales_handle: T.handle,
+        v_scales_handle: T.handle,
+        sinks_handle: T.handle,
         header_handle: T.handle,
         page_indices_handle: T.handle,
         row_order_handle: T.handle,
@@ -119,6 +131,8 @@ def partial_attention(
         k_s0, k_s1, k_s2 = T.int64(), T.int64(), T.int64()
         v_s0, v_s1, v_s2 = T.int64(), T.int64(), T.int64()
         r_s0, r_s1, r_s2 = T.int64(), T.int64(), T.int64()
+        ks_pages, ks_s0, ks_s1 = T.int64(), T.int64(), T.int64()
+        vs_pages, vs_s0, vs_s1 = T.int64(), T.int64(), T.int64()
         q = T.match_buffer(
             q_handle,
             (q_rows, T.int64(HQ), T.int64(QW)),
@@ -128,21 +142,30 @@ def partial_attention(
         k_cache = T.match_buffer(
             k_handle,
             shape(k_pages, k_page, k_buffer.heads, k_buffer.width),
-            k_buffer.dtype,
+            _element(k_buffer),
             strides=[k_s0, k_s1, k_s2, T.int64(1)],
         )
         v_cache = T.match_buffer(
             v_handle,
             shape(v_pages, v_page, v_buffer.heads, v_buffer.width),
-            v_buffer.dtype,
+            _element(v_buffer),
             strides=[v_s0, v_s1, v_s2, T.int64(1)],
         )
         rope_cache = T.match_buffer(
             rope_handle,
             shape(r_pages, r_page, R_HEADS, r_buffer.width),
-            r_buffer.dtype,
+            _element(r_buffer),
             strides=[r_s0, r_s1, r_s2, T.int64(1)],
         )
+        if SCALED:
+            k_scales = T.match_buffer(
+                k_scales_handle, (ks_pages, T.int64(HK)), "float32", strides=[ks_s0, ks_s1]
+            )
+            v_scales = T.match_buffer(
+                v_scales_handle, (vs_pages, T.int64(HK)), "float32", strides=[vs_s0, vs_s1]
+            )
+        if SINKS:
+            sinks = T.match_buffer(sinks_handle, (HQ,), "float32")
         header = T.match_buffer(header_handle, (8,), "int32")
         page_indices = T.match_buffer(page_indices_handle, (num_indices,), "int32")
         row_order = T.match_buffer(row_order_handle, (num_rows,), "int32")
@@ -182,6 +205,8 @@ def partial_attention(
                     lane_begin = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     lane_end = T.sblock_alloc_buffer((N + NEXT,), "int32")
                     position = T.sblock_alloc_buffer((N + NEXT,), "int32")
+                    k_scale = T.sblock_alloc_buffer((N,), "float32")
+                    v_scale = T.sblock_alloc_buffer((N,), "float32")
                     cut = T.sblock_alloc_buffer((1,), "int32")
                     state = T.sblock_alloc_buffer((UNIT_STATE_BYTES,), "uint8")
                     S = T.sblock_alloc_buffer((M, N), "float32")
@@ -211,8 +236,11 @@ def partial_attention(
                                     Q_rope, q, row_order, row_begin, lanes, head, G, KW, operand,
                                     "load_q_rope",
                                 )  # fmt: skip
-                            fill(m, "-inf", "init_max")
-                            fill(total, 0, "init_sum")
+                            if SINKS:
+                                begin_with_sink(m, total, sinks, dests, dest_begin, lanes, head, G)
+                            else:
+                                fill(m, "-inf", "init_max")
+                                fill(total, 0, "init_sum")
                             for i, d in T.grid(M, VW):
                                 with T.sblock("init_out"):
                                     vi, vd = T.axis.remap("SS", [i, d])
@@ -254,6 +282,10 @@ def partial_attention(
                                         run_of, runs, page_indices, page_shift, row_begin, G,
                                         t0 + NEXT, num_tokens,
                                     )  # fmt: skip
+                                    if SCALED:
+                                        find_scales(
+                                            k_scale, v_scale, k_scales, v_scales, page, head, N
+                                        )
                             for _ in T.serial(1):
                                 with T.sblock("loading"):
                                     T.reads()
@@ -306,37 +338,32 @@ def partial_attention(
                                             with T.sblock("whole"):
                                                 T.reads()
                                                 T.writes()
-                                                whole_logits(X, S, S_rope, ROPED, logit)
+                                                whole_logits(
+                                                    X, S, S_rope, ROPED, k_scale, SCALED, logit
+                                                )
                                     else:
                                         for _ in T.serial(1):
                                             with T.sblock("masked"):
                                                 T.reads()
                                                 T.writes()
                                                 masked_logits(
-                                                    X, S, S_rope, ROPED, logit, lane_begin,
-                                                    lane_end, position, row_positions, row_begin,
-                                                    lanes, G, WINDOW,
+                                                    X, S, S_rope, ROPED, k_scale, SCALED, logit,
+                                                    lane_begin, lane_end, position, row_positions,
+                                                    row_begin, lanes, G, WINDOW,
                                                 )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("softmax"):
                                     T.reads()
                                     T.writes()
                                     E = T.sblock_alloc_buffer((M, N), "float32")
+                                    W = T.sblock_alloc_buffer((M, N), "float32")
                                     m_tile = T.sblock_alloc_buffer((M,), "float32")
                                     total_tile = T.sblock_alloc_buffer((M,), "float32")
                                     grow_max(m_new, factor, m_tile, m, X, exp2)
                                     exponentiate(
-                                        P,
-                                        E,
-                                        total_new,
-                                        total_tile,
-                                        total,
-                                        factor,
-                                        X,
-                                        m_new,
-                                        exp2,
-                                        operand,
-                                    )
+                                        P, E, W, total_new, total_tile, total, factor, X, m_new,
+                                        v_scale, SCALED, exp2, operand,
+                                    )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("pv"):
                                     T.reads()
@@ -366,7 +393,11 @@ def partial_attention(
                                 T.writes()
                                 leave(state)
 
-    return kernel.with_attr("global_symbol", name)
+    return used_parameters(kernel).with_attr("global_symbol", name)
+
+
+def _element(buffer: CacheBuffer) -> str:
+    return FP8_BITS if buffer.scaled else buffer.dtype
 
 
 def _cache_shape(layout: str) -> Callable[..., tuple[Any, ...]]:

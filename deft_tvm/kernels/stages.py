@@ -22,7 +22,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import finite, narrow, natural_lse, storage, widen
+from deft_tvm.kernels.numerics import LOG2_E, finite, narrow, natural_lse, storage, widen
 from deft_tvm.kernels.stage import stage
 from deft_tvm.kernels.tokens import in_window
 
@@ -39,8 +39,10 @@ def position_of(
     return row_positions[row_begin + tirx.min(i, lanes - 1) // group]
 
 
-def score(S: Any, S_rope: Any, i: Any, j: Any, roped: bool) -> Expr:
-    return S[i, j] + S_rope[i, j] if roped else S[i, j]
+def score(S: Any, S_rope: Any, k_scale: Any, i: Any, j: Any, roped: bool, scaled: bool) -> Expr:
+    """q · k: the product with K's stored elements times their scale, and that with the rope."""
+    product = S[i, j] * k_scale[j] if scaled else S[i, j]
+    return product + S_rope[i, j] if roped else product
 
 
 @stage
@@ -85,6 +87,24 @@ def fill(buffer, value, block):
 
 
 @stage
+def begin_with_sink(m, total, sinks, dests, dest_begin, lanes, head, group):
+    """The state of a row that this item alone answers for: one token was seen, which is its sink
+    and has no value. Other rows have seen nothing, and meet their sink in stage 2."""
+    for i in range(m.shape[0]):
+        with T.sblock("init_max"):
+            vi = T.axis.spatial(m.shape[0], i)
+            m[vi] = T.Select(
+                dests[dest_begin + T.min(vi, lanes - 1) // group] < 0,
+                sinks[head * group + vi % group] * T.float32(LOG2_E),
+                T.float32("-inf"),
+            )
+    for i in range(m.shape[0]):
+        with T.sblock("init_sum"):
+            vi = T.axis.spatial(m.shape[0], i)
+            total[vi] = T.Select(m[vi] == T.float32("-inf"), T.float32(0), T.float32(1))
+
+
+@stage
 def product(S, Q, K, first, operand, block):
     """S[i, j] = Q[i] · K[j, first:]."""
     for i, j, d in T.grid(Q.shape[0], K.shape[0], Q.shape[1]):
@@ -96,18 +116,18 @@ def product(S, Q, K, first, operand, block):
 
 
 @stage
-def whole_logits(X, S, S_rope, roped, logit):
+def whole_logits(X, S, S_rope, roped, k_scale, scaled, logit):
     """Every row sees every token."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("logits"):
             vi, vj = T.axis.remap("SS", [i, j])
-            X[vi, vj] = logit(score(S, S_rope, vi, vj, roped))
+            X[vi, vj] = logit(score(S, S_rope, k_scale, vi, vj, roped, scaled))
 
 
 @stage
 def masked_logits(
-    X, S, S_rope, roped, logit, lane_begin, lane_end, position, row_positions, row_begin, lanes,
-    group, window,
+    X, S, S_rope, roped, k_scale, scaled, logit, lane_begin, lane_end, position, row_positions,
+    row_begin, lanes, group, window,
 ):  # fmt: skip
     """A row sees the tokens whose interval holds it, up to so far before its own position."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
@@ -123,7 +143,7 @@ def masked_logits(
                         window,
                     ),
                 ),
-                logit(score(S, S_rope, vi, vj, roped)),
+                logit(score(S, S_rope, k_scale, vi, vj, roped, scaled)),
                 T.float32("-inf"),
             )
 
@@ -149,8 +169,13 @@ def grow_max(m_new, factor, m_tile, m, X, exp2):
 
 
 @stage
-def exponentiate(P, E, total_new, total_tile, total, factor, X, m_new, exp2, operand):
-    """Probabilities relative to the new maximum, rounded only after they were summed."""
+def exponentiate(
+    P, E, W, total_new, total_tile, total, factor, X, m_new, v_scale, scaled, exp2, operand
+):  # fmt: skip
+    """Probabilities relative to the new maximum, rounded only after they were summed.
+
+    What weighs V's stored elements is rounded: where they are scaled, a probability times that.
+    """
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("exponentials"):
             vi, vj = T.axis.remap("SS", [i, j])
@@ -165,10 +190,15 @@ def exponentiate(P, E, total_new, total_tile, total, factor, X, m_new, exp2, ope
         with T.sblock("new_sum"):
             vi = T.axis.spatial(X.shape[0], i)
             total_new[vi] = total[vi] * factor[vi] + total_tile[vi]
+    if scaled:
+        for i, j in T.grid(X.shape[0], X.shape[1]):
+            with T.sblock("weights"):
+                vi, vj = T.axis.remap("SS", [i, j])
+                W[vi, vj] = E[vi, vj] * v_scale[vj]
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("probabilities"):
             vi, vj = T.axis.remap("SS", [i, j])
-            P[vi, vj] = narrow(E[vi, vj], operand)
+            P[vi, vj] = narrow(W[vi, vj] if scaled else E[vi, vj], operand)
 
 
 @stage

@@ -3,6 +3,7 @@
     seek        the run of each token
     locate      page, slot, position and the rows that see it
     advance     what was located for the next tile becomes this tile's
+    find_scales the scales of 8-bit keys and values
     find_cut    whether every row sees every token
     load        K, V or rope of the tile's tokens out of their pages
     ahead       the same of the next tile, asked of memory early
@@ -110,6 +111,16 @@ def advance(page, slot, lane_begin, lane_end, position, windowed, kv_tile):
             lane_end[vj] = lane_end[kv_tile + vj]
             if windowed:
                 position[vj] = position[kv_tile + vj]
+
+
+@stage
+def find_scales(k_scale, v_scale, k_scales, v_scales, page, head, kv_tile):
+    """By what K's and V's stored elements are multiplied."""
+    for j in range(kv_tile):
+        with T.sblock("find_scales"):
+            vj = T.axis.spatial(kv_tile, j)
+            k_scale[vj] = k_scales[page[vj], head]
+            v_scale[vj] = v_scales[page[vj], head]
 
 
 @stage

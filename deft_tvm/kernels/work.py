@@ -1,4 +1,4 @@
-"""The outermost loop of a kernel: which machine construct runs its independent pieces."""
+"""A kernel from outside: the loop over its independent pieces, and its parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tvm import tirx
 from tvm.script import tirx as T
+from tvm.tirx.buffer import is_buffer_var
 
 
 def work_loop(kind: str) -> Callable[[Any], Any]:
@@ -16,3 +18,9 @@ def work_loop(kind: str) -> Callable[[Any], Any]:
     write apart before it does, and which rows a work item writes is data.
     """
     return T.parallel if kind == "llvm" else partial(T.thread_binding, thread="blockIdx.x")
+
+
+def used_parameters(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+    """`kernel` without the handles of tensors that its spec does not have."""
+    used = [parameter for parameter in kernel.params if is_buffer_var(parameter)]
+    return tirx.PrimFunc(used, kernel.body, kernel.ret_type, kernel.attrs)

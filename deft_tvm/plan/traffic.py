@@ -38,7 +38,7 @@ class Bytes:
         q: query rows, once for each item that holds the row.
         partials: float32 outputs and LSE of stage 1, written and read.
         output: output rows and their float32 LSE.
-        indices: the plan's arrays.
+        indices: the plan's arrays, and the scales of pages in 8 bits.
     """
 
     k: int
@@ -96,11 +96,11 @@ def traffic(plan: Plan, spec: AttentionSpec) -> Traffic:
     widths = spec.q_width + spec.v_width
     read = int(plan.items[:, 4].sum(dtype=np.int64))
     seen = int(path.sum())
-    page_reads = int((-(-path // plan.page_size)).sum())
+    page_reads = int((-(-path // plan.page_size)).sum()) * _words_a_page(spec)
     partials = 2 * plan.num_partials * partial_bytes(spec)
     held = int(plan.items[:, 1].sum(dtype=np.int64))
     return Traffic(
-        tree=_bytes(plan, spec, read, held, partials, _index_words(plan, spec.num_kv_heads)),
+        tree=_bytes(plan, spec, read, held, partials, _index_words(plan, spec)),
         sequence=_bytes(plan, spec, seen, plan.num_rows, 0, page_reads * spec.num_kv_heads),
         flops=2 * widths * spec.num_q_heads * seen,
         tile_flops=2 * widths * spec.num_kv_heads * _tile_pairs(plan),
@@ -133,14 +133,19 @@ def _bytes(
     )
 
 
-def _index_words(plan: Plan, heads: int) -> int:
+def _words_a_page(spec: AttentionSpec) -> int:
+    """Its number, and the scales of K and V where they are cached in 8 bits."""
+    return 3 if spec.scaled else 1
+
+
+def _index_words(plan: Plan, spec: AttentionSpec) -> int:
     """Words of the plan's arrays that all units read, and those of stage 2."""
     runs = plan.runs
     tokens = _run_tokens(plan)
-    pages = (runs[:, 2] + tokens - 1) // plan.page_size + 1
+    pages = int(((runs[:, 2] + tokens - 1) // plan.page_size + 1).sum())
     a_row = 2 if plan.window is None else 3
-    a_head = int(pages.sum()) + runs.size + plan.items.size + a_row * len(plan.dests)
-    return a_head * heads + plan.merge_rows.size + plan.merge_indptr.size
+    a_head = pages * _words_a_page(spec) + runs.size + plan.items.size + a_row * len(plan.dests)
+    return a_head * spec.num_kv_heads + plan.merge_rows.size + plan.merge_indptr.size
 
 
 def _run_tokens(plan: Plan) -> Ints:

@@ -19,7 +19,6 @@ from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands
 from deft_tvm.pytorch.packing import pack
-from deft_tvm.pytorch.sinks import apply_sinks
 from deft_tvm.pytorch.watch import Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -182,27 +181,30 @@ class TreeAttention:
                 the caller's order; strides but the last are free.
             kv: the layer's cache in the order of ``spec.buffers``, each [pages, page_size, heads,
                 width], with layout HND [pages, heads, page_size, width], or [tokens, heads, width]
-                if the plan has no pages; strides but the last are free.
+                if the plan has no pages; strides but the last are free. Then, in the same order,
+                the scales of those in ``float8_e4m3fn``, float32[heads] or float32[pages, heads]:
+                see `deft_tvm.fp8.quantize`.
             out: [R, query heads, v_width] in q's dtype, contiguous; by default a new tensor.
             lse: [R, query heads], float32, contiguous; by default a new tensor.
-            sinks: [query heads], learned logits of `apply_sinks`; leave them out where states are
-                merged with others afterwards.
+            sinks: float32[query heads], where the spec has them: learned logits in the scale of the
+                scaled scores, which take part in the softmax and have no value. States with sinks
+                in them do not compose: where they are to be merged, leave them out of the spec
+                and `apply_sinks` to what was merged.
 
         Returns:
             `out`, and `lse`: the natural logarithm of the sum of exponentials of the scaled
-            logits. A row that sees nothing has zeros and -inf.
+            logits. A row that sees nothing has zeros, and -inf or its sinks.
 
         Raises:
             PlanError: nothing was planned yet.
             InputError: a tensor does not fit the spec or the plan, or requires grad.
         """
         step = self._planned("run")
-        check_types(q, kv)
+        check_types(self.spec, q, kv, sinks)
+        layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():
-            found = step.watch.run(lambda: self._run(step.operands, q, kv, out, lse), q, kv)
-        else:
-            found = self._run(step.operands, q, kv, out, lse)
-        return found if sinks is None else apply_sinks(*found, sinks)
+            return step.watch.run(lambda: self._run(step.operands, q, layer, out, lse), q, layer)
+        return self._run(step.operands, q, layer, out, lse)
 
     def _run(
         self,

@@ -47,12 +47,18 @@ def check_plan(
         )
 
 
-def check_types(q: Tensor, kv: Sequence[Tensor]) -> None:
-    """Refuse what torch would refuse by printing all of it.
+def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Tensor | None) -> None:
+    """Refuse what torch would refuse by printing all of it, and sinks that do not fit the spec.
 
     Raises:
-        InputError: `q` is no tensor, or `kv` no tuple of tensors.
+        InputError: `q` is no tensor, or `kv` no tuple of tensors; `sinks` are there or not, and
+            the spec says otherwise.
     """
+    if spec.sinks is (sinks is None):
+        given, wanted = ("None", "a tensor") if sinks is None else ("given", "none")
+        raise InputError(
+            f"sinks is {given}; expected {wanted}, since the spec has sinks={spec.sinks}"
+        )
     if isinstance(kv, Tensor):
         raise InputError("kv is one tensor; expected a tuple of them, such as kv.unbind()")
     for i, tensor in enumerate((q, *kv)):
@@ -72,11 +78,10 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
         q.shape == wanted and q.dtype is loaded.dtype and q.device == device and q.stride(2) == 1
     ):
         _refuse("q", q, loaded.dtype, wanted, device)
-    if len(kv) != len(loaded.spec.buffers):
-        names = ", ".join(buffer.name for buffer in loaded.spec.buffers)
-        raise InputError(f"kv has {len(kv)} tensors; expected {len(loaded.spec.buffers)}: {names}")
+    if len(kv) != loaded.caches + len(loaded.scaled) + loaded.spec.sinks:
+        _refuse_number(loaded.spec, kv)
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes
-    for buffer, shape, dtype in zip(kv, shapes, loaded.cache_dtypes, strict=True):
+    for buffer, shape, dtype in zip(kv, shapes, loaded.cache_dtypes, strict=False):
         if not (
             buffer.shape[1:] == shape
             and buffer.dtype is dtype
@@ -85,6 +90,34 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
             and buffer.stride(-1) == 1
         ):
             _refuse_cache(loaded, step, kv, device)
+    for scales, number in loaded.scaled:
+        pages = kv[number].shape[0] if step.paged else 1
+        buffer = loaded.spec.buffers[number]
+        name = f"kv[{scales}] (scales of {buffer.name})"
+        _check_scales(name, kv[scales], pages, buffer.heads, device)
+    if loaded.spec.sinks:
+        sinks, heads = kv[-1], (loaded.spec.num_q_heads,)
+        if not (sinks.shape == heads and _is_float32(sinks, device) and sinks.is_contiguous()):
+            _refuse("sinks", sinks, torch.float32, heads, device)
+
+
+def _check_scales(name: str, scales: Tensor, pages: int, heads: int, device: torch.device) -> None:
+    """One for each head, or for each page and head."""
+    shapes = ((heads,), (pages, heads))
+    if scales.shape not in shapes or not _is_float32(scales, device):
+        _refuse(name, scales, torch.float32, shapes[scales.dim() == 2], device)
+
+
+def _is_float32(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.dtype is torch.float32 and tensor.device == device
+
+
+def _refuse_number(spec: AttentionSpec, kv: Sequence[Tensor]) -> NoReturn:
+    """Say which tensors a layer has."""
+    names = [buffer.name for buffer in spec.buffers]
+    names += [f"scales of {spec.buffers[number].name}" for number in spec.scaled]
+    given = len(kv) - spec.sinks
+    raise InputError(f"kv has {given} tensors; expected {len(names)}: {', '.join(names)}")
 
 
 def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> None:
@@ -143,7 +176,7 @@ def _refuse_cache(
     """Find the buffer that does not fit, and say why."""
     unit = "pages" if step.paged else "tokens"
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes
-    for i, (buffer, shape) in enumerate(zip(kv, shapes, strict=True)):
+    for i, (buffer, shape) in enumerate(zip(kv, shapes, strict=False)):
         name = f"kv[{i}] ({loaded.spec.buffers[i].name})"
         fits = buffer.shape[1:] == shape and buffer.dtype is loaded.cache_dtypes[i]
         if not fits or buffer.device != device or buffer.stride(-1) != 1:

@@ -28,7 +28,8 @@ class Loaded:
         spec: the attention.
         partials: kernels of stage 1, one for each tile class.
         merge: the kernel of stage 2.
-        regions: numbers of the buffers that a kernel takes as K, V and rope.
+        caches: how many of a layer's tensors are cache buffers.
+        scaled: the places of scales among the layer's tensors, and which buffer each is for.
         dtype: of q and out.
         q_shape: of q, all but its rows.
         partial_shape: of a partial, and of out all but its rows.
@@ -45,8 +46,8 @@ class Loaded:
             artifact.partial(tile) for tile in range(len(artifact.tiles))
         )
         self.merge: tvm_ffi.Function = artifact.merge
-        rope = spec.k.buffer if spec.rope is None else spec.rope
-        self.regions = (spec.k.buffer, spec.v.buffer, rope)
+        self.caches = len(spec.buffers)
+        self.scaled = tuple(enumerate(spec.scaled, self.caches))
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.q_shape = (spec.num_q_heads, spec.q_width)
         self.partial_shape = (spec.num_q_heads, spec.v_width)

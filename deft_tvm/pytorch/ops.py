@@ -1,6 +1,7 @@
 """The operators ``torch.ops.deft_tvm.tree_attention`` and ``tree_attention_out``.
 
-They take ``plan`` and ``layout`` as `deft_tvm.pytorch.packing` makes them, and ``module``, a key as
+They take in ``kv`` all of a layer's tensors: the cache buffers, the scales of those in 8 bits, the
+sinks; ``plan`` and ``layout`` as `deft_tvm.pytorch.packing` makes them, and ``module``, a key as
 `deft_tvm.pytorch.loaded` describes it. So an exported program holds tensors and a string, and finds
 its module in whatever process it runs.
 """
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deft_tvm.layer import kernel_operands
 from deft_tvm.pytorch.checks import (
     check_devices,
     check_inputs,
@@ -108,16 +110,17 @@ def _launch(
 ) -> None:
     """Stage 1 for each tile class that has items, then stage 2 where it has rows."""
     if not step.paged:
-        kv = _one_page(loaded, kv)
-    k, v, rope = loaded.regions
+        kv = [*_one_page(loaded, kv[: loaded.caches]), *kv[loaded.caches :]]
+    layer = kernel_operands(loaded.spec, kv)
     rows = (step.row_order, step.row_positions)
-    inputs = (q, kv[k], kv[v], kv[rope], step.header, step.page_indices, *rows, step.runs)
+    inputs = (q, *layer, step.header, step.page_indices, *rows, step.runs)
     partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
     for kernel, items in zip(loaded.partials, step.items, strict=True):
         if items.shape[0]:
             kernel(*inputs, items, step.dests, out, lse, *partials)
     if step.merge_rows.shape[0]:
-        loaded.merge(*partials, step.merge_indptr, step.merge_rows, out, lse)
+        sinks = layer[-1:] if loaded.spec.sinks else []
+        loaded.merge(*partials, *sinks, step.merge_indptr, step.merge_rows, out, lse)
 
 
 def _one_page(loaded: Loaded, kv: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,8 @@
     out' = out · exp(lse - lse')        lse' = ln(exp(lse) + exp(sink))
 
 (gpt-oss; Xiao et al. 2024 keep real tokens for it.) A sink belongs to a row and not to a set of
-tokens, so it comes in once, after the merge: states with a sink in them no longer compose.
+tokens, so that states with a sink in them no longer compose. Kernels of a spec with sinks take them
+in where a row's states meet; this is for states that meet elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
     """Attention with a sink in each head, from attention without. Changes `out` and `lse`.
 
     Args:
-        out: [R, query heads, v_width], as ``TreeAttention.run`` returns it.
+        out: [R, query heads, v_width], as ``merge_states`` returns it.
         lse: [R, query heads], natural logarithm; -inf for a row that sees nothing.
         sinks: [query heads], learned logits in the scale of the scaled scores; -inf for none.
 

@@ -67,7 +67,7 @@ class Watch(NamedTuple):
         from deft_tvm.check import bound_of, largest_error
         from deft_tvm.workloads import Case
 
-        exact = Case(self.spec, self.plan.forest, self.pages, q, tuple(kv)).reference()
+        exact = Case.of_layer(self.spec, self.plan.forest, self.pages, q, kv).reference()
         bound = bound_of(self.plan, exact, self.spec.dtype)
         _hold("out", largest_error(out, exact.out), bound.out)
         _hold("lse", largest_error(lse, exact.lse), bound.lse)

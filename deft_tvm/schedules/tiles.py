@@ -60,6 +60,11 @@ def _cuda_operand(spec: AttentionSpec, lane_rows: int) -> Dtype:
 
 
 def _one_dtype(spec: AttentionSpec) -> Dtype:
-    """The type of the query and of all that is cached, float32 where they differ: it holds all."""
-    dtypes = {spec.dtype, *(buffer.dtype for buffer in spec.buffers)}
-    return spec.dtype if len(dtypes) == 1 else "float32"
+    """The type of the query and of all that is cached, float32 where they differ: it holds all.
+
+    8-bit elements become any type exactly. But float16 is too narrow for probabilities times V's
+    scale, where that is small.
+    """
+    dtypes = {spec.dtype, *(buffer.dtype for buffer in spec.buffers if not buffer.scaled)}
+    narrow = spec.scaled and spec.dtype == "float16"
+    return spec.dtype if len(dtypes) == 1 and not narrow else "float32"

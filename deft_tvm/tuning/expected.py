@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deft_tvm.reference import Bound, Exact, capped, merge_states, sensitivity
+from deft_tvm.reference import Bound, Exact, capped, merge_states, scaled, sensitivity
 from deft_tvm.tuning.subject import Launch
 
 
@@ -83,10 +83,13 @@ def _partials(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
 
 def _item(launch: Launch, item: Sequence[int]) -> Exact:
     """Attention of the item's rows over its tokens; out ``[rows, Hq, v_width]``."""
-    case, spec, (row_begin, num_rows, *_) = launch.case, launch.case.spec, item
+    case, spec, (row_begin, num_rows, *_, dest_begin, _) = launch.case, launch.case.spec, item
     page, slot, seen = _tokens(launch, item)
     place = (page, slice(None), slot) if spec.layout == "HND" else (page, slot)
-    read = [buffer[place].double() for buffer in case.buffers]
+    read = [
+        scaled(buffer[place].double(), factor, page)
+        for buffer, factor in zip(case.buffers, case.scale_of, strict=True)
+    ]
     keys = read[spec.k.buffer][..., spec.k.begin : spec.k.end]
     values = read[spec.v.buffer][..., spec.v.begin : spec.v.end]
     if spec.rope is not None:
@@ -98,6 +101,11 @@ def _item(launch: Launch, item: Sequence[int]) -> Exact:
     max_logit = _largest(sensitivity(logits, spec.soft_cap))
     masked = capped(logits, spec.soft_cap).masked_fill(~seen[:, None, None], -math.inf)
     lse = masked.logsumexp(-1)
+    if case.sinks is not None:
+        alone = torch.from_numpy(launch.plan.dests[dest_begin : dest_begin + num_rows] < 0)
+        sinks = case.sinks.double().view(spec.num_kv_heads, -1)
+        lse = torch.where(alone[:, None, None], torch.logaddexp(lse, sinks), lse)
+        max_logit = max(max_logit, _largest(sinks))
     weights = (masked - lse.nan_to_num(neginf=0)[..., None]).exp()
     out = torch.einsum("rngt,tnv->rngv", weights, values)
     return Exact(out.flatten(1, 2), lse.flatten(1), max_logit, _largest(values), len(page))
@@ -125,10 +133,12 @@ def _tokens(launch: Launch, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
 
 
 def _merged(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
-    partial_out, partial_lse, indptr, rows = (tensor.cpu() for tensor in launch.inputs)
+    partial_out, partial_lse, *sinks, indptr, rows = (tensor.cpu() for tensor in launch.inputs)
     for row, *span in zip(rows.tolist(), indptr[:-1].tolist(), indptr[1:].tolist(), strict=True):
         part = slice(*span)
-        outputs[0][row], outputs[1][row] = merge_states(partial_out[part], partial_lse[part])
+        out, lse = merge_states(partial_out[part], partial_lse[part])
+        total = torch.logaddexp(lse, sinks[0].double()) if sinks else lse
+        outputs[0][row], outputs[1][row] = out * (lse - total).exp()[..., None], total
     written = rows.long()
     return Exact(
         outputs[0][written],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deft_tvm import workloads
 from deft_tvm.device import DeviceProfile
+from deft_tvm.layer import kernel_operands
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.spec import AttentionSpec, TileShape
 
@@ -119,19 +120,19 @@ def _plan(case: workloads.Case, tiles: Sequence[TileShape], device: DeviceProfil
 
 
 def _partial_arguments(case: workloads.Case, plan: Plan, items: np.ndarray) -> Arguments:
-    spec, buffers = case.spec, case.buffers
-    k, v = buffers[spec.k.buffer], buffers[spec.v.buffer]
-    rope = k if spec.rope is None else buffers[spec.rope]
+    layer = kernel_operands(case.spec, case.layer)
     rows = (plan.row_order, plan.row_positions)
     arrays = (plan.header, plan.page_indices, *rows, plan.runs, items, plan.dests)
-    inputs = (case.q, k, v, rope, *map(torch.tensor, arrays))
+    inputs = (case.q, *layer, *map(torch.tensor, arrays))
     return inputs, (*_results(case), *_partials(case, plan))
 
 
 def _merge_arguments(case: workloads.Case, plan: Plan) -> Arguments:
     random = torch.Generator().manual_seed(0)
     partials = (partial.normal_(generator=random) for partial in _partials(case, plan))
-    return (*partials, *map(torch.tensor, (plan.merge_indptr, plan.merge_rows))), _results(case)
+    sinks = () if case.sinks is None else (case.sinks,)
+    entries = map(torch.tensor, (plan.merge_indptr, plan.merge_rows))
+    return (*partials, *sinks, *entries), _results(case)
 
 
 def _results(case: workloads.Case) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deft_tvm.arrays import consecutive
+from deft_tvm.fp8 import quantize
 from deft_tvm.pages import PageTable
 from deft_tvm.reference import Exact, tree_attention
 from deft_tvm.spec import AttentionSpec, CacheBuffer
@@ -30,6 +33,8 @@ class Case:
         buffers: the cache in the order of ``spec.buffers``, each [pages, page_size, heads, width]
             (HND: [pages, heads, page_size, width]; contiguous: [tokens, heads, width]). Slots
             that hold no token are NaN.
+        scales: of those buffers that have any, each float32[heads] or float32[pages, heads].
+        sinks: float32[query heads], where the spec has sinks.
     """
 
     spec: AttentionSpec
@@ -37,6 +42,39 @@ class Case:
     pages: PageTable
     q: Tensor
     buffers: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...] = ()
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of_layer(
+        cls,
+        spec: AttentionSpec,
+        forest: Forest,
+        pages: PageTable,
+        q: Tensor,
+        layer: Sequence[Tensor],
+    ) -> Case:
+        """With the layer's tensors as `layer` has them."""
+        caches, scales = len(spec.buffers), len(spec.scaled)
+        buffers, rest = tuple(layer[:caches]), tuple(layer[caches:])
+        sinks = rest[-1] if spec.sinks else None
+        return cls(spec, forest, pages, q, buffers, rest[:scales], sinks)
+
+    @property
+    def kv(self) -> tuple[Tensor, ...]:
+        """What ``TreeAttention.run`` takes as the layer's cache."""
+        return (*self.buffers, *self.scales)
+
+    @property
+    def layer(self) -> tuple[Tensor, ...]:
+        """All tensors of the layer beside q, as `AttentionSpec.operands` numbers them."""
+        return self.kv if self.sinks is None else (*self.kv, self.sinks)
+
+    @property
+    def scale_of(self) -> tuple[Tensor | None, ...]:
+        """For each buffer its scales, None for a buffer without."""
+        given = iter(self.scales)
+        return tuple(next(given) if buffer.scaled else None for buffer in self.spec.buffers)
 
     def reference(self) -> Exact:
         """The oracle's answer in float64."""
@@ -61,6 +99,8 @@ class Case:
             soft_cap=spec.soft_cap,
             bidirectional=forest.bidirectional.astype(bool).tolist(),
             window=spec.window,
+            scales=self.scale_of,
+            sinks=self.sinks,
         )
 
 
@@ -71,6 +111,7 @@ def tensors(
     *,
     contiguous: bool = False,
     max_logit: float | None = None,
+    scales: Literal["head", "page"] = "page",
 ) -> Case:
     """Normally distributed q, K and V in a cache that looks used.
 
@@ -83,6 +124,7 @@ def tensors(
         seed: another one, other numbers and another order of pages.
         contiguous: a cache without pages, nodes back to back in the caller's order.
         max_logit: scale q so that logits reach about ± this; by default they are about ± 5.
+        scales: whether 8-bit caches have a scale for each head, or each page and head.
     """
     random = torch.Generator().manual_seed(seed)
     pages = PageTable.contiguous(forest) if contiguous else shuffled_pages(forest, spec, seed)
@@ -91,8 +133,22 @@ def tensors(
         # Logits of unit-normal q and k have the deviation scale · √width, and the largest of a
         # hundred thousand are some five deviations out.
         q *= max_logit / (5 * spec.scale * spec.q_width**0.5)
-    buffers = (_buffer(buffer, spec, forest, pages, random) for buffer in spec.buffers)
-    return Case(spec, forest, pages, q.to(getattr(torch, spec.dtype)), tuple(buffers))
+    filled = [_buffer(buffer, spec, forest, pages, random) for buffer in spec.buffers]
+    by_page = scales == "page" and not contiguous
+    quantised = [
+        quantize(values, layout=spec.layout, by_page=by_page)
+        for values, buffer in zip(filled, spec.buffers, strict=True)
+        if buffer.scaled
+    ]
+    given = iter(quantised)
+    buffers = (
+        next(given)[0] if buffer.scaled else values.to(getattr(torch, buffer.dtype))
+        for values, buffer in zip(filled, spec.buffers, strict=True)
+    )
+    sinks = torch.randn(spec.num_q_heads, generator=random) if spec.sinks else None
+    dtype = getattr(torch, spec.dtype)
+    found = tuple(scale for _, scale in quantised)
+    return Case(spec, forest, pages, q.to(dtype), tuple(buffers), found, sinks)
 
 
 def shuffled_pages(forest: Forest, spec: AttentionSpec, seed: int = 0) -> PageTable:
@@ -126,8 +182,8 @@ def _buffer(
     pages: PageTable,
     random: torch.Generator,
 ) -> Tensor:
+    """float32, not yet rounded to the buffer's type."""
     tokens = torch.randn(forest.num_tokens, buffer.heads, buffer.width, generator=random)
-    tokens = tokens.to(getattr(torch, buffer.dtype))
     if pages.is_contiguous:
         return tokens
     shape = (pages.max_page + 1, spec.page_size, buffer.heads, buffer.width)

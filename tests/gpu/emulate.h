@@ -36,6 +36,16 @@ struct nv_bfloat16 {
 static inline float __bfloat162float(nv_bfloat16 value) { return value; }
 static inline nv_bfloat16 __float2bfloat16(float value) { return value; }
 static inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+static inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+static inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
 static inline float __half2float(half value) { return value; }
 static inline half __float2half_rn(float value) { return half(value); }
 

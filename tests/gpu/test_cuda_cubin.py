@@ -39,6 +39,8 @@ VARIANTS = (
     "gqa:hq=32,hkv=8,d=128,dtype=bf16,layout=hnd",
     "kv:hq=32,hkv=8,buffers=state*8*128*bf16+rope*1*64*bf16,k=0*0*128,v=0*0*128,rope=1,"
     "scale=0.125,dtype=bf16",
+    "gqa:hq=32,hkv=8,d=128,kv_dtype=e4m3,dtype=bf16,sinks=yes",
+    "mla:hq=16,d=128,kv_dtype=e4m3,rope=64,dtype=bf16,page=64,scale=0.1",
 )
 
 

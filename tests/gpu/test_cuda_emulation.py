@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,24 @@ CASES = {
         BRANCHES,
         "flatten",
     ),
+    "scalar, 8 bits": (
+        gqa(8, 2, 64, "float32", kv_dtype="float8_e4m3fn"),
+        (8, 32, "float32"),
+        BRANCHES,
+        "packed",
+    ),
+    "tensor cores, 8 bits and sinks": (
+        gqa(8, 2, 64, "bfloat16", kv_dtype="float8_e4m3fn", sinks=True),
+        (32, 32, "bfloat16"),
+        BRANCHES,
+        "node",
+    ),
+    "scalar, sinks, a row alone and rows that see nothing": (
+        gqa(4, 2, 64, "float32", sinks=True),
+        (4, 16, "float32"),
+        EMPTY,
+        "node",
+    ),
     "empty": (gqa(4, 2, 64, "float16"), (16, 16, "float16"), EMPTY, "node"),
 }
 
@@ -117,17 +136,18 @@ def test_matches_the_oracle(case: str, tmp_path: Path) -> None:
     check(problem)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_reads_caches_of_odd_strides(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "float8_e4m3fn"])
+def test_reads_caches_of_odd_strides(kv_dtype: str, tmp_path: Path) -> None:
     """Rows that no 16-byte load can reach are read element by element."""
-    spec, operand = gqa(4, 2, 64, dtype), dtype
+    operand = "bfloat16" if kv_dtype == "float8_e4m3fn" else kv_dtype
+    spec = gqa(4, 2, 64, operand, kv_dtype=kv_dtype)
     problem = make_problem(spec, BRANCHES, (TileShape(16, 32, operand),), "packed")
     shifted = []
-    for cache in problem.caches:
-        wide = torch.full((*cache.shape[:-1], 67), torch.nan, dtype=cache.dtype)
+    for cache in problem.case.buffers:
+        wide = torch.full((*cache.shape[:-1], 67), torch.nan).to(cache.dtype)
         wide[..., 1:65] = cache
         shifted.append(wide[..., 1:65])
-    object.__setattr__(problem, "caches", tuple(shifted))
+    problem = replace(problem, case=replace(problem.case, buffers=tuple(shifted)))
     run(problem, tmp_path)
     check(problem)
 
@@ -199,7 +219,7 @@ def test_a_missing_wait_gives_wrong_results(case: str, tmp_path: Path) -> None:
 
 def test_merge_has_no_races(tmp_path: Path) -> None:
     problem = problem_of("scalar, decode tile")
-    kernel = translate(cuda_of(merge_task(problem.spec)), "merge")
+    kernel = translate(cuda_of(merge_task(problem.case.spec)), "merge")
     for partial in (problem.partial_out, problem.partial_lse):
         partial.zero_()
     assert kernel.races(tmp_path, 4, merge_arguments(problem)) == 0
@@ -207,7 +227,7 @@ def test_merge_has_no_races(tmp_path: Path) -> None:
 
 def first_launch(problem: Problem) -> tuple[Kernel, Arguments]:
     tile, begin, end = problem.plan.launches[0]
-    task = partial_task(problem.spec, problem.plan.tiles[tile])
+    task = partial_task(problem.case.spec, problem.plan.tiles[tile])
     return translate(cuda_of(task), "partial"), partial_arguments(problem, begin, end)
 
 

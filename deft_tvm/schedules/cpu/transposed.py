@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
+from deft_tvm.schedules.blocks import matrices_of_softmax
 from deft_tvm.schedules.cpu.blocks import load_widths
 from deft_tvm.schedules.cpu.instructions import narrow_pairs
 from deft_tvm.schedules.verbs import (
@@ -26,7 +27,6 @@ TRANSPOSED = (
     "init_out",
     "scores",
     "masked_logits",
-    "exponentials",
     "fold",
     "accumulate",
 )
@@ -40,12 +40,12 @@ ROW_VECTORS = (
     "keep_sum",
     "normalise",
 )
-TILE_PASSES = ("init_out", "logits", "masked_logits", "exponentials", "keep_out")
+TILE_PASSES = ("init_out", "logits", "masked_logits", "keep_out")
 
 
 def transpose(sch: Schedule, spec: AttentionSpec, paired: bool) -> None:
     """Transpose every tile; `paired`: neighbours of a reduction stand beside each other."""
-    for block in TRANSPOSED:
+    for block in (*TRANSPOSED, *matrices_of_softmax(spec)):
         sch.transform_layout(sch.get_sblock(block), ("write", 0), swap)
     factors = ["load_q", "probabilities"]
     if spec.rope is not None:
@@ -63,7 +63,7 @@ def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
 
 def pass_over_rows(sch: Schedule, spec: AttentionSpec, lanes: int) -> None:
     """All that is one pass a tile: rows in lanes, and the loads along their own rows."""
-    for block in TILE_PASSES:
+    for block in (*TILE_PASSES, *matrices_of_softmax(spec)):
         vectorize_over(sch, block, 0, lanes)
     for block in ROW_VECTORS:
         vectorize_last(sch, block, lanes)

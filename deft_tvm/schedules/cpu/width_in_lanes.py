@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.blocks import score_products
+from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
 from deft_tvm.schedules.cpu.instructions import dot, dot_llvm
 from deft_tvm.schedules.cpu.vector import float_lanes, registers
@@ -56,7 +56,8 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     for block, width in load_widths(spec).items():
         vectorize_last(sch, block, power_of_two_in(width, lanes))
     token_lanes = power_of_two_in(tile.kv_tile, lanes)
-    for block in ("logits", "masked_logits", "exponentials", "probabilities"):
+    passes = ("logits", "masked_logits", *matrices_of_softmax(spec), "probabilities")
+    for block in passes:
         vectorize_last(sch, block, token_lanes)
     return True
 

@@ -13,9 +13,8 @@ MATRIX_PASSES = (
     "init_out",
     "logits",
     "masked_logits",
-    "exponentials",
     "probabilities",
     "keep_out",
     "write_out",
 )
-"""One element of a matrix after the other."""
+"""One element of a matrix after the other, beside `blocks.matrices_of_softmax`."""

@@ -16,9 +16,9 @@ from tvm.ir import TensorLoad, Var
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import storage
+from deft_tvm.kernels.numerics import FP8_BITS, storage
 from deft_tvm.schedules.cuda.threads import LANES, bind_threads
-from deft_tvm.spec import DTYPE_BYTES
+from deft_tvm.spec import DTYPE_BYTES, FP8
 
 BYTES = 16
 COPY = "deft_tvm.copy"
@@ -68,10 +68,33 @@ __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s*
 """
 
 
+# The float32 with an e4m3 byte's exponent and mantissa is 2^-120 times it, subnormal or not.
+DECODE_SOURCE = """
+__device__ __forceinline__ void deft_decode_16_bytes(%(tile)s* tile, const unsigned char* row) {
+  uint4 bits;
+  unsigned char* held = (unsigned char*)&bits;
+  if ((size_t)row %% 16 == 0) {
+    bits = *(const uint4*)row;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) held[i] = row[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    unsigned sign = (held[i] & 0x80u) << 24, size = held[i] & 0x7fu;
+    float value = __uint_as_float(size << 20 | sign) * 0x1p120f;
+    unsigned found = size == 0x7fu ? 0x7fc00000u : __float_as_uint(value);
+    tile[i] = %(stored)s;
+  }
+}
+"""
+
+
 def whole_lanes(source: str, operand: str, width: int) -> int:
     """Elements of a `source` cache that one copy moves into a tile of `operand`; 1: no copies."""
     lanes = BYTES // DTYPE_BYTES[source]
-    return lanes if width % lanes == 0 and operand in (source, "float32") else 1
+    possible = source == FP8 or operand in (source, "float32")
+    return lanes if width % lanes == 0 and possible else 1
 
 
 def load_tile(sch: Schedule, block: str, warps: Any, lanes: int) -> None:
@@ -125,7 +148,8 @@ def _call(store: Any, lanes: int, later: bool) -> tirx.Stmt:
     """The device function for a store of the first of `lanes` elements."""
     loads: list[Any] = []
     tvm_ffi.structural_walk(store.value, [(TensorLoad, loads.append)])
-    (row,) = (load for load in loads if load.source.scope() == "global")
+    # Decoding names the one element that it reads more than once.
+    row = next(load for load in loads if load.source.scope() == "global")
     function, text = _device_function(str(row.source.ty.dtype), str(store.buffer.ty.dtype), later)
     # An access pointer, since TVM's barriers take no notice of a plain address.
     (offset,) = store.buffer.offset_of(store.indices)
@@ -135,6 +159,10 @@ def _call(store: Any, lanes: int, later: bool) -> tirx.Stmt:
 
 def _device_function(source: str, tile: str, later: bool) -> tuple[str, str]:
     """Name and text of what moves 16 bytes of a `source` cache into a tile of `tile` elements."""
+    if source == FP8_BITS:
+        stored = {"float32": "__uint_as_float(found)", "uint16": "found >> 16"}[tile]
+        kind = {"float32": "float", "uint16": "unsigned short"}[tile]
+        return "deft_decode_16_bytes", DECODE_SOURCE % {"tile": kind, "stored": stored}
     if storage(source) != tile:
         return "deft_widen_16_bytes", WIDEN_SOURCE % {"type": CUDA_TYPES[source]}
     if later:

@@ -26,7 +26,12 @@ def locate_tokens(task: KernelTask, sch: Schedule, warps: Any) -> None:
     locate = sch.get_sblock("locate")
     for table in range(TABLES if task.spec.window is None else TABLES + 1):
         sch.set_scope(locate, table, TABLE_SCOPE)
-    for block in ("seek", "locate"):
+    by_token = ["seek", "locate"]
+    if task.spec.scaled:
+        for table in range(2):
+            sch.set_scope(sch.get_sblock("find_scales"), table, TABLE_SCOPE)
+        by_token.append("find_scales")
+    for block in by_token:
         deal_threads(sch, block, warps)
     tokens = sch.get_loops(sch.get_sblock("find_cut"))[-1]
     sch.bind(sch.split(tokens, [None, LANES])[1], "threadIdx.x")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.blocks import score_products
+from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
     MATRIX_PASSES,
     ROW_KEEPS,
@@ -38,15 +38,15 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     tile = task.tile
     if tile is None:
         return False
-    products = score_products(task.spec)
+    products, made = score_products(task.spec), matrices_of_softmax(task.spec)
     warps = knobs.pick("warps", WARPS, nearest(WARPS, max(4, tile.lane_rows // 8)))
 
     locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)
 
-    keep(sch, ("init_out", *products, "logits", "exponentials", "accumulate", "fold"), DEALT)
+    keep(sch, ("init_out", *products, "logits", *made, "accumulate", "fold"), DEALT)
     keep(sch, ("probabilities",), TILE_SCOPE)
-    for block in (*products, "accumulate", "fold", *MATRIX_PASSES):
+    for block in (*products, "accumulate", "fold", *MATRIX_PASSES, *made):
         deal(sch, block, warps)
 
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), DEALT_ROWS)

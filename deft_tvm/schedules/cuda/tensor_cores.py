@@ -10,7 +10,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from deft_tvm.schedules.blocks import score_products
+from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
     MATRIX_PASSES,
     ROW_KEEPS,
@@ -42,19 +42,19 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     if tile is None or not _fits(task):
         return False
     operand, warps = tile.operand, tile.lane_rows // SIDE
-    products = score_products(task.spec)
+    products, made = score_products(task.spec), matrices_of_softmax(task.spec)
 
     locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)
 
-    matrices = ("init_out", *products, "logits", "exponentials", "probabilities")
+    matrices = ("init_out", *products, "logits", *made, "probabilities")
     for block in (*matrices, "accumulate", "fold"):
         keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), fragments_of)
     for block in products:
         _product(sch, block, operand, transposed=True)
     _fold_at(sch, _product(sch, "accumulate", operand, transposed=False))
-    for block in MATRIX_PASSES:
+    for block in (*MATRIX_PASSES, *made):
         _on_fragments(sch, block)
 
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), TILE_SCOPE)
