@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deft_tvm import errors
+    from deft_tvm.context import context_part, divide_context
     from deft_tvm.device import DeviceProfile
     from deft_tvm.errors import DeftError
     from deft_tvm.fp8 import dequantize, quantize
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         absorb_query,
         apply_sinks,
         expand_output,
+        gather_heads,
         load,
+        merge_ranks,
         merge_states,
     )
     from deft_tvm.spec import AttentionSpec
@@ -41,10 +44,14 @@ __all__ = [
     "TreeAttentionModule",
     "absorb_query",
     "apply_sinks",
+    "context_part",
     "dequantize",
+    "divide_context",
     "errors",
     "expand_output",
+    "gather_heads",
     "load",
+    "merge_ranks",
     "merge_states",
     "quantize",
 ]
@@ -61,10 +68,14 @@ _HOMES = {
     "TreeAttentionModule": "pytorch",
     "absorb_query": "pytorch",
     "apply_sinks": "pytorch",
+    "context_part": "context",
     "dequantize": "fp8",
+    "divide_context": "context",
     "quantize": "fp8",
     "expand_output": "pytorch",
     "load": "pytorch",
+    "gather_heads": "pytorch",
+    "merge_ranks": "pytorch",
     "merge_states": "pytorch",
 }
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -63,6 +64,8 @@ class Forest:
         row_order: int32[num_rows], the caller's number of each preorder row.
         start: tokens on the path above the node, so the path position of its first token.
         diagonal: tokens that all of the subtree's rows see; the later ones are cut causally.
+        is_part: `deft_tvm.context.context_part` made it: tokens are elsewhere too, so that no
+            position is known, and no window can be planned.
     """
 
     parents: Int32
@@ -77,6 +80,7 @@ class Forest:
     row_order: Int32
     start: Int32
     diagonal: Int32
+    is_part: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -302,8 +306,8 @@ def _without_tokens(parents: Int32, rows: Int32, bidirectional: Int32) -> Forest
         "row_order": consecutive(begins, rows[preorder]),
     }
     zeros = read_only(np.zeros_like(parents))
-    shared = {name: read_only(array) for name, array in arrays.items()}
-    own = {"rows": rows, "bidirectional": bidirectional}
+    shared: dict[str, Any] = {name: read_only(array) for name, array in arrays.items()}
+    own: dict[str, Any] = {"rows": rows, "bidirectional": bidirectional}
     return Forest(parents, lengths=zeros, start=zeros, diagonal=zeros, **own, **shared)
 
 

@@ -90,7 +90,7 @@ def _key_and_value(spec, buffers, page, slot, head, reads):
         return key, value
     heads = buffers[spec.rope][page, slot]
     rope = heads[head if len(heads) > 1 else 0]
-    reads["rope"] += rope.size
+    reads["rope"] += rope.size if len(heads) > 1 or head == 0 else 0
     return np.concatenate([key, rope]), value
 
 

@@ -22,7 +22,7 @@ CORRIDOR = (
     ("errors",),
     ("env", "arrays"),
     ("debug",),
-    ("spec", "notation", "device", "preorder", "prefixes", "tree", "pages"),
+    ("spec", "notation", "device", "preorder", "prefixes", "tree", "pages", "context"),
     ("plan",),
     ("kernels",),
     ("schedules",),
@@ -30,6 +30,7 @@ CORRIDOR = (
     ("manifest", "threads"),
     ("build",),
     ("artifact",),
+    ("fp8", "layer"),
     ("pytorch",),
     ("integrations",),
 )

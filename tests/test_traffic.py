@@ -55,7 +55,7 @@ def test_sequence_based_decoding_reads_what_each_row_sees(case) -> None:
     counted, spec, sizes = traffic(plan, case.spec).sequence, case.spec, element_bytes(case.spec)
     assert counted.k == (0 if spec.tied else seen * 2 * 4 * sizes["k"])  # KV heads, width, bytes
     assert counted.v == seen * 2 * spec.v_width * sizes["v"]
-    assert counted.rope == seen * 2 * spec.rope_width * sizes["rope"]
+    assert counted.rope == seen * spec.rope_width * sizes["rope"]  # one head for both
     assert counted.q == case.q.size * sizes["q"]
     assert counted.partials == 0
 
@@ -78,7 +78,7 @@ def test_sequence_grouping_saves_nothing() -> None:
     assert counted.tree.kv == counted.sequence.kv
 
 
-def test_a_tied_state_is_read_once_and_its_rope_under_every_head() -> None:
+def test_a_tied_state_is_read_once_and_so_is_a_rope_that_heads_share() -> None:
     spec = AttentionSpec(
         num_q_heads=4,
         num_kv_heads=2,
@@ -89,7 +89,16 @@ def test_a_tied_state_is_read_once_and_its_rope_under_every_head() -> None:
         rope=1,
     )
     counted = traffic_of(Forest.from_parents([-1], [10]), spec=spec).tree
-    assert (counted.k, counted.v, counted.rope) == (0, 10 * 2 * 16 * 4, 10 * 2 * 8 * 2)
+    assert (counted.k, counted.v, counted.rope) == (0, 10 * 2 * 16 * 4, 10 * 8 * 2)
+
+
+def test_gta_reads_about_half_of_gqa() -> None:
+    """arXiv 2505.21487, table 26: 8.5 to 16 of the head width for 8 KV heads."""
+    forest = Forest.from_parents([-1], [65536])
+    heads = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+    gta, gqa = AttentionSpec.gta(**heads, rope_dim=64), AttentionSpec.gqa(**heads)
+    read = [traffic_of(forest, spec=spec).tree.kv for spec in (gta, gqa)]
+    assert read[0] / read[1] == 8.5 / 16
 
 
 def test_a_forest_without_rows_moves_nothing() -> None:

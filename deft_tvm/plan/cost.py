@@ -224,7 +224,7 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
         kv_tile=kv_tile,
         step_seconds=flops_a_step / np.array([model.rate(tile) for tile in tiles]),
         fixed_seconds=model.unit_seconds + 4 * widths * lanes / (bandwidth / model.cores),
-        token_seconds=token_bytes(spec) / (bandwidth / model.cores),
+        token_seconds=token_bytes(spec) / spec.num_kv_heads / (bandwidth / model.cores),
         partial_seconds=2 * partial_bytes(spec) / bandwidth,
         launch_seconds=model.launch_seconds,
         heads=spec.num_kv_heads,
@@ -237,23 +237,27 @@ def _longest(spec: AttentionSpec, reach_bytes: int, step: int) -> int:
     """Whole steps of tokens that lie within the reach."""
     if not reach_bytes:
         return np.iinfo(np.int32).max
-    tokens = reach_bytes // (token_bytes(spec) * spec.num_kv_heads)
+    tokens = reach_bytes // token_bytes(spec)
     return max(tokens // step, 1) * step
 
 
 def token_bytes(spec: AttentionSpec) -> int:
-    """Bytes of one token that a unit reads: K, V and rope of one KV head, a tied state once."""
-    return sum(part for part in kv_bytes(spec).values())
+    """Bytes of one token that an item reads: K, V and rope of all KV heads, a tied state once."""
+    return sum(kv_bytes(spec).values())
 
 
 def kv_bytes(spec: AttentionSpec) -> dict[str, int]:
-    """Bytes of one token under one KV head by kind; where K lies inside V, it is all V's."""
+    """The same by kind; where K lies inside V, it is all V's.
+
+    A rope that all heads share is read from memory once: an item's heads are worked on side by
+    side and one after another, so that the other heads find it in a cache that they share.
+    """
     k, v = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
     rope = spec.buffers[spec.rope] if spec.rope is not None else None
     return {
-        "k": 0 if spec.tied else spec.k_width * DTYPE_BYTES[k.dtype],
-        "v": spec.v_width * DTYPE_BYTES[v.dtype],
-        "rope": spec.rope_width * DTYPE_BYTES[rope.dtype] if rope else 0,
+        "k": 0 if spec.tied else spec.num_kv_heads * spec.k_width * DTYPE_BYTES[k.dtype],
+        "v": spec.num_kv_heads * spec.v_width * DTYPE_BYTES[v.dtype],
+        "rope": rope.heads * rope.width * DTYPE_BYTES[rope.dtype] if rope else 0,
     }
 
 

@@ -78,7 +78,7 @@ def make_plan(
 
     Raises:
         PlanError: an unknown grouping, a chunk that is not positive or not wanted, no usable tile
-            class, or pages of another size than the spec's.
+            class, pages of another size than the spec's, or a window on a part of a forest.
         PageError: `pages` does not hold the tokens of `forest`.
     """
     _check(pages, spec, grouping, chunk, deterministic)
@@ -117,6 +117,11 @@ class Recipe:
     def __call__(self, forest: Forest, pages: PageTable, previous: Plan | None = None) -> Plan:
         """The plan of `forest`; what `previous` numbered alike is taken from it."""
         pages.check(forest)
+        if forest.is_part and self.window is not None:
+            raise PlanError(
+                f"window is {self.window}; expected None, as positions in a part of a forest are "
+                f"not known"
+            )
         walk = Walk.of(forest, self.window)
         grouping, groups, chunk = self._choose(walk)
         groups = cut_rows(walk, cut_tokens(walk, groups, chunk), self.prices.most_rows)

@@ -2,7 +2,8 @@
 
 A unit, one item under one KV head, reads each token of its item once, whatever rows it holds, and
 looks one page index up for each page that a run touches. Stage 2 reads what stage 1 wrote. Caches
-are not modelled: these are the bytes asked for, and what sharing saves is fewer requests.
+are not modelled, but for a rope that the units of an item share: these are the bytes asked for, and
+what sharing saves is fewer requests.
 
 Beside it stands sequence-based decoding, which DeFT (ICLR 2025, table 17) compares with: every row
 reads every token of its own path for itself, in one pass and so without partials.
@@ -34,7 +35,7 @@ class Bytes:
     Attributes:
         k: keys without their rope part; 0 where they lie inside the values.
         v: values.
-        rope: rotated keys, read again under every KV head.
+        rope: rotated keys, once for all KV heads if they share them.
         q: query rows, once for each item that holds the row.
         partials: float32 outputs and LSE of stage 1, written and read.
         output: output rows and their float32 LSE.
@@ -123,7 +124,7 @@ def _bytes(
     plan: Plan, spec: AttentionSpec, tokens: int, rows: int, partials: int, words: int
 ) -> Bytes:
     heads, size = spec.num_q_heads, DTYPE_BYTES[spec.dtype]
-    kv = {kind: tokens * spec.num_kv_heads * each for kind, each in kv_bytes(spec).items()}
+    kv = {kind: tokens * each for kind, each in kv_bytes(spec).items()}
     return Bytes(
         **kv,
         q=rows * heads * spec.q_width * size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deft_tvm.pytorch.attention import TreeAttention, load
+from deft_tvm.pytorch.distributed import gather_heads, merge_ranks
 from deft_tvm.pytorch.latent import absorb_query, expand_output
 from deft_tvm.pytorch.layer import TreeAttentionModule
 from deft_tvm.pytorch.merge import merge_states
@@ -14,6 +15,8 @@ __all__ = [
     "absorb_query",
     "apply_sinks",
     "expand_output",
+    "gather_heads",
     "load",
+    "merge_ranks",
     "merge_states",
 ]

@@ -92,9 +92,9 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
             _refuse_cache(loaded, step, kv, device)
     for scales, number in loaded.scaled:
         pages = kv[number].shape[0] if step.paged else 1
-        buffer = loaded.spec.buffers[number]
-        name = f"kv[{scales}] (scales of {buffer.name})"
-        _check_scales(name, kv[scales], pages, buffer.heads, device)
+        cache = loaded.spec.buffers[number]
+        name = f"kv[{scales}] (scales of {cache.name})"
+        _check_scales(name, kv[scales], pages, cache.heads, device)
     if loaded.spec.sinks:
         sinks, heads = kv[-1], (loaded.spec.num_q_heads,)
         if not (sinks.shape == heads and _is_float32(sinks, device) and sinks.is_contiguous()):

@@ -1,0 +1,145 @@
+"""Attention divided among processes, for real, over gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from built import artifact
+from cases import TILES, forests, profile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import FOREST, whole
+
+from deft_tvm.context import context_part, divide_context
+from deft_tvm.errors import PlanError, TreeError
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import make_plan
+from deft_tvm.reference import dense_mask
+from deft_tvm.spec import AttentionSpec
+from deft_tvm.tree import Forest
+
+GLA = AttentionSpec.gla(
+    num_q_heads=8, num_latent_heads=2, latent_dim=16, rope_dim=8, nope_dim=8, page_size=4
+)
+GQA = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=4, head_dim=16, page_size=4)
+
+
+def run_ranks(job: str, spec: AttentionSpec, world: int, folder: Path) -> None:
+    """The result of all ranks together is that of one process, which the oracle gives."""
+    (folder / "spec").write_text(str(spec))
+    if job == "tensor":
+        # Shards of all ranks are the same spec.
+        (folder / f"shard{world}").symlink_to(artifact(spec.shard(0, world)))
+        assert all(spec.shard(rank, world) == spec.shard(0, world) for rank in range(world))
+    else:
+        (folder / "whole").symlink_to(artifact(spec))
+    script = Path(__file__).with_name("ranks.py")
+    paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, job, folder, str(rank), str(world)],
+            env={**os.environ, "PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world, errors
+    out, lse = torch.load(folder / f"{job}{world}.pt")
+    exact = whole(spec).reference()
+    bound = exact.bound()
+    dead = exact.lse == -torch.inf
+    assert dead.any() and torch.equal(lse == -torch.inf, dead) and not out[dead].any()
+    assert (out - exact.out).abs().max() <= bound.out
+    assert (lse - exact.lse)[~dead].abs().max() <= bound.lse
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("spec", [GQA, GLA], ids=["gqa", "gla"])
+def test_tensor_parallel(spec: AttentionSpec, world: int, tmp_path: Path) -> None:
+    """GLA's two latents go to two ranks, and to four ranks as two copies each."""
+    run_ranks("tensor", spec, world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("spec", [GQA, GLA], ids=["gqa", "gla"])
+def test_context_parallel(spec: AttentionSpec, world: int, tmp_path: Path) -> None:
+    run_ranks("context", spec, world, tmp_path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(forests(), st.integers(1, 5), st.sampled_from((1, 4)))
+def test_every_token_is_seen_by_the_same_rows_in_one_part(
+    forest: Forest, world: int, unit: int
+) -> None:
+    wanted = mask_of(forest)
+    first = np.cumsum(forest.lengths) - forest.lengths
+    seen = torch.zeros_like(wanted)
+    covered = np.zeros(forest.num_tokens, int)
+    for rank in range(world):
+        begin, end = divide_context(forest, rank, world, unit)
+        part, _ = context_part(forest, begin, end)
+        held = zip(first + begin, first + end, strict=True)
+        tokens = [token for node in held for token in range(*node)]
+        covered[tokens] += 1
+        found = mask_of(part)
+        assert found.shape == (forest.num_rows, len(tokens))
+        seen[:, tokens] = found
+        assert all(begin[n] % unit == 0 or begin[n] == forest.lengths[n] for n in range(len(begin)))
+    assert (covered == 1).all() and torch.equal(seen, wanted)
+
+
+def mask_of(forest: Forest) -> torch.Tensor:
+    return dense_mask(
+        forest.parents.tolist(),
+        forest.lengths.tolist(),
+        forest.rows.tolist(),
+        forest.bidirectional.astype(bool).tolist(),
+    )
+
+
+def test_parts_are_even() -> None:
+    forest = Forest.from_parents([-1, 0], [1000, 3])
+    begin, end = zip(*(divide_context(forest, rank, 4, 16) for rank in range(4)), strict=True)
+    assert [b[0] for b in begin] == [0, 240, 496, 752] and [e[0] for e in end] == [
+        240,
+        496,
+        752,
+        1000,
+    ]
+
+
+def test_refusals() -> None:
+    with pytest.raises(TreeError, match="rank is 2; expected one of 0 to 1"):
+        divide_context(FOREST, 2, 2)
+    zeros, lengths = np.zeros(FOREST.num_nodes, np.int32), FOREST.lengths
+    with pytest.raises(TreeError, match=r"begin\[0\] is 0 and end\[0\] 71; expected a range"):
+        context_part(FOREST, zeros, lengths + 1)
+    divided = lengths.copy()
+    divided[1] = 11
+    with pytest.raises(TreeError, match=r"end\[1\] is 11; expected 10 or less, or 13: the"):
+        context_part(FOREST, zeros, divided)
+
+
+def test_pages_of_a_part() -> None:
+    forest = Forest.from_parents([-1, 0], [10, 3], [2, 1])
+    table = PageTable([5, 7, 2], [0, 2, 3], [0, 1], page_size=4)
+    part, pages = context_part(forest, [0, 0], [8, 3], table)
+    assert part.parents.tolist() == [-1, 0, 0] and part.lengths.tolist() == [8, 0, 3]
+    assert part.rows.tolist() == [0, 2, 1]
+    assert pages.page_indptr.tolist() == [0, 2, 2, 3] and pages.first_slot.tolist() == [0, 0, 1]
+    pages.check(part)
+
+
+def test_a_part_has_no_window() -> None:
+    part, pages = context_part(FOREST, *divide_context(FOREST, 0, 2))
+    with pytest.raises(PlanError, match="window is 8; expected None, as positions in a part of a"):
+        make_plan(part, pages, replace(GQA, window=8), TILES[0], profile())
