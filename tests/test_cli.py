@@ -221,6 +221,16 @@ def test_info_says_what_to_do_where_there_is_nothing(
     assert "no module: `deft-tvm build` makes one" in ran.out
 
 
+def test_info_tells_what_a_spec_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    mla = "mla:hq=128,d=512,rope=64,dtype=bf16,page=64,scale=0.0721"
+    lines = Ran(capsys, "info", "--spec", mla).out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("devices"))
+    assert lines[header + 2].split()[:4] == ["2", "64/1", "1152", "1152"]
+    found = Ran(capsys, "info", "--spec", mla, "--json").json
+    assert found["shares"][0]["kv_bytes"] == 1152 and found["ridge"] > 0
+    assert Ran(capsys, "info", "--spec", "mla:hq=1").code == 2
+
+
 def test_info_counts_damaged_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from unabsorbed import Weights, latent_attention
 
 from deft_tvm.errors import InputError, SpecError
 from deft_tvm.plan.cost import kv_bytes, partial_bytes, token_bytes
+from deft_tvm.plan.intensity import shares
 from deft_tvm.pytorch import absorb_query, expand_output
 from deft_tvm.reference import tree_attention
 from deft_tvm.spec import AttentionSpec, Region
@@ -114,6 +115,26 @@ def test_cache_bytes_of_the_published_table(variant: str) -> None:
     ranks = (1, 2, 4, 8)
     assert tuple(spec.shard(0, n).kv_bytes_per_token for n in ranks) == wanted
     assert [spec.shard(n - 1, n).num_q_heads for n in ranks] == [16, 8, 4, 2]
+
+
+def test_flops_a_byte_of_the_published_table() -> None:
+    """arXiv 2505.21487, table 1 and figure 3: 2 g q / m for long contexts, rope ignored."""
+    gqa, gla2, mla = (PUBLISHED[name][0] for name in ("GQA-4", "GLA-2", "MLA"))
+    assert [shares(gqa)[0].flops_per_byte[q] for q in (1, 2, 4)] == [4, 8, 16]
+    large = AttentionSpec.mla(
+        num_q_heads=128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        dtype="bfloat16",
+    )  # fmt: skip
+    assert shares(large)[0].flops_per_byte[1] == pytest.approx(241.8, abs=0.05)
+    halves = AttentionSpec.gla(
+        num_q_heads=128, num_latent_heads=2, latent_dim=256, rope_dim=64, nope_dim=128,
+        dtype="bfloat16",
+    )  # fmt: skip
+    assert shares(halves)[1].flops_per_byte[1] == pytest.approx(115.2, abs=0.05)
+    assert [share.copied_bytes for share in shares(mla)] == [0, 1152, 3 * 1152, 7 * 1152]
+    assert [share.copied_bytes for share in shares(gla2)] == [0, 128, 1408, 3968]
+    odd = AttentionSpec.gqa(num_q_heads=6, num_kv_heads=3, head_dim=8)
+    assert [share.degree for share in shares(odd)] == [1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

@@ -1,4 +1,4 @@
-"""``deft-tvm info``: this device, and which logs and modules fit it."""
+"""``deft-tvm info``: this device, which logs and modules fit it, and what a spec caches on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json
+from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json, table
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError
+from deft_tvm.plan.intensity import shares
+from deft_tvm.spec import AttentionSpec
 
 MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "sm_")
 """Beginnings of the names of features that multiply matrices, or pairs of 16-bit numbers."""
@@ -42,19 +44,31 @@ def info(
         bool,
         typer.Option(help="Measure bandwidth and matrix rate again, and write them to a file."),
     ] = False,
+    spec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="Show instead what this attention caches and computes a token."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show this device, its instruction sets, its rates, and the logs and modules that fit it.
 
     Rates are nominal until they were measured, by `deft-tvm tune` or with --measure.
 
-    Example: deft-tvm info --json
+    With --spec: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for each of them
+    beside this device's ridge, from which on sharing KV among rows gains nothing more.
+
+    Example: deft-tvm info --spec gqa:hq=32,hkv=8,d=128,dtype=bf16
     """
     from deft_tvm.tuning.log import measured
 
     device, profile = measured(DeviceProfile.detect()), None
     if measure:
         device, profile = _measured_now()
+    if spec is not None:
+        _tell_shares(AttentionSpec.parse(spec), device, as_json)
+        return
     logs, modules = fitting_logs(device), fitting_modules(device)
     if as_json:
         print_json({"device": device, "profile": profile, "logs": logs, "modules": modules})
@@ -121,6 +135,38 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
     for module in modules:
         decisions = "tuned" if module.tuned else "default"
         out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
+
+
+def _tell_shares(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> None:
+    rate = device.matrix_rate.get(spec.dtype, device.matrix_rate["float32"])
+    ridge = rate / device.read_bandwidth
+    found = shares(spec)
+    if as_json:
+        print_json({"spec": str(spec), "device": device.slug, "ridge": ridge, "shares": found})
+        return
+    lines = [
+        [
+            str(share.degree),
+            f"{share.num_q_heads}/{share.num_kv_heads}",
+            str(share.kv_bytes),
+            str(share.copied_bytes),
+            *(
+                f"{intensity:.1f}{' *' if intensity >= ridge else '  '}"
+                for intensity in share.flops_per_byte.values()
+            ),
+        ]
+        for share in found
+    ]
+    rows = [f"{count} row{'s' if count > 1 else ''}  " for count in found[0].flops_per_byte]
+    columns = ("devices", "heads of one", "KV bytes", "copied", *rows)
+    out = console()
+    out.print(table(str(spec), columns, lines))
+    provenance = "measured" if device.measured else "nominal"
+    out.print(
+        f"\nKV bytes: of a token and layer on each device; copied: on all of them, beyond one copy."
+        f"\nUnder rows that share a token, FLOPs a byte; * where at or above the ridge of "
+        f"{device.slug}, {ridge:.1f} ({provenance})."
+    )
 
 
 def _measured_now() -> tuple[DeviceProfile, Path]:
