@@ -1,4 +1,4 @@
-"""An outside witness: DeepSeek-V3's attention of Hugging Face transformers, on a tree.
+"""An outside witness: DeepSeek-V2's and V3's attention of Hugging Face transformers, on a tree.
 
 Its layer runs every path of the tree as a sequence; ours runs the tree once, on the latents and
 rotated keys that the same layer's own projections make. Weights and hidden states are random.
@@ -6,22 +6,25 @@ rotated keys that the same layer's own projections make. Weights and hidden stat
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from built import artifact
 from torch import Tensor
 
-from deft_tvm.artifact import Artifact
-from deft_tvm.build import build
 from deft_tvm.pytorch import TreeAttention, absorb_query, expand_output
 from deft_tvm.reference import FLOAT32_ROUNDING, tree_attention
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
-deepseek = pytest.importorskip(
-    "transformers.models.deepseek_v3.modeling_deepseek_v3",
-    reason="transformers with DeepSeek-V3 is not installed",
+v2, v3 = (
+    pytest.importorskip(
+        f"transformers.models.deepseek_v{n}.modeling_deepseek_v{n}",
+        reason=f"transformers with DeepSeek-V{n} is not installed",
+    )
+    for n in (2, 3)
 )
-apply_rope = deepseek.apply_rotary_pos_emb_interleave
 
 HEADS, LATENT, NOPE, ROPE, VALUE, HIDDEN = 8, 32, 24, 16, 20, 64
 
@@ -37,12 +40,40 @@ def path(node: int) -> list[int]:
     return [*above, *range(BEGIN[node], BEGIN[node] + int(FOREST.lengths[node]))]
 
 
+class Version3:
+    """How the model makes a layer, angles and rotations."""
+
+    config, attention = v3.DeepseekV3Config, v3.DeepseekV3Attention
+    rotary = v3.DeepseekV3RotaryEmbedding
+
+    @staticmethod
+    def rotate(q: Tensor, k: Tensor, angles: Any) -> tuple[Tensor, Tensor]:
+        cos, sin = angles
+        return v3.apply_rotary_pos_emb_interleave(q, k, cos, sin)
+
+    @staticmethod
+    def precise(angles: Any) -> Any:
+        return tuple(table.double() for table in angles)
+
+
+class Version2:
+    """The same of the model before it, which rotates complex numbers, in float32."""
+
+    config, attention = v2.DeepseekV2Config, v2.DeepseekV2Attention
+    rotary, rotate = v2.DeepseekV2RotaryEmbedding, staticmethod(v2.apply_rotary_emb)
+
+    @staticmethod
+    def precise(angles: Any) -> Any:
+        return angles
+
+
 class Layer:
     """One attention layer of the model in float64, with the position of every token."""
 
-    def __init__(self, q_lora_rank: int | None) -> None:
+    def __init__(self, version: Any, q_lora_rank: int | None) -> None:
         torch.manual_seed(0)
-        config = deepseek.DeepseekV3Config(
+        self.version = version
+        config = version.config(
             hidden_size=HIDDEN,
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
@@ -53,10 +84,10 @@ class Layer:
             v_head_dim=VALUE,
             attn_implementation="eager",
         )
-        self.attention = deepseek.DeepseekV3Attention(config, 0).double().eval()
+        self.attention = version.attention(config, 0).double().eval()
         for weight in self.attention.parameters():
             torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-        self.rotary = deepseek.DeepseekV3RotaryEmbedding(config)
+        self.rotary = version.rotary(config)
         self.hidden = torch.randn(FOREST.num_tokens, HIDDEN, dtype=torch.float64)
 
     def by_paths(self) -> Tensor:
@@ -67,12 +98,13 @@ class Layer:
             x = self.hidden[tokens][None]
             mask = torch.full((len(tokens), len(tokens)), -torch.inf, dtype=x.dtype).triu(1)
             angles = self.angles(torch.arange(len(tokens)))
-            out[tokens] = self.attention(x, angles, mask[None, None])[0][0]
+            mask = mask[None, None]
+            found = self.attention(x, position_embeddings=angles, attention_mask=mask)
+            out[tokens] = found[0][0]
         return out
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotary(self.hidden[None], positions[None])
-        return cos.double(), sin.double()
+    def angles(self, positions: Tensor) -> Any:
+        return self.version.precise(self.rotary(self.hidden[None], positions[None]))
 
     def projected(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope, q_rope ``[tokens, heads, ·]``, latent and rope ``[tokens, 1, ·]`` of the tree."""
@@ -81,15 +113,23 @@ class Layer:
         q_nope, q_rope = q.view(-1, HEADS, NOPE + ROPE).split([NOPE, ROPE], -1)
         latent, rope = a.kv_a_proj_with_mqa(x).split([LATENT, ROPE], -1)
         positions = torch.tensor([path(int(n)).index(t) for t, n in enumerate(NODES)])
-        cos, sin = (table[0] for table in self.angles(positions))
-        q_rope, rope = apply_rope(q_rope, rope[:, None], cos, sin)
-        return q_nope, q_rope, a.kv_a_layernorm(latent)[:, None], rope
+        # The model has heads before tokens.
+        q_rope, rope = self.version.rotate(
+            q_rope.transpose(0, 1)[None], rope[None, None], self.angles(positions)
+        )
+        return (
+            q_nope,
+            q_rope[0].transpose(0, 1),
+            a.kv_a_layernorm(latent)[:, None],
+            rope[0, 0, :, None],
+        )
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
-def test_mla_agrees_with_transformers(q_lora_rank: int | None, tmp_path_factory) -> None:
+@pytest.mark.parametrize("version", [Version2, Version3])
+def test_mla_agrees_with_transformers(version: Any, q_lora_rank: int | None) -> None:
     with torch.no_grad():
-        layer = Layer(q_lora_rank)
+        layer = Layer(version, q_lora_rank)
         attention = layer.attention
         spec = AttentionSpec.mla(
             num_q_heads=HEADS,
@@ -104,7 +144,7 @@ def test_mla_agrees_with_transformers(q_lora_rank: int | None, tmp_path_factory)
         exact_q = absorb_query(q_nope, q_rope, w_uk)
         q, *cache = (tensor.float() for tensor in (exact_q, latent, rope))
 
-        ours = TreeAttention(spec, Artifact.load(build(spec, out=tmp_path_factory.mktemp("mla"))))
+        ours = TreeAttention(spec, artifact(spec))
         ours.plan(FOREST)
         out, _ = ours.run(q, cache)
         found = attention.o_proj(expand_output(out.double(), w_uv).flatten(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -15,12 +16,18 @@ from deft_tvm.plan.intensity import shares
 from deft_tvm.pytorch import absorb_query, expand_output
 from deft_tvm.reference import tree_attention
 from deft_tvm.spec import AttentionSpec, Region
+from deft_tvm.tree import Forest
 from deft_tvm.workloads import parse, tensors
 
-FORESTS = (
-    "few_shot:prompt=150,branches=7,tokens=20,vary=9",
-    "speculative:nodes=26,context=70",
-)
+FORESTS = {
+    "few_shot": parse("few_shot:prompt=150,branches=7,tokens=20,vary=9").forest,
+    "draft of 8": parse("speculative:nodes=8,context=900").forest,
+    "draft of 26": parse("speculative:nodes=26,context=70").forest,
+    "draft of 256": parse("speculative:nodes=256,context=40").forest,
+    "chunks appended to branches": Forest.from_parents(
+        [-1, 0, 0, 0, 2], [90, 33, 8, 17, 40], [0, 20, 8, 1, 33]
+    ),
+}
 
 SPECS = {
     "mla-tiny": AttentionSpec.mla(
@@ -60,10 +67,9 @@ SPECS = {
 def test_kernels_are_exact(name: str) -> None:
     spec = SPECS[name]
     kernels = few_and_many(spec)
-    for forest in FORESTS:
-        for max_logit in (None, 60.0):
-            case = tensors(parse(forest).forest, spec, max_logit=max_logit)
-            assert worst(kernels, case) <= 1, (forest, max_logit)
+    for forest, max_logit in product(FORESTS, (None, 60.0)):
+        case = tensors(FORESTS[forest], spec, max_logit=max_logit)
+        assert worst(kernels, case) <= 1, (forest, max_logit)
 
 
 @pytest.mark.parametrize("name", SPECS)
