@@ -57,9 +57,9 @@ def test_step_writes_what_run_returns() -> None:
 def test_a_wrong_answer_is_an_error_beyond_its_bound() -> None:
     case, attn = tensors(parse(FEW_SHOT).forest, SPEC), attention()
     run = attn.run
-    attn.run = lambda q, kv: tuple(x + 1e-3 for x in run(q, kv))  # type: ignore[method-assign]
+    attn.run = lambda *given, **named: tuple(x + 1e-3 for x in run(*given, **named))  # type: ignore
     assert not check(case, attn).holds
-    attn.run = lambda q, kv: tuple(x * torch.nan for x in run(q, kv))  # type: ignore[method-assign]
+    attn.run = lambda *given, **named: tuple(x * torch.nan for x in run(*given, **named))  # type: ignore
     assert check(case, attn).out_error == float("inf")
 
 

@@ -54,7 +54,7 @@ from deft_tvm.kernels.stages import (
     whole_logits,
     write,
 )
-from deft_tvm.kernels.tokens import advance, ahead, find_cut, find_scales, load, locate, seek
+from deft_tvm.kernels.tokens import advance, ahead, find_cut, find_scales, find_tokens, load
 from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, CacheBuffer, TileShape
 
@@ -250,14 +250,10 @@ def partial_attention(
                             with T.sblock("locating_first"):
                                 T.reads()
                                 T.writes()
-                                run_first = T.sblock_alloc_buffer((N,), "int32")
-                                seek(
-                                    run_first, runs, run_begin, run_end, search_steps, 0, num_tokens
-                                )
-                                locate(
+                                find_tokens(
                                     page, slot, lane_begin, lane_end, position, WINDOWED, NEXT,
-                                    run_first, runs, page_indices, page_shift, row_begin, G, 0,
-                                    num_tokens,
+                                    runs, page_indices, page_shift, run_begin, run_end,
+                                    search_steps, row_begin, G, 0, num_tokens, N, ON_CPU,
                                 )  # fmt: skip
                     for step in range((num_tokens + (N - 1)) // N):
                         with T.sblock("tile"):
@@ -268,19 +264,15 @@ def partial_attention(
                                 with T.sblock("locating"):
                                     T.reads()
                                     T.writes()
-                                    run_of = T.sblock_alloc_buffer((N,), "int32")
                                     if ON_CPU:
                                         advance(
                                             page, slot, lane_begin, lane_end, position, WINDOWED, N
                                         )
-                                    seek(
-                                        run_of, runs, run_begin, run_end, search_steps, t0 + NEXT,
-                                        num_tokens,
-                                    )  # fmt: skip
-                                    locate(
+                                    find_tokens(
                                         page, slot, lane_begin, lane_end, position, WINDOWED, NEXT,
-                                        run_of, runs, page_indices, page_shift, row_begin, G,
-                                        t0 + NEXT, num_tokens,
+                                        runs, page_indices, page_shift, run_begin, run_end,
+                                        search_steps, row_begin, G, t0 + NEXT, num_tokens, N,
+                                        ON_CPU,
                                     )  # fmt: skip
                                     if SCALED:
                                         find_scales(

@@ -6,7 +6,7 @@ vectors before TVM's legalisation can turn them into float32 ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from functools import partial as bind
 
@@ -15,8 +15,7 @@ from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import narrow, storage, widen
-from deft_tvm.schedules.verbs import power_of_two_in
+from deft_tvm.kernels.numerics import narrow, widen
 
 LANES = 16
 
@@ -59,68 +58,6 @@ define i32 @deft_narrow_pairs(ptr %o, ptr %x, ptr %y) alwaysinline {{
 }}
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
 """
-
-
-def dot_name(width: int, operand: str) -> str:
-    return f"deft_dot_{width}_{operand}"
-
-
-def dot_llvm(widths: Iterable[int], lanes: int, operand: str) -> str:
-    """The functions ``dot_name(width, operand)(c, a, b)``: c += Σ_d a_d · b_d.
-
-    float32 rows are multiplied up to `lanes` at a time, bfloat16 rows 32 at a time.
-    """
-    unique = sorted(set(widths))
-    if operand == "bfloat16":
-        functions = [_dot_function(w, 16, operand) for w in unique]
-        return "".join(functions) + DPBF16PS + _reduce_add(16)
-    steps = {width: power_of_two_in(width, lanes) for width in unique}
-    functions = [_dot_function(width, step, operand) for width, step in steps.items()]
-    return "".join(functions) + "".join(_fma(n) + _reduce_add(n) for n in {*steps.values()})
-
-
-def _dot_function(width: int, lanes: int, operand: str) -> str:
-    """Two chains of multiply-adds, which hide each other's latency, then one sum across lanes."""
-    vector, paired = f"<{lanes} x float>", operand == "bfloat16"
-    element, step = ("bfloat", 2 * lanes) if paired else ("float", lanes)
-    body = []
-    for n in range(width // step):
-        for row in "ab":
-            body += [
-                f"%{row}p{n} = getelementptr {element}, ptr %{row}, i64 {n * step}",
-                f"%{row}{n} = load <{step} x {element}>, ptr %{row}p{n}, align 2",
-            ]
-        so_far = "zeroinitializer" if n < 2 else f"%s{n - 2}"
-        factors = f"<{step} x {element}> %a{n}, <{step} x {element}> %b{n}"
-        body.append(
-            f"%s{n} = call {vector} @llvm.x86.avx512bf16.dpbf16ps.512({vector} {so_far}, {factors})"
-            if paired
-            else f"%s{n} = call {vector} @llvm.fma.v{lanes}f32({factors}, {vector} {so_far})"
-        )
-    last = width // step - 1
-    total = f"%s{last}"
-    if last:
-        body.append(f"%both = fadd {vector} %s{last - 1}, %s{last}")
-        total = "%both"
-    lines = "\n  ".join(body)
-    return f"""
-define i32 @{dot_name(width, operand)}(ptr %c, ptr %a, ptr %b) alwaysinline {{
-  {lines}
-  %old = load float, ptr %c, align 4
-  %sum = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float %old, {vector} {total})
-  store float %sum, ptr %c, align 4
-  ret i32 0
-}}
-"""
-
-
-def _fma(lanes: int) -> str:
-    vector = f"<{lanes} x float>"
-    return f"declare {vector} @llvm.fma.v{lanes}f32({vector}, {vector}, {vector})\n"
-
-
-def _reduce_add(lanes: int) -> str:
-    return f"declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, <{lanes} x float>)\n"
 
 
 @cache
@@ -213,46 +150,6 @@ def _two_rows_to_pairs(
                     T.address_of(B[0, 0, 0]),
                     T.address_of(A[0, 0]),
                     T.address_of(A[1, 0]),
-                )
-            )
-
-    return register(function, description, implementation)
-
-
-@cache
-def dot(width: int, operand: str) -> str:
-    """Intrinsic: the scalar product of two rows of `width` elements, added to one float32."""
-    function = dot_name(width, operand)
-    TILE = storage(operand)
-
-    @T.prim_func(s_tir=True)
-    def description(a: T.handle, b: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (width,), TILE, offset_factor=1)
-        B = T.match_buffer(b, (width,), TILE, offset_factor=1)
-        C = T.match_buffer(c, (1,), "float32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0], A[0:width], B[0:width])
-            T.writes(C[0])
-            for d in range(width):
-                with T.sblock("product"):
-                    vd = T.axis.reduce(width, d)
-                    C[0] = C[0] + widen(A[vd], operand) * widen(B[vd], operand)
-
-    @T.prim_func(s_tir=True)
-    def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (width,), TILE, offset_factor=1)
-        B = T.match_buffer(b, (width,), TILE, offset_factor=1)
-        C = T.match_buffer(c, (1,), "float32", offset_factor=1)
-        with T.sblock("root"):
-            T.reads(C[0], A[0:width], B[0:width])
-            T.writes(C[0])
-            T.evaluate(
-                T.call_extern(
-                    "int32",
-                    function,
-                    T.address_of(C[0]),
-                    T.address_of(A[0]),
-                    T.address_of(B[0]),
                 )
             )
 

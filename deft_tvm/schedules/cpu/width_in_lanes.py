@@ -3,7 +3,7 @@
 With fewer lane rows than a vector has lanes the work is bound by reading the KV. Tiles keep their
 natural layout:
 
-    scores        a token's key stays in the nearest cache while every row takes its dot product
+    scores        products of a few rows and tokens at a time, see `dot_products`
     accumulate    rows × a part of the width in registers, walking down the tile's tokens
 """
 
@@ -15,7 +15,7 @@ from tvm.s_tir import Schedule
 
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
-from deft_tvm.schedules.cpu.instructions import dot, dot_llvm
+from deft_tvm.schedules.cpu.dot_products import declarations, dots, dots_llvm, lanes_of, tokens_of
 from deft_tvm.schedules.cpu.vector import float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
@@ -28,6 +28,10 @@ from deft_tvm.schedules.verbs import (
     unroll_all,
     vectorize_last,
 )
+from deft_tvm.spec import TileShape
+
+STRETCH = 8
+"""Tokens between which V is asked for ahead."""
 
 
 def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
@@ -36,20 +40,20 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         return False
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes = power_of_two_in(spec.v_width, lanes)
-    token_choices = divisors(tile.kv_tile, (1, 2, 4, 8))
-    score_tokens = knobs.pick_parts(
-        "score_tokens", tile.kv_tile, token_choices, nearest(token_choices, 2)
-    )
+    products = {block: _Dots(width, tile, lanes) for block, width in score_products(spec).items()}
+    most = max(made.tokens for made in products.values())
+    token_choices = divisors(tile.kv_tile, [most * n for n in (1, 2, 4)])
+    score_tokens = knobs.pick_parts("score_tokens", tile.kv_tile, token_choices, token_choices[0])
     part_choices = divisors(spec.v_width, [v_lanes * n for n in (1, 2, 4, 8)])
     fits = registers(task.features) // 2 * v_lanes // tile.lane_rows
     out_dims = knobs.pick_parts("out_dims", spec.v_width, part_choices, nearest(part_choices, fits))
 
-    products = score_products(spec)
-    for block, width in products.items():
-        ahead = asked_beside(spec, block)
-        _dot_products(sch, block, width, tile.operand, score_tokens, ahead)
-    import_llvm(sch, "item", dot_llvm(products.values(), lanes, tile.operand))
-    _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // token_choices[-1])
+    for block, made in products.items():
+        _dot_products(sch, block, made, score_tokens, asked_beside(spec, block))
+    functions = "".join(sorted({made.llvm for made in products.values()}))
+    used = declarations(tile.operand, [made.lanes for made in products.values()])
+    import_llvm(sch, "item", functions + used)
+    _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH)
 
     for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
@@ -72,19 +76,30 @@ def _accepts(task: KernelTask) -> bool:
     return tile is not None and tile.operand == "float32" and even
 
 
+class _Dots:
+    """How many tokens of one product are multiplied with all rows at a time."""
+
+    def __init__(self, width: int, tile: TileShape, float_lanes: int) -> None:
+        self.lanes = lanes_of(width, tile.operand, float_lanes)
+        self.rows, self.tokens = tile.lane_rows, tokens_of(tile.lane_rows, self.lanes)
+        shape = (width, tile.operand, self.rows, self.tokens)
+        self.llvm, self.intrinsic = dots_llvm(*shape, self.lanes), dots(*shape)
+
+
 def _dot_products(
-    sch: Schedule, block_name: str, width: int, operand: str, parts: Any, ahead: str | None
+    sch: Schedule, block_name: str, made: _Dots, parts: Any, ahead: str | None
 ) -> None:
-    """for j: for i: S[i, j] = dot(Q[i], K[j]), a few tokens at a time."""
+    """for j/tokens: S[:, j : j + tokens] = Q · K[j : j + tokens]."""
     block = sch.get_sblock(block_name)
     i, j, d = sch.get_loops(block)[-3:]
-    j_outer, j_inner = sch.split(j, [parts, None])
-    sch.reorder(j_outer, i, j_inner, d)
+    j_outer, j_across, j_inner = sch.split(j, [parts, None, made.tokens])
+    sch.reorder(j_outer, j_across, i, j_inner, d)
     if ahead is not None:
         spread(sch, ahead, (j_outer,), (parts,))
-    unroll_all(sch, (i, j_inner))
-    sch.decompose_reduction(block, d)
-    sch.tensorize(d, dot(width, operand))
+    whole = j_inner if made.rows == 1 else i
+    zero = sch.decompose_reduction(block, whole)
+    sch.vectorize(sch.get_loops(zero)[-1])
+    sch.tensorize(whole, made.intrinsic)
 
 
 def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int) -> None:

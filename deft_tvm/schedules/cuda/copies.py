@@ -70,7 +70,7 @@ __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s*
 
 # The float32 with an e4m3 byte's exponent and mantissa is 2^-120 times it, subnormal or not.
 DECODE_SOURCE = """
-__device__ __forceinline__ void deft_decode_16_bytes(%(tile)s* tile, const unsigned char* row) {
+__device__ __forceinline__ void %(name)s(%(tile)s* tile, const unsigned char* row) {
   uint4 bits;
   unsigned char* held = (unsigned char*)&bits;
   if ((size_t)row %% 16 == 0) {
@@ -162,7 +162,8 @@ def _device_function(source: str, tile: str, later: bool) -> tuple[str, str]:
     if source == FP8_BITS:
         stored = {"float32": "__uint_as_float(found)", "uint16": "found >> 16"}[tile]
         kind = {"float32": "float", "uint16": "unsigned short"}[tile]
-        return "deft_decode_16_bytes", DECODE_SOURCE % {"tile": kind, "stored": stored}
+        name = f"deft_decode_16_bytes_to_{tile}"
+        return name, DECODE_SOURCE % {"name": name, "tile": kind, "stored": stored}
     if storage(source) != tile:
         return "deft_widen_16_bytes", WIDEN_SOURCE % {"type": CUDA_TYPES[source]}
     if later:

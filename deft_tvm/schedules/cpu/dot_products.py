@@ -1,0 +1,202 @@
+"""Scalar products of a few rows with a few tokens, as many at a time as a vector has lanes.
+
+Each product gathers in a vector of its own, whose lanes must be summed in the end. Of one vector
+that takes a dozen instructions; of as many vectors as they have lanes, summed together as a
+transpose would be, three each::
+
+    [x0 x1 x2 x3] [y0 y1 y2 y3] …  →  [x0 x2 y0 y2] + [x1 x3 y1 y3]  →  …  →  [Σx Σy Σz Σw]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from functools import cache
+from itertools import product
+
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import storage, widen
+from deft_tvm.schedules.cpu.instructions import DPBF16PS, register
+from deft_tvm.schedules.verbs import power_of_two_in
+
+LANES_OF_BLOCK = 4
+"""Lanes of 128 bits, within which a shuffle is cheapest."""
+
+
+def lanes_of(width: int, operand: str, float_lanes: int) -> int:
+    """Lanes that each product gathers in: what divides its width, bfloat16 in pairs."""
+    if operand == "bfloat16":
+        return power_of_two_in(width // 2, 16)
+    return power_of_two_in(width, float_lanes)
+
+
+def tokens_of(lane_rows: int, lanes: int) -> int:
+    """Tokens of a step, as near to its rows as they may be: both are loaded for all products."""
+    squarish = 1 << (lanes.bit_length() // 2)
+    return lanes // power_of_two_in(lane_rows, squarish)
+
+
+def dots_name(width: int, operand: str, rows: int, tokens: int) -> str:
+    return f"deft_dots_{width}_{operand}_{rows}x{tokens}"
+
+
+def dots_llvm(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
+    """The function ``dots_name(…)(c, a, b, c_row, a_row, b_row)``, with strides of rows.
+
+    c[i, j] += Σ_d a[i, d] · b[j, d] for `rows` by `tokens` products of `width` elements, `lanes`
+    of them at a time.
+    """
+    steps = range(0, rows, lanes // tokens)
+    lines = (line for first in steps for line in _step(width, operand, first, tokens, lanes))
+    body = "\n  ".join(lines)
+    return f"""
+define i32 @{dots_name(width, operand, rows, tokens)}(
+  ptr %c, ptr %a, ptr %b, i64 %c_row, i64 %a_row, i64 %b_row) alwaysinline {{
+  {body}
+  ret i32 0
+}}
+"""
+
+
+def _step(width: int, operand: str, first: int, tokens: int, lanes: int) -> Iterator[str]:
+    """Products of the rows from `first` on that fill one vector."""
+    rows, paired = range(first, first + lanes // tokens), operand == "bfloat16"
+    vector = f"<{lanes} x float>"
+    element, step = ("bfloat", 2 * lanes) if paired else ("float", lanes)
+    for n in range(width // step):
+        for name, numbers in (("a", rows), ("b", range(tokens))):
+            for r in numbers:
+                part = f"{name}{first}_{r}_{n}"
+                yield f"%{part}_row = mul i64 %{name}_row, {r}"
+                yield f"%{part}_at = add i64 %{part}_row, {n * step}"
+                yield f"%{part}_ptr = getelementptr {element}, ptr %{name}, i64 %{part}_at"
+                yield f"%{part} = load <{step} x {element}>, ptr %{part}_ptr, align 2"
+        for i, j in product(rows, range(tokens)):
+            so_far = f"%s{i}_{j}_{n - 1}" if n else "zeroinitializer"
+            a, b = (f"<{step} x {element}> %{x}{first}_{r}_{n}" for x, r in (("a", i), ("b", j)))
+            yield f"%s{i}_{j}_{n} = call {vector} " + (
+                f"@llvm.x86.avx512bf16.dpbf16ps.512({vector} {so_far}, {a}, {b})"
+                if paired
+                else f"@llvm.fma.v{lanes}f32({a}, {b}, {vector} {so_far})"
+            )
+    sums = [f"%s{i}_{j}_{width // step - 1}" for i, j in product(rows, range(tokens))]
+    total = yield from _sum_each(sums, f"%t{first}", vector)
+    part = f"<{tokens} x float>"
+    for i in rows:
+        yield f"%c{i}_row = mul i64 %c_row, {i}"
+        yield f"%c{i} = getelementptr float, ptr %c, i64 %c{i}_row"
+        lanes_of_row = range((i - first) * tokens, (i - first + 1) * tokens)
+        yield f"%new{i} = {_shuffle(vector, total, 'poison', lanes_of_row)}"
+        yield f"%old{i} = load {part}, ptr %c{i}, align 4"
+        yield f"%sum{i} = fadd {part} %old{i}, %new{i}"
+        yield f"store {part} %sum{i}, ptr %c{i}, align 4"
+
+
+def _sum_each(sums: Sequence[str], name: str, vector: str) -> Generator[str, None, str]:
+    """Lines that make the vector of the sums over each vector's lanes; returns its name."""
+    order = _order(len(sums))
+    current = [sums[order.index(place)] for place in range(len(sums))]
+    for level, (evens, odds) in enumerate(_levels(len(sums))):
+        following = []
+        for k in range(0, len(current), 2):
+            made = f"{name}_{level}_{k // 2}"
+            for part, taken in (("e", evens), ("o", odds)):
+                yield f"{made}{part} = {_shuffle(vector, current[k], current[k + 1], taken)}"
+            yield f"{made} = fadd {vector} {made}e, {made}o"
+            following.append(made)
+        current = following
+    return current[0]
+
+
+def _shuffle(vector: str, x: str, y: str, lanes: Sequence[int]) -> str:
+    mask = ", ".join(f"i32 {lane}" for lane in lanes)
+    return f"shufflevector {vector} {x}, {vector} {y}, <{len(lanes)} x i32> <{mask}>"
+
+
+def declarations(operand: str, lanes: Sequence[int]) -> str:
+    """What functions of `dots_llvm` call, once for a module."""
+    if operand == "bfloat16":
+        return DPBF16PS
+    vectors = ((n, f"<{n} x float>") for n in sorted(set(lanes)))
+    return "".join(f"declare {v} @llvm.fma.v{n}f32({v}, {v}, {v})\n" for n, v in vectors)
+
+
+def _levels(lanes: int) -> list[tuple[list[int], list[int]]]:
+    """For each level of the sum, the lanes of two vectors laid end to end that are added."""
+    block = min(LANES_OF_BLOCK, lanes)
+    across = (lanes // block).bit_length() - 1
+    within = block.bit_length() - 1
+    shapes = [(lanes, block)] * across + [(block, 1)] * within
+    return [(_every_other(lanes, *shape, 0), _every_other(lanes, *shape, 1)) for shape in shapes]
+
+
+def _every_other(lanes: int, group: int, unit: int, first: int) -> list[int]:
+    """Lanes of every other unit, of each group of the one vector and then of the other."""
+    return [
+        source + begin + u * unit + lane
+        for begin in range(0, lanes, group)
+        for source in (0, lanes)
+        for u in range(first, group // unit, 2)
+        for lane in range(unit)
+    ]
+
+
+def _order(lanes: int) -> list[int]:
+    """Which of the vectors that `_levels` begins with each lane of the last one is the sum of."""
+    current = [[k] * lanes for k in range(lanes)]
+    for evens, _ in _levels(lanes):
+        pairs = (current[k] + current[k + 1] for k in range(0, len(current), 2))
+        current = [[pair[lane] for lane in evens] for pair in pairs]
+    return current[0]
+
+
+@cache
+def dots(width: int, operand: str, rows: int, tokens: int) -> str:
+    """Intrinsic: `rows` by `tokens` scalar products of `width` elements, added to float32."""
+    function = dots_name(width, operand, rows, tokens)
+    TILE = storage(operand)
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle, c: T.handle) -> None:
+        A = T.match_buffer(a, (rows, width), TILE, offset_factor=1)
+        B = T.match_buffer(b, (tokens, width), TILE, offset_factor=1)
+        C = T.match_buffer(c, (rows, tokens), "float32", offset_factor=1)
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:tokens], A[0:rows, 0:width], B[0:tokens, 0:width])
+            T.writes(C[0:rows, 0:tokens])
+            if rows == 1:  # a loop of one is left to the schedule
+                for j, d in T.grid(tokens, width):
+                    with T.sblock("product"):
+                        vj, vd = T.axis.remap("SR", [j, d])
+                        C[0, vj] = C[0, vj] + widen(A[0, vd], operand) * widen(B[vj, vd], operand)
+            else:
+                for i, j, d in T.grid(rows, tokens, width):
+                    with T.sblock("product"):
+                        vi, vj, vd = T.axis.remap("SSR", [i, j, d])
+                        C[vi, vj] = C[vi, vj] + widen(A[vi, vd], operand) * widen(
+                            B[vj, vd], operand
+                        )
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
+        a_row, b_row, c_row = T.int32(), T.int32(), T.int32()
+        A = T.match_buffer(a, (rows, width), TILE, offset_factor=1, strides=[a_row, 1])
+        B = T.match_buffer(b, (tokens, width), TILE, offset_factor=1, strides=[b_row, 1])
+        C = T.match_buffer(c, (rows, tokens), "float32", offset_factor=1, strides=[c_row, 1])
+        with T.sblock("root"):
+            T.reads(C[0:rows, 0:tokens], A[0:rows, 0:width], B[0:tokens, 0:width])
+            T.writes(C[0:rows, 0:tokens])
+            T.evaluate(
+                T.call_extern(
+                    "int32",
+                    function,
+                    T.address_of(C[0, 0]),
+                    T.address_of(A[0, 0]),
+                    T.address_of(B[0, 0]),
+                    T.int64(c_row),
+                    T.int64(a_row),
+                    T.int64(b_row),
+                )
+            )
+
+    return register(function, description, implementation)
