@@ -58,7 +58,9 @@ def errors(kernels: Compiled, spec: AttentionSpec) -> list[float]:
 def test_default_schedules_are_right(name: str) -> None:
     spec = SPECS[name]
     tiles = default_tiles(spec, "llvm", frozenset(HERE.features))
-    for tile in tiles:  # one class at a time, so that each holds all the items
+    # One class at a time, so that each holds all the items. Those of many rows differ in nothing
+    # but their number: one spec tries all, the others the fewest and the most.
+    for tile in tiles if name == "gqa" else dict.fromkeys((*tiles[:2], tiles[-1])):
         tasks = tasks_for(spec, HERE, [tile])
         assert max(errors(compiled(tasks, [{}, {}]), spec)) <= 1, tile
 
@@ -88,7 +90,8 @@ def test_portable_schedule_without_avx512() -> None:
     if "avx2" not in HERE.features:
         pytest.skip("this machine has no AVX2")
     for name in ("gqa", "mqa-bf16"):
-        tasks = tasks_for(SPECS[name], plain)
+        tiles = default_tiles(SPECS[name], "llvm", frozenset(plain.features))
+        tasks = tasks_for(SPECS[name], plain, tuple(dict.fromkeys((tiles[0], tiles[-1]))))
         assert max(errors(compiled(tasks, [{}] * len(tasks)), SPECS[name])) <= 1
 
 
@@ -107,7 +110,9 @@ TARGETS = {
 def test_compiles_to_the_instructions_of_each_cpu(cpu: str, dtype: str) -> None:
     feature, instruction = TARGETS[cpu]
     spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=128, dtype=dtype)
-    tasks = tasks_for(spec, _profile(cpu))
+    profile = _profile(cpu)
+    tiles = default_tiles(spec, "llvm", frozenset(profile.features))
+    tasks = tasks_for(spec, profile, [t for t in tiles if t.lane_rows in (4, 64)])
     assembly = {}
     for task in tasks:
         module = compile_module(schedule(task)[0].mod, task.target)
@@ -127,7 +132,8 @@ def _profile(cpu: str) -> DeviceProfile:
 
 @pytest.mark.parametrize("name", ["gqa", "mqa-bf16", "shared-state-bf16"])
 def test_scheduling_leaves_its_input_as_it_was(name: str) -> None:
-    for task in tasks_for(SPECS[name], HERE):
+    tiles = default_tiles(SPECS[name], "llvm", frozenset(HERE.features))
+    for task in tasks_for(SPECS[name], HERE, tuple(dict.fromkeys((tiles[0], tiles[-1])))):
         module = tvm.IRModule({task.symbol: task.computation})
         before = module.script()
         apply_rules(task, s_tir.Schedule(module), {})
