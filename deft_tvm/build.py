@@ -180,6 +180,7 @@ def _manifest(
             lane_rows=task.tile.lane_rows,
             kv_tile=task.tile.kv_tile,
             operand=task.tile.operand,
+            heads=task.tile.heads,
         )
         for task, kernel in zip(tasks, partials, strict=False)
         if task.tile is not None

@@ -56,10 +56,11 @@ class TileKernel(Kernel, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lane_rows: int
     kv_tile: int
     operand: Dtype
+    heads: int = 1
 
     @property
     def tile(self) -> TileShape:
-        return TileShape(self.lane_rows, self.kv_tile, self.operand)
+        return TileShape(self.lane_rows, self.kv_tile, self.operand, self.heads)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -394,15 +394,20 @@ class TileShape:
         lane_rows: most lane rows (query rows × group) of an item.
         kv_tile: tokens that the online softmax walks in one step.
         operand: element type of both factors of both products; accumulation is float32.
+        heads: KV heads that a unit of work takes through each step one after another, a divisor of
+            `AttentionSpec.num_kv_heads`. Their elements of a token lie side by side in a cache, so
+            that it is read as it lies, and a rope that they share once.
     """
 
     lane_rows: int
     kv_tile: int
     operand: Dtype
+    heads: int = 1
 
     @property
     def name(self) -> str:
-        return f"r{self.lane_rows}t{self.kv_tile}{SHORT_DTYPE[self.operand]}"
+        heads = f"h{self.heads}" if self.heads > 1 else ""
+        return f"r{self.lane_rows}t{self.kv_tile}{SHORT_DTYPE[self.operand]}{heads}"
 
 
 def _state_and_rope(

@@ -25,7 +25,7 @@ ARRAYS = (
 PAGE_SIZES = (1, 4, 16, None)
 TILES = (
     (TileShape(2, 4, "float32"), TileShape(16, 16, "float32")),
-    (TileShape(4, 4, "float32"),),
+    (TileShape(4, 4, "float32", heads=2),),
     (TileShape(128, 8, "float32"), TileShape(8, 16, "float32"), TileShape(1, 2, "float32")),
 )
 

@@ -40,7 +40,8 @@ def execute(plan, spec, q, buffers) -> Execution:
         for item in plan.items[begin:end].tolist():
             assert item[1] * spec.group <= plan.tiles[tile].lane_rows
             for head in range(spec.num_kv_heads):
-                _unit(plan, spec, item, head, q, buffers, (partial_out, partial_lse), done)
+                leads = head % plan.tiles[tile].heads == 0
+                _unit(plan, spec, item, head, leads, q, buffers, (partial_out, partial_lse), done)
             steps = -(-item[4] // plan.tiles[tile].kv_tile)
             pairs = steps * plan.tiles[tile].kv_tile * plan.tiles[tile].lane_rows
             done.reads["tile_flops"] += (
@@ -50,15 +51,17 @@ def execute(plan, spec, q, buffers) -> Execution:
     return done
 
 
-def _unit(plan, spec, item, head, q, buffers, partials, done) -> None:
+def _unit(plan, spec, item, head, leads, q, buffers, partials, done) -> None:
+    """One item under one KV head; the first of a unit's heads reads the plan's arrays for all."""
     row_begin, num_rows, run_begin, run_end, num_tokens, dest_begin, last = item
     heads = slice(head * spec.group, (head + 1) * spec.group)
-    done.reads["indices"] += 7 + (2 if plan.window is None else 3) * num_rows
+    indices = done.reads if leads else Counter()
+    indices["indices"] += 7 + (2 if plan.window is None else 3) * num_rows
     if plan.window is not None:
         assert last == plan.row_positions[row_begin : row_begin + num_rows].max()
     done.reads["q"] += num_rows * spec.group * spec.q_width
     scores = {row: [] for row in range(row_begin, row_begin + num_rows)}
-    for (page, slot), rows in _tokens(plan, run_begin, run_end, num_tokens, done.reads):
+    for (page, slot), rows in _tokens(plan, run_begin, run_end, num_tokens, indices):
         key, value = _key_and_value(spec, buffers, page, slot, head, done.reads)
         assert np.isfinite(key).all(), "a slot that holds no token was read"
         for row in rows & scores.keys():

@@ -38,6 +38,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import FP8_BITS, base2_logit, exp2_polynomial, storage
+from deft_tvm.kernels.stage import stage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
     begin_with_sink,
@@ -78,7 +79,7 @@ def partial_attention(
         ``[W, Hq, v_width]`` and partial_lse ``[W, Hq]``, all float32; the LSE is in natural
         logarithms.
     """
-    M, N, operand = tile.lane_rows, tile.kv_tile, tile.operand
+    M, N, H, operand = tile.lane_rows, tile.kv_tile, tile.heads, tile.operand
     G, HQ, HK = spec.group, spec.num_q_heads, spec.num_kv_heads
     KW, RW, VW, QW = spec.k_width, spec.rope_width, spec.v_width, spec.q_width
     K0, V0 = spec.k.begin, spec.v.begin
@@ -89,6 +90,8 @@ def partial_attention(
     k_buffer, v_buffer = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
     r_buffer = spec.buffers[spec.rope if spec.rope is not None else spec.k.buffer]
     R_HEADS = r_buffer.heads
+    UNITS = HK // H
+    ROPE_ONCE = H > 1 and R_HEADS == 1
     TILE = storage(operand)
     ON_CPU = kind == "llvm"
     NEXT = N if ON_CPU else 0
@@ -98,6 +101,25 @@ def partial_attention(
     logit = bind(base2_logit, scale=spec.scale, soft_cap=spec.soft_cap, exp2=precise)
     at = _cache_index(spec.layout)
     shape = _cache_shape(spec.layout)
+
+    def nth(head: Any, n: Any) -> Any:
+        """KV head number `n` of a unit."""
+        return head + n if H > 1 else head
+
+    def base(n: Any) -> Any:
+        """Where its rows begin in the unit's state."""
+        return n * M if H > 1 else 0
+
+    def rope_head(head: Any) -> Any:
+        return head if R_HEADS == HK else 0
+
+    @stage
+    def load_all(K, V, rope, k_cache, v_cache, rope_cache, page, slot, head):
+        if not TIED:
+            load(K, k_cache, at, page, slot, head, K0, operand, "load_k")
+        load(V, v_cache, at, page, slot, head, V0, operand, "load_v")
+        if ROPED and not ROPE_ONCE:
+            load(rope, rope_cache, at, page, slot, rope_head(head), 0, operand, "load_rope")
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -180,12 +202,12 @@ def partial_attention(
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for work in loop(num_items * HK):
+            for work in loop(num_items * UNITS):
                 with T.sblock("item"):
                     T.reads()
                     T.writes()
-                    item: T.let[T.int32] = work // HK
-                    head: T.let[T.int32] = work % HK
+                    item: T.let[T.int32] = work // UNITS
+                    head: T.let[T.int32] = work % UNITS * H
                     row_begin: T.let[T.int32] = items[item, 0]
                     lanes: T.let[T.int32] = items[item, 1] * G
                     run_begin: T.let[T.int32] = items[item, 2]
@@ -195,8 +217,8 @@ def partial_attention(
                     last_position: T.let[T.int32] = items[item, 6]
                     page_shift: T.let[T.int32] = header[0]
                     search_steps: T.let[T.int32] = header[1]
-                    Q = T.sblock_alloc_buffer((M, KW), TILE)
-                    Q_rope = T.sblock_alloc_buffer((M, max(RW, 1)), TILE)
+                    Q = T.sblock_alloc_buffer((H * M, KW), TILE)
+                    Q_rope = T.sblock_alloc_buffer((H * M, max(RW, 1)), TILE)
                     K = T.sblock_alloc_buffer((N, KW), TILE)
                     V = T.sblock_alloc_buffer((N, VW), TILE)
                     rope = T.sblock_alloc_buffer((N, max(RW, 1)), TILE)
@@ -213,12 +235,12 @@ def partial_attention(
                     S_rope = T.sblock_alloc_buffer((M, N), "float32")
                     X = T.sblock_alloc_buffer((M, N), "float32")
                     P = T.sblock_alloc_buffer((M, N), TILE)
-                    A = T.sblock_alloc_buffer((M, VW), "float32")
+                    A = T.sblock_alloc_buffer((H * M, VW), "float32")
                     A_new = T.sblock_alloc_buffer((M, VW), "float32")
-                    m = T.sblock_alloc_buffer((M,), "float32")
+                    m = T.sblock_alloc_buffer((H * M,), "float32")
                     m_new = T.sblock_alloc_buffer((M,), "float32")
                     factor = T.sblock_alloc_buffer((M,), "float32")
-                    total = T.sblock_alloc_buffer((M,), "float32")
+                    total = T.sblock_alloc_buffer((H * M,), "float32")
                     total_new = T.sblock_alloc_buffer((M,), "float32")
                     if ON_CPU:
                         for _ in T.serial(1):
@@ -230,18 +252,22 @@ def partial_attention(
                         with T.sblock("prologue"):
                             T.reads()
                             T.writes()
-                            gather(Q, q, row_order, row_begin, lanes, head, G, 0, operand, "load_q")
+                            gather(
+                                Q, q, row_order, row_begin, lanes, M, head, G, 0, operand, "load_q"
+                            )
                             if ROPED:
                                 gather(
-                                    Q_rope, q, row_order, row_begin, lanes, head, G, KW, operand,
+                                    Q_rope, q, row_order, row_begin, lanes, M, head, G, KW, operand,
                                     "load_q_rope",
                                 )  # fmt: skip
                             if SINKS:
-                                begin_with_sink(m, total, sinks, dests, dest_begin, lanes, head, G)
+                                begin_with_sink(
+                                    m, total, sinks, dests, dest_begin, lanes, M, head, G
+                                )
                             else:
                                 fill(m, "-inf", "init_max")
                                 fill(total, 0, "init_sum")
-                            for i, d in T.grid(M, VW):
+                            for i, d in T.grid(H * M, VW):
                                 with T.sblock("init_out"):
                                     vi, vd = T.axis.remap("SS", [i, d])
                                     A[vi, vd] = T.float32(0)
@@ -274,45 +300,10 @@ def partial_attention(
                                         search_steps, row_begin, G, t0 + NEXT, num_tokens, N,
                                         ON_CPU,
                                     )  # fmt: skip
-                                    if SCALED:
+                                    if SCALED and H == 1:
                                         find_scales(
                                             k_scale, v_scale, k_scales, v_scales, page, head, N
                                         )
-                            for _ in T.serial(1):
-                                with T.sblock("loading"):
-                                    T.reads()
-                                    T.writes()
-                                    if not TIED:
-                                        load(
-                                            K, k_cache, at, page, slot, head, K0, operand, "load_k"
-                                        )
-                                    load(V, v_cache, at, page, slot, head, V0, operand, "load_v")
-                                    if ROPED:
-                                        load(
-                                            rope, rope_cache, at, page, slot,
-                                            T.min(head, R_HEADS - 1), 0, operand, "load_rope",
-                                        )  # fmt: skip
-                            for _ in T.serial(1):
-                                with T.sblock("qk"):
-                                    T.reads()
-                                    T.writes()
-                                    if ON_CPU and not TIED:
-                                        ahead(k_cache, at, page, slot, head, K0, KW, N, "ahead_k")
-                                    if TIED:
-                                        product(S, Q, V, K_IN_V, operand, "scores")
-                                    else:
-                                        product(S, Q, K, 0, operand, "scores")
-                            if ROPED:
-                                for _ in T.serial(1):
-                                    with T.sblock("qk_rope"):
-                                        T.reads()
-                                        T.writes()
-                                        if ON_CPU:
-                                            ahead(
-                                                rope_cache, at, page, slot,
-                                                T.min(head, R_HEADS - 1), 0, RW, N, "ahead_rope",
-                                            )  # fmt: skip
-                                        product(S_rope, Q_rope, rope, 0, operand, "scores_rope")
                             for _ in T.serial(1):
                                 with T.sblock("cutting"):
                                     T.reads()
@@ -321,62 +312,132 @@ def partial_attention(
                                         cut, lane_begin, lane_end, position, lanes, last_position,
                                         WINDOW, N,
                                     )  # fmt: skip
-                            for _ in T.serial(1):
-                                with T.sblock("masking"):
+                            if ROPED and ROPE_ONCE:
+                                for _ in T.serial(1):
+                                    with T.sblock("loading_rope"):
+                                        T.reads()
+                                        T.writes()
+                                        load(
+                                            rope, rope_cache, at, page, slot, 0, 0, operand,
+                                            "load_rope",
+                                        )  # fmt: skip
+                            if H == 1:
+                                for _ in T.serial(1):
+                                    with T.sblock("loading"):
+                                        T.reads()
+                                        T.writes()
+                                        load_all(
+                                            K, V, rope, k_cache, v_cache, rope_cache, page, slot,
+                                            head,
+                                        )  # fmt: skip
+                            for h in range(H):
+                                with T.sblock("head"):
                                     T.reads()
                                     T.writes()
-                                    if cut[0] == 0:
+                                    n: T.let[T.int32] = h
+                                    if H > 1:
                                         for _ in T.serial(1):
-                                            with T.sblock("whole"):
+                                            with T.sblock("loading"):
                                                 T.reads()
                                                 T.writes()
-                                                whole_logits(
-                                                    X, S, S_rope, ROPED, k_scale, SCALED, logit
-                                                )
-                                    else:
-                                        for _ in T.serial(1):
-                                            with T.sblock("masked"):
-                                                T.reads()
-                                                T.writes()
-                                                masked_logits(
-                                                    X, S, S_rope, ROPED, k_scale, SCALED, logit,
-                                                    lane_begin, lane_end, position, row_positions,
-                                                    row_begin, lanes, G, WINDOW,
+                                                if SCALED:
+                                                    find_scales(
+                                                        k_scale, v_scale, k_scales, v_scales, page,
+                                                        head + n, N,
+                                                    )  # fmt: skip
+                                                load_all(
+                                                    K, V, rope, k_cache, v_cache, rope_cache, page,
+                                                    slot, head + n,
                                                 )  # fmt: skip
-                            for _ in T.serial(1):
-                                with T.sblock("softmax"):
-                                    T.reads()
-                                    T.writes()
-                                    E = T.sblock_alloc_buffer((M, N), "float32")
-                                    W = T.sblock_alloc_buffer((M, N), "float32")
-                                    m_tile = T.sblock_alloc_buffer((M,), "float32")
-                                    total_tile = T.sblock_alloc_buffer((M,), "float32")
-                                    grow_max(m_new, factor, m_tile, m, X, exp2)
-                                    exponentiate(
-                                        P, E, W, total_new, total_tile, total, factor, X, m_new,
-                                        v_scale, SCALED, exp2, operand,
-                                    )  # fmt: skip
-                            for _ in T.serial(1):
-                                with T.sblock("pv"):
-                                    T.reads()
-                                    T.writes()
-                                    U = T.sblock_alloc_buffer((M, VW), "float32")
-                                    if ON_CPU:
-                                        ahead(v_cache, at, page, slot, head, V0, VW, N, "ahead_v")
-                                    weigh(A_new, U, A, factor, P, V, operand)
-                            for _ in T.serial(1):
-                                with T.sblock("keeping"):
-                                    T.reads()
-                                    T.writes()
-                                    keep(A, A_new, m, m_new, total, total_new)
+                                    for _ in T.serial(1):
+                                        with T.sblock("qk"):
+                                            T.reads()
+                                            T.writes()
+                                            if ON_CPU and not TIED:
+                                                ahead(
+                                                    k_cache, at, page, slot, nth(head, n), K0, KW,
+                                                    N, "ahead_k",
+                                                )  # fmt: skip
+                                            if TIED:
+                                                product(S, Q, base(n), V, K_IN_V, operand, "scores")
+                                            else:
+                                                product(S, Q, base(n), K, 0, operand, "scores")
+                                    if ROPED:
+                                        for _ in T.serial(1):
+                                            with T.sblock("qk_rope"):
+                                                T.reads()
+                                                T.writes()
+                                                if ON_CPU:
+                                                    ahead(
+                                                        rope_cache, at, page, slot,
+                                                        rope_head(nth(head, n)), 0, RW, N,
+                                                        "ahead_rope",
+                                                    )  # fmt: skip
+                                                product(
+                                                    S_rope, Q_rope, base(n), rope, 0, operand,
+                                                    "scores_rope",
+                                                )  # fmt: skip
+                                    for _ in T.serial(1):
+                                        with T.sblock("masking"):
+                                            T.reads()
+                                            T.writes()
+                                            if cut[0] == 0:
+                                                for _ in T.serial(1):
+                                                    with T.sblock("whole"):
+                                                        T.reads()
+                                                        T.writes()
+                                                        whole_logits(
+                                                            X, S, S_rope, ROPED, k_scale, SCALED,
+                                                            logit,
+                                                        )  # fmt: skip
+                                            else:
+                                                for _ in T.serial(1):
+                                                    with T.sblock("masked"):
+                                                        T.reads()
+                                                        T.writes()
+                                                        masked_logits(
+                                                            X, S, S_rope, ROPED, k_scale, SCALED,
+                                                            logit, lane_begin, lane_end, position,
+                                                            row_positions, row_begin, lanes, G,
+                                                            WINDOW,
+                                                        )  # fmt: skip
+                                    for _ in T.serial(1):
+                                        with T.sblock("softmax"):
+                                            T.reads()
+                                            T.writes()
+                                            E = T.sblock_alloc_buffer((M, N), "float32")
+                                            W = T.sblock_alloc_buffer((M, N), "float32")
+                                            m_tile = T.sblock_alloc_buffer((M,), "float32")
+                                            total_tile = T.sblock_alloc_buffer((M,), "float32")
+                                            grow_max(m_new, factor, m_tile, m, base(n), X, exp2)
+                                            exponentiate(
+                                                P, E, W, total_new, total_tile, total, base(n),
+                                                factor, X, m_new, v_scale, SCALED, exp2, operand,
+                                            )  # fmt: skip
+                                    for _ in T.serial(1):
+                                        with T.sblock("pv"):
+                                            T.reads()
+                                            T.writes()
+                                            U = T.sblock_alloc_buffer((M, VW), "float32")
+                                            if ON_CPU:
+                                                ahead(
+                                                    v_cache, at, page, slot, nth(head, n), V0, VW,
+                                                    N, "ahead_v",
+                                                )  # fmt: skip
+                                            weigh(A_new, U, A, base(n), factor, P, V, operand)
+                                    for _ in T.serial(1):
+                                        with T.sblock("keeping"):
+                                            T.reads()
+                                            T.writes()
+                                            keep(A, A_new, m, m_new, total, total_new, base(n))
                     for _ in T.serial(1):
                         with T.sblock("epilogue"):
                             T.reads()
                             T.writes()
-                            inverse = T.sblock_alloc_buffer((M,), "float32")
+                            inverse = T.sblock_alloc_buffer((H * M,), "float32")
                             write(
                                 out, lse, partial_out, partial_lse, inverse, A, m, total,
-                                dests, dest_begin, lanes, head, G, spec.dtype,
+                                dests, dest_begin, lanes, M, head, G, spec.dtype,
                             )  # fmt: skip
                     if ON_CPU:
                         for _ in T.serial(1):

@@ -39,6 +39,18 @@ def position_of(
     return row_positions[row_begin + tirx.min(i, lanes - 1) // group]
 
 
+def lane_of(i: Any, rows: int, lane_rows: int) -> Any:
+    """Lane row of state row i; there are `rows` of them, `lane_rows` for each head of a unit."""
+    return i if rows == lane_rows else i % lane_rows
+
+
+def q_head(i: Any, rows: int, lane_rows: int, head: Any, group: int) -> Any:
+    """Query head of state row i, where `head` is the unit's first KV head."""
+    if rows == lane_rows:
+        return head * group + i % group
+    return (head + i // lane_rows) * group + i % lane_rows % group
+
+
 def score(S: Any, S_rope: Any, k_scale: Any, i: Any, j: Any, roped: bool, scaled: bool) -> Expr:
     """q · k: the product with K's stored elements times their scale, and that with the rope."""
     product = S[i, j] * k_scale[j] if scaled else S[i, j]
@@ -64,15 +76,16 @@ def leave(state):
 
 
 @stage
-def gather(Q, q, row_order, row_begin, lanes, head, group, first, operand, block):
-    """Columns from `first` of the item's query rows; zeros past its last row."""
+def gather(Q, q, row_order, row_begin, lanes, lane_rows, head, group, first, operand, block):
+    """Columns from `first` of the item's query rows, head after head; zeros past its last row."""
     for i, d in T.grid(Q.shape[0], Q.shape[1]):
         with T.sblock(block):
             vi, vd = T.axis.remap("SS", [i, d])
-            row: T.let[T.int32] = row_order[row_begin + T.min(vi, lanes - 1) // group]
+            lane: T.let[T.int32] = lane_of(vi, Q.shape[0], lane_rows)
+            row: T.let[T.int32] = row_order[row_begin + T.min(lane, lanes - 1) // group]
             Q[vi, vd] = T.Select(
-                vi < lanes,
-                narrow(q[row, head * group + vi % group, first + vd], operand),
+                lane < lanes,
+                narrow(q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand),
                 T.Cast(storage(operand), 0),
             )
 
@@ -87,15 +100,16 @@ def fill(buffer, value, block):
 
 
 @stage
-def begin_with_sink(m, total, sinks, dests, dest_begin, lanes, head, group):
+def begin_with_sink(m, total, sinks, dests, dest_begin, lanes, lane_rows, head, group):
     """The state of a row that this item alone answers for: one token was seen, which is its sink
     and has no value. Other rows have seen nothing, and meet their sink in stage 2."""
     for i in range(m.shape[0]):
         with T.sblock("init_max"):
             vi = T.axis.spatial(m.shape[0], i)
+            lane: T.let[T.int32] = lane_of(vi, m.shape[0], lane_rows)
             m[vi] = T.Select(
-                dests[dest_begin + T.min(vi, lanes - 1) // group] < 0,
-                sinks[head * group + vi % group] * T.float32(LOG2_E),
+                dests[dest_begin + T.min(lane, lanes - 1) // group] < 0,
+                sinks[q_head(vi, m.shape[0], lane_rows, head, group)] * T.float32(LOG2_E),
                 T.float32("-inf"),
             )
     for i in range(m.shape[0]):
@@ -105,14 +119,16 @@ def begin_with_sink(m, total, sinks, dests, dest_begin, lanes, head, group):
 
 
 @stage
-def product(S, Q, K, first, operand, block):
-    """S[i, j] = Q[i] · K[j, first:]."""
-    for i, j, d in T.grid(Q.shape[0], K.shape[0], Q.shape[1]):
+def product(S, Q, base, K, first, operand, block):
+    """S[i, j] = Q[base + i] · K[j, first:]."""
+    for i, j, d in T.grid(S.shape[0], K.shape[0], Q.shape[1]):
         with T.sblock(block):
             vi, vj, vd = T.axis.remap("SSR", [i, j, d])
             with T.init():
                 S[vi, vj] = T.float32(0)
-            S[vi, vj] = S[vi, vj] + widen(Q[vi, vd], operand) * widen(K[vj, first + vd], operand)
+            S[vi, vj] = S[vi, vj] + widen(Q[base + vi, vd], operand) * widen(
+                K[vj, first + vd], operand
+            )
 
 
 @stage
@@ -149,7 +165,7 @@ def masked_logits(
 
 
 @stage
-def grow_max(m_new, factor, m_tile, m, X, exp2):
+def grow_max(m_new, factor, m_tile, m, base, X, exp2):
     """The running maximum with this tile, and 2^(old - new)."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("row_max"):
@@ -161,16 +177,16 @@ def grow_max(m_new, factor, m_tile, m, X, exp2):
     for i in range(X.shape[0]):
         with T.sblock("new_max"):
             vi = T.axis.spatial(X.shape[0], i)
-            m_new[vi] = T.max(m[vi], m_tile[vi])
+            m_new[vi] = T.max(m[base + vi], m_tile[vi])
     for i in range(X.shape[0]):
         with T.sblock("rescale"):
             vi = T.axis.spatial(X.shape[0], i)
-            factor[vi] = exp2(m[vi] - finite(m_new[vi]))
+            factor[vi] = exp2(m[base + vi] - finite(m_new[vi]))
 
 
 @stage
 def exponentiate(
-    P, E, W, total_new, total_tile, total, factor, X, m_new, v_scale, scaled, exp2, operand
+    P, E, W, total_new, total_tile, total, base, factor, X, m_new, v_scale, scaled, exp2, operand
 ):  # fmt: skip
     """Probabilities relative to the new maximum, rounded only after they were summed.
 
@@ -189,7 +205,7 @@ def exponentiate(
     for i in range(X.shape[0]):
         with T.sblock("new_sum"):
             vi = T.axis.spatial(X.shape[0], i)
-            total_new[vi] = total[vi] * factor[vi] + total_tile[vi]
+            total_new[vi] = total[base + vi] * factor[vi] + total_tile[vi]
     if scaled:
         for i, j in T.grid(X.shape[0], X.shape[1]):
             with T.sblock("weights"):
@@ -202,41 +218,41 @@ def exponentiate(
 
 
 @stage
-def weigh(A_new, U, A, factor, P, V, operand):
-    """A_new[i] = A[i] · factor[i] + Σ_j P[i, j] V[j]."""
+def weigh(A_new, U, A, base, factor, P, V, operand):
+    """A_new[i] = A[base + i] · factor[i] + Σ_j P[i, j] V[j]."""
     for i, d, j in T.grid(P.shape[0], V.shape[1], V.shape[0]):
         with T.sblock("accumulate"):
             vi, vd, vj = T.axis.remap("SSR", [i, d, j])
             with T.init():
                 U[vi, vd] = T.float32(0)
             U[vi, vd] = U[vi, vd] + widen(P[vi, vj], operand) * widen(V[vj, vd], operand)
-    for i, d in T.grid(A.shape[0], A.shape[1]):
+    for i, d in T.grid(A_new.shape[0], A_new.shape[1]):
         with T.sblock("fold"):
             vi, vd = T.axis.remap("SS", [i, d])
-            A_new[vi, vd] = A[vi, vd] * factor[vi] + U[vi, vd]
+            A_new[vi, vd] = A[base + vi, vd] * factor[vi] + U[vi, vd]
 
 
 @stage
-def keep(A, A_new, m, m_new, total, total_new):
-    """The new state becomes the state."""
-    for i, d in T.grid(A.shape[0], A.shape[1]):
+def keep(A, A_new, m, m_new, total, total_new, base):
+    """The new state becomes the state of the rows from `base` on."""
+    for i, d in T.grid(A_new.shape[0], A_new.shape[1]):
         with T.sblock("keep_out"):
             vi, vd = T.axis.remap("SS", [i, d])
-            A[vi, vd] = A_new[vi, vd]
-    for i in range(m.shape[0]):
+            A[base + vi, vd] = A_new[vi, vd]
+    for i in range(m_new.shape[0]):
         with T.sblock("keep_max"):
-            vi = T.axis.spatial(m.shape[0], i)
-            m[vi] = m_new[vi]
-    for i in range(m.shape[0]):
+            vi = T.axis.spatial(m_new.shape[0], i)
+            m[base + vi] = m_new[vi]
+    for i in range(m_new.shape[0]):
         with T.sblock("keep_sum"):
-            vi = T.axis.spatial(m.shape[0], i)
-            total[vi] = total_new[vi]
+            vi = T.axis.spatial(m_new.shape[0], i)
+            total[base + vi] = total_new[vi]
 
 
 @stage
 def write(
     out, lse, partial_out, partial_lse, inverse, A, m, total,
-    dests, dest_begin, lanes, head, group, dtype,
+    dests, dest_begin, lanes, lane_rows, head, group, dtype,
 ):  # fmt: skip
     """Normalise, and store where the plan says: a partial slot, or ~row of the caller."""
     for i in range(m.shape[0]):
@@ -248,20 +264,22 @@ def write(
     for i, d in T.grid(A.shape[0], A.shape[1]):
         with T.sblock("write_out"):
             vi, vd = T.axis.remap("SS", [i, d])
-            if vi < lanes:
-                dest: T.let[T.int32] = dests[dest_begin + vi // group]
+            lane: T.let[T.int32] = lane_of(vi, m.shape[0], lane_rows)
+            column: T.let[T.int32] = q_head(vi, m.shape[0], lane_rows, head, group)
+            if lane < lanes:
+                dest: T.let[T.int32] = dests[dest_begin + lane // group]
                 if dest >= 0:
-                    partial_out[dest, head * group + vi % group, vd] = A[vi, vd] * inverse[vi]
+                    partial_out[dest, column, vd] = A[vi, vd] * inverse[vi]
                 else:
-                    out[-1 - dest, head * group + vi % group, vd] = T.Cast(
-                        dtype, A[vi, vd] * inverse[vi]
-                    )
+                    out[-1 - dest, column, vd] = T.Cast(dtype, A[vi, vd] * inverse[vi])
     for i in range(m.shape[0]):
         with T.sblock("write_lse"):
             vi = T.axis.spatial(m.shape[0], i)
-            if vi < lanes:
-                dest: T.let[T.int32] = dests[dest_begin + vi // group]
+            lane: T.let[T.int32] = lane_of(vi, m.shape[0], lane_rows)
+            column: T.let[T.int32] = q_head(vi, m.shape[0], lane_rows, head, group)
+            if lane < lanes:
+                dest: T.let[T.int32] = dests[dest_begin + lane // group]
                 if dest >= 0:
-                    partial_lse[dest, head * group + vi % group] = natural_lse(m[vi], total[vi])
+                    partial_lse[dest, column] = natural_lse(m[vi], total[vi])
                 else:
-                    lse[-1 - dest, head * group + vi % group] = natural_lse(m[vi], total[vi])
+                    lse[-1 - dest, column] = natural_lse(m[vi], total[vi])

@@ -1,7 +1,8 @@
 """What a work item costs on a device, so that a plan can be chosen before it is run.
 
-One unit of work is an item under one KV head; units are independent and each runs on one core (or
-SM). With T tokens, a tile class of M lane rows that walks N tokens a step, and r rows,
+One unit of work is an item under some of the KV heads, as many as its tile class says (mostly one);
+units are independent and each runs on one core (or SM). With T tokens, a tile class of M lane rows
+that walks N tokens a step, and r rows, under one head
 
     seconds(unit) = max(T · bytes / bandwidth, ⌈T/N⌉ · N · M · 2 (q_width + v_width) / rate) + fixed
     seconds(plan) = makespan of its units over the cores + its partials / bandwidth
@@ -51,11 +52,10 @@ class CostModel:
         bandwidth_share: of the read bandwidth: 0.7, one sequence of 65,536 float32 tokens.
         unit_seconds: taking a unit from the queue, looking its rows and pages up (guess).
         reach_bytes: KV of an item, all heads together, above which an item that waits for memory
-            is cut. Its heads are worked on one after another and lie side by side, so that what
-            hardware reads too much for one is found by the next, if the last level cache (32 MiB)
-            still holds it, and fewer pages of memory are in use at a time. 8 MiB (AMD EPYC Zen 4,
-            2026-11-21): one sequence of 65,536 tokens takes 0.91 of the time of 16 MiB in float32.
-            0: no limit, as on a GPU.
+            is cut, so that cores which get unequal shares of the memory end together, and heads
+            worked on one after another find near what was read for the ones before. 8 MiB: one
+            sequence of 65,536 tokens takes 0.98 of the time with 64 MiB in float32, 0.94 in
+            bfloat16 (AMD EPYC Zen 4, 2 cores, 2026-11-21). 0: no limit, as on a GPU.
     """
 
     cores: int
@@ -93,24 +93,26 @@ class Prices:
     Attributes:
         capacity: rows that an item of the class may hold.
         kv_tile: tokens a step.
-        step_seconds: both products of one step.
+        units: of an item.
+        step_seconds: both products of a unit's step.
         fixed_seconds: a unit's start, and its lanes of Q and output.
-        token_seconds: reading one token under one KV head.
+        token_seconds: a unit's reading of one token.
+        item_token_seconds: reading one token under all KV heads, by one core.
         partial_seconds: writing and reading one row's partial, with all cores at it.
         launch_seconds: one kernel launch.
-        heads: units of an item.
         cores: units at a time.
         longest: tokens of an item that waits for memory, at the most.
     """
 
     capacity: Ints
     kv_tile: Ints
+    units: Ints
     step_seconds: Floats
     fixed_seconds: Floats
-    token_seconds: float
+    token_seconds: Floats
+    item_token_seconds: float
     partial_seconds: float
     launch_seconds: float
-    heads: int
     cores: int
     longest: int
 
@@ -123,19 +125,22 @@ class Prices:
         return int(self.kv_tile.max())
 
     def choose_tile(self, tokens: Ints, rows: Ints) -> tuple[Ints, Floats]:
-        """The cheapest class for each item, and the seconds of one of its units.
+        """The class in which an item's units together are cheapest, and the seconds of one.
 
         Args:
             tokens: int[I], tokens of each item.
             rows: int[I], rows of each item, at most `most_rows`.
         """
         seconds = self._unit_seconds(tokens, rows)
-        return seconds.argmin(axis=0), seconds.min(axis=0)
+        best = (seconds * self.units[:, None]).argmin(axis=0)
+        return best, np.take_along_axis(seconds, best[None], 0)[0]
 
     def _unit_seconds(self, tokens: Ints, rows: Ints) -> Floats:
         """float[C, I], infinite where the class does not hold the rows."""
         steps = -(-tokens // self.kv_tile[:, None])
-        seconds = np.maximum(steps * self.step_seconds[:, None], tokens * self.token_seconds)
+        seconds = np.maximum(
+            steps * self.step_seconds[:, None], tokens * self.token_seconds[:, None]
+        )
         seconds += self.fixed_seconds[:, None]
         seconds[rows > self.capacity[:, None]] = np.inf
         return seconds
@@ -145,11 +150,11 @@ class Prices:
         by_size = np.lexsort((self.kv_tile, self.capacity))
         return by_size[np.searchsorted(self.capacity[by_size], rows)]
 
-    def units(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
+    def units_of(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
         """Seconds of a unit and number of units of each group; too many rows are cut in blocks."""
         blocks = -(-rows // self.most_rows)
-        seconds = self._unit_seconds(tokens, np.minimum(rows, self.most_rows)).min(axis=0)
-        return seconds, blocks * self.heads
+        tile, seconds = self.choose_tile(tokens, np.minimum(rows, self.most_rows))
+        return seconds, blocks * self.units[tile]
 
     def cost(self, tokens: Ints, rows: Ints, balanced: float | None = None) -> tuple[Floats, float]:
         """What each group costs the plan: seconds that it keeps the whole device busy, and the
@@ -163,7 +168,7 @@ class Prices:
         Returns:
             float[G], and `balanced`.
         """
-        seconds, units = self.units(tokens, rows)
+        seconds, units = self.units_of(tokens, rows)
         seconds *= tokens > 0
         busy = seconds * units / self.cores
         balanced = float(busy.sum()) if balanced is None else balanced
@@ -174,7 +179,7 @@ class Prices:
 
     def read_seconds(self, tokens: Ints) -> float:
         """Seconds that reading the tokens of all groups takes at the least, by all cores."""
-        return int(tokens.sum()) * self.token_seconds * self.heads / self.cores
+        return int(tokens.sum()) * self.item_token_seconds / self.cores
 
     def merge_seconds(self, row_begin: Ints, row_end: Ints) -> float:
         """Seconds that the partials take of groups which answer for the given rows."""
@@ -215,20 +220,29 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
             f"tiles hold {[tile.lane_rows for tile in tiles]} lane rows; expected one that holds "
             f"a row, which is {spec.group} (num_q_heads / num_kv_heads)"
         )
+    if wrong := [tile.name for tile in tiles if spec.num_kv_heads % tile.heads]:
+        raise PlanError(
+            f"tiles {', '.join(wrong)} take several heads at a time; expected a divisor of "
+            f"num_kv_heads, which is {spec.num_kv_heads}"
+        )
     bandwidth = model.bandwidth_share * model.read_bandwidth
-    lanes = np.array([tile.lane_rows for tile in tiles], np.int64)
+    a_core = bandwidth / model.cores
+    heads = np.array([tile.heads for tile in tiles], np.int64)
+    lanes = heads * np.array([tile.lane_rows for tile in tiles], np.int64)
     kv_tile = np.array([tile.kv_tile for tile in tiles], np.int64)
     widths = spec.q_width + spec.v_width
     flops_a_step = 2.0 * widths * lanes * kv_tile
+    item_token_seconds = token_bytes(spec) / a_core
     return Prices(
         capacity=capacity,
         kv_tile=kv_tile,
         step_seconds=flops_a_step / np.array([model.rate(tile) for tile in tiles]),
-        fixed_seconds=model.unit_seconds + 4 * widths * lanes / (bandwidth / model.cores),
-        token_seconds=token_bytes(spec) / spec.num_kv_heads / (bandwidth / model.cores),
+        units=spec.num_kv_heads // heads,
+        fixed_seconds=model.unit_seconds + 4 * widths * lanes / a_core,
+        token_seconds=item_token_seconds * heads / spec.num_kv_heads,
+        item_token_seconds=item_token_seconds,
         partial_seconds=2 * partial_bytes(spec) / bandwidth,
         launch_seconds=model.launch_seconds,
-        heads=spec.num_kv_heads,
         cores=model.cores,
         longest=_longest(spec, model.reach_bytes, int(kv_tile.max())),
     )

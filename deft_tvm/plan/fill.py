@@ -32,9 +32,9 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
     if chunk is not None:
         given = np.minimum(tokens, chunk)
         return given, float(_seconds(prices, tokens, given[None], rows)[0])
-    seconds, units = prices.units(tokens, rows)
+    seconds, units = prices.units_of(tokens, rows)
     balanced = float(seconds @ units) / prices.cores
-    waits = 2 * tokens * prices.token_seconds > seconds
+    waits = 2 * tokens * prices.item_token_seconds > seconds * units
     fewest = np.where(waits, -(-tokens // prices.longest), 1)
     uncut = _evenly(prices, tokens, fewest)
     whole = float(_seconds(prices, tokens, uncut[None], rows)[0])
@@ -56,6 +56,6 @@ def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
 def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:
     """float[S] for int[S, G] chunks: the makespan, and the partials that cutting adds."""
     pieces, rows = -(-tokens // chunk), np.broadcast_to(rows, chunk.shape)
-    seconds, units = prices.units(chunk.ravel(), rows.ravel())
+    seconds, units = prices.units_of(chunk.ravel(), rows.ravel())
     time = makespan(seconds.reshape(chunk.shape), units.reshape(chunk.shape) * pieces, prices.cores)
     return time + prices.partial_seconds * ((pieces - 1) * rows).sum(axis=1)

@@ -1,9 +1,9 @@
 """Bytes and FLOPs of a plan, counted from the arrays that the kernels read.
 
-A unit, one item under one KV head, reads each token of its item once, whatever rows it holds, and
-looks one page index up for each page that a run touches. Stage 2 reads what stage 1 wrote. Caches
-are not modelled, but for a rope that the units of an item share: these are the bytes asked for, and
-what sharing saves is fewer requests.
+A unit is one item under the KV heads that its tile class takes at a time. It reads each token once,
+whatever rows it holds, and looks one page index up for each page that a run touches. Stage 2 reads
+what stage 1 wrote. Caches are not modelled, but for a rope that the heads of an item share: these
+are the bytes asked for, and what sharing saves is fewer requests.
 
 Beside it stands sequence-based decoding, which DeFT (ICLR 2025, table 17) compares with: every row
 reads every token of its own path for itself, in one pass and so without partials.
@@ -134,19 +134,25 @@ def _bytes(
     )
 
 
-def _words_a_page(spec: AttentionSpec) -> int:
-    """Its number, and the scales of K and V where they are cached in 8 bits."""
-    return 3 if spec.scaled else 1
+def _words_a_page(spec: AttentionSpec, heads: int = 1) -> int:
+    """Its number, and where they are cached in 8 bits the scales of K and V of so many heads."""
+    return 1 + 2 * heads * bool(spec.scaled)
 
 
 def _index_words(plan: Plan, spec: AttentionSpec) -> int:
     """Words of the plan's arrays that all units read, and those of stage 2."""
-    runs = plan.runs
-    tokens = _run_tokens(plan)
-    pages = int(((runs[:, 2] + tokens - 1) // plan.page_size + 1).sum())
+    run_pages = (plan.runs[:, 2] + _run_tokens(plan) - 1) // plan.page_size + 1
+    before = np.append(0, run_pages.cumsum())
+    first, last, rows = plan.items[:, 2], plan.items[:, 3], plan.items[:, 1].astype(np.int64)
+    pages = before[last] - before[first]
     a_row = 2 if plan.window is None else 3
-    a_head = pages * _words_a_page(spec) + runs.size + plan.items.size + a_row * len(plan.dests)
-    return a_head * spec.num_kv_heads + plan.merge_rows.size + plan.merge_indptr.size
+    others = (last - first) * plan.runs.shape[1] + plan.items.shape[1] + a_row * rows
+    words = plan.merge_rows.size + plan.merge_indptr.size
+    for number, begin, end in plan.launches:
+        heads = plan.tiles[number].heads
+        a_unit = pages[begin:end] * _words_a_page(spec, heads) + others[begin:end]
+        words += int(a_unit.sum()) * (spec.num_kv_heads // heads)
+    return words
 
 
 def _run_tokens(plan: Plan) -> Ints:

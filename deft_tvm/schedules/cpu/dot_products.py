@@ -32,7 +32,7 @@ def lanes_of(width: int, operand: str, float_lanes: int) -> int:
 
 def tokens_of(lane_rows: int, lanes: int) -> int:
     """Tokens of a step, as near to its rows as they may be: both are loaded for all products."""
-    squarish = 1 << (lanes.bit_length() // 2)
+    squarish = 1 << (lanes.bit_length() - 1) // 2
     return lanes // power_of_two_in(lane_rows, squarish)
 
 
