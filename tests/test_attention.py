@@ -48,7 +48,20 @@ SPECS = {
         scale=0.2,
         page_size=8,
     ),
-}
+    "mla-bf16": AttentionSpec.mla(
+        num_q_heads=8, kv_lora_rank=64, qk_rope_head_dim=32, qk_nope_head_dim=32, dtype="bfloat16"
+    ),
+    "gla2-f32": AttentionSpec.gla(
+        num_q_heads=8, num_latent_heads=2, latent_dim=32, rope_dim=16, nope_dim=16, page_size=64
+    ),
+    "gta4-f16": AttentionSpec.gta(
+        num_q_heads=8, num_kv_heads=4, head_dim=32, rope_dim=16, dtype="float16", page_size=1
+    ),
+    "all-options-bf16": AttentionSpec.gqa(
+        num_q_heads=8, num_kv_heads=4, head_dim=64, dtype="bfloat16", kv_dtype="float8_e4m3fn",
+        window=33, soft_cap=20.0, sinks=True, scale=0.2,
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SPECS, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import product
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 from compiled import few_and_many, worst
 from unabsorbed import Weights, latent_attention
 
+from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError, SpecError
+from deft_tvm.kernels.numerics import TANH_DEGREE_4
+from deft_tvm.kernels.partial import partial_attention
 from deft_tvm.plan.cost import kv_bytes, partial_bytes, token_bytes
 from deft_tvm.plan.intensity import shares
 from deft_tvm.pytorch import absorb_query, expand_output
 from deft_tvm.reference import tree_attention
-from deft_tvm.spec import AttentionSpec, Region
+from deft_tvm.schedules import KernelTask, schedule
+from deft_tvm.schedules.tiles import default_tiles
+from deft_tvm.spec import AttentionSpec, Region, TileShape
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import parse, tensors
 
@@ -93,6 +99,39 @@ def test_what_the_variants_read() -> None:
 
     gta = AttentionSpec.gta(num_q_heads=32, num_kv_heads=8, head_dim=128, rope_dim=64)
     assert gta.k == Region(0, 0, 64) and gta.v == Region(0, 0, 128) and gta.scale == 128**-0.5
+
+
+@pytest.mark.parametrize("kind", ["llvm", "cuda"])
+def test_a_tied_state_is_loaded_once_by_the_scheduled_kernel(kind: str) -> None:
+    """Its one tile serves as K and V: nothing else reads the cache, but to ask for it ahead."""
+    spec = SPECS["gta4-bf16-f32rope"]
+    device = DeviceProfile.detect() if kind == "llvm" else DeviceProfile.nominal()
+    target = device.target() if kind == "llvm" else {"kind": "cuda", "arch": "sm_90a"}
+    features = frozenset(device.features if kind == "llvm" else ())
+    for tile in default_tiles(spec, kind, features):
+        task = KernelTask("partial", spec, tile, target, features, "partial")
+        lines = schedule(task)[0].mod.script().splitlines()
+        read = [line for line in lines if re.search(r" = .*_cache\[", line)]
+        assert len([line for line in read if "v_cache[" in line]) == 1, tile
+        assert len([line for line in read if "rope_cache[" in line]) == 1, tile
+        assert not any("k_cache[" in line for line in lines), tile
+
+
+def test_what_is_not_asked_for_is_not_in_the_kernel() -> None:
+    plain = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64)
+    tile = TileShape(16, 16, "float32")
+    written = partial_attention(plain, tile).script()
+    for option, trace in (
+        ({"soft_cap": 3.0}, str(TANH_DEGREE_4[0])[:9]),
+        ({"window": 9}, "row_positions["),
+        ({"sinks": True}, "sinks["),
+    ):
+        changed = dataclasses.replace(plain, **option)
+        assert trace in partial_attention(changed, tile).script(), option
+        assert trace not in written, option
+    eight = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, kv_dtype="float8_e4m3fn")
+    assert "k_scales[" in partial_attention(eight, tile).script()
+    assert "k_scales[" not in written
 
 
 # arXiv 2505.21487: bytes per token, layer and rank in bfloat16, at 1, 2, 4 and 8 ranks.
