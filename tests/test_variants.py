@@ -134,23 +134,58 @@ def test_what_is_not_asked_for_is_not_in_the_kernel() -> None:
     assert "k_scales[" not in written
 
 
-# arXiv 2505.21487: bytes per token, layer and rank in bfloat16, at 1, 2, 4 and 8 ranks.
-XL = {"num_q_heads": 16, "dtype": "bfloat16"}
+def variants(
+    heads: int, width: int, rope: int, kv_heads: int, latents: tuple[int, ...]
+) -> dict[str, AttentionSpec]:
+    """The variants of one size in bfloat16; a latent is 2 widths, MLA's 4."""
+    common = {"num_q_heads": heads, "dtype": "bfloat16"}
+    grouped = {**common, "num_kv_heads": kv_heads, "head_dim": width}
+    latent = {"rope_dim": rope, "nope_dim": width}
+    made = {
+        "MHA": AttentionSpec.gqa(**{**grouped, "num_kv_heads": heads}),
+        "MQA": AttentionSpec.gqa(**{**grouped, "num_kv_heads": 1}),
+        f"GQA-{kv_heads}": AttentionSpec.gqa(**grouped),
+        f"GTA-{kv_heads}": AttentionSpec.gta(**grouped, rope_dim=rope),
+        "MLA": AttentionSpec.mla(
+            **common, kv_lora_rank=4 * width, qk_rope_head_dim=rope, qk_nope_head_dim=width
+        ),
+    }
+    for n in latents:
+        made[f"GLA-{n}"] = AttentionSpec.gla(
+            **common, num_latent_heads=n, latent_dim=2 * width, **latent
+        )
+    return made
+
+
+# arXiv 2505.21487, tables 5, 15, 23 and 26: bytes per token, layer and rank in bfloat16, at 1, 2, 4
+# and 8 ranks; the last one counts elements in units of the head width.
+XL = variants(16, 128, 64, 4, (2,))
+MEDIUM = variants(16, 64, 32, 4, (2,))
+LLAMA = variants(32, 128, 64, 8, (2,))
+DEEPSEEK = variants(128, 128, 64, 8, (2, 4, 8))
+D = 2 * 128
 PUBLISHED = {
-    "MHA": (AttentionSpec.gqa(**XL, num_kv_heads=16, head_dim=128), (8192, 4096, 2048, 1024)),
-    "GQA-4": (AttentionSpec.gqa(**XL, num_kv_heads=4, head_dim=128), (2048, 1024, 512, 512)),
-    "GTA-4": (
-        AttentionSpec.gta(**XL, num_kv_heads=4, head_dim=128, rope_dim=64),
-        (1152, 640, 384, 384),
-    ),
-    "GLA-2": (
-        AttentionSpec.gla(**XL, num_latent_heads=2, latent_dim=256, rope_dim=64, nope_dim=128),
-        (1152, 640, 640, 640),
-    ),
-    "MLA": (
-        AttentionSpec.mla(**XL, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128),
-        (1152, 1152, 1152, 1152),
-    ),
+    "XL MHA": (XL["MHA"], (8192, 4096, 2048, 1024)),
+    "XL GQA-4": (XL["GQA-4"], (2048, 1024, 512, 512)),
+    "XL GTA-4": (XL["GTA-4"], (1152, 640, 384, 384)),
+    "XL GLA-2": (XL["GLA-2"], (1152, 640, 640, 640)),
+    "XL MLA": (XL["MLA"], (1152, 1152, 1152, 1152)),
+    "medium MHA": (MEDIUM["MHA"], (4096, 2048, 1024, 512)),
+    "medium GQA-4": (MEDIUM["GQA-4"], (1024, 512, 256, 256)),
+    "medium MQA": (MEDIUM["MQA"], (256, 256, 256, 256)),
+    "medium GTA-4": (MEDIUM["GTA-4"], (576, 320, 192, 192)),
+    "medium GLA-2": (MEDIUM["GLA-2"], (576, 320, 320, 320)),
+    "medium MLA": (MEDIUM["MLA"], (576, 576, 576, 576)),
+    "Llama MHA": (LLAMA["MHA"], (64 * D, 32 * D, 16 * D, 8 * D)),
+    "Llama GQA-8": (LLAMA["GQA-8"], (16 * D, 8 * D, 4 * D, 2 * D)),
+    "Llama GTA-8": (LLAMA["GTA-8"], (8.5 * D, 4.5 * D, 2.5 * D, 1.5 * D)),
+    "Llama GLA-2": (LLAMA["GLA-2"], (4.5 * D, 2.5 * D, 2.5 * D, 2.5 * D)),
+    "Llama MLA": (LLAMA["MLA"], (4.5 * D, 4.5 * D, 4.5 * D, 4.5 * D)),
+    "Llama MQA": (LLAMA["MQA"], (2 * D, 2 * D, 2 * D, 2 * D)),
+    "DeepSeek MLA": (DEEPSEEK["MLA"], (1152, 1152, 1152, 1152)),
+    "DeepSeek GLA-2": (DEEPSEEK["GLA-2"], (1152, 640, 640, 640)),
+    "DeepSeek GLA-4": (DEEPSEEK["GLA-4"], (2176, 1152, 640, 640)),
+    "DeepSeek GLA-8": (DEEPSEEK["GLA-8"], (4224, 2176, 1152, 640)),
 }
 
 
@@ -159,31 +194,55 @@ def test_cache_bytes_of_the_published_table(variant: str) -> None:
     spec, wanted = PUBLISHED[variant]
     ranks = (1, 2, 4, 8)
     assert tuple(spec.shard(0, n).kv_bytes_per_token for n in ranks) == wanted
-    assert [spec.shard(n - 1, n).num_q_heads for n in ranks] == [16, 8, 4, 2]
+    assert [spec.shard(n - 1, n).num_q_heads * n for n in ranks] == [spec.num_q_heads] * 4
+    assert [share.kv_bytes for share in shares(spec)] == list(wanted)
 
 
 def test_flops_a_byte_of_the_published_table() -> None:
-    """arXiv 2505.21487, table 1 and figure 3: 2 g q / m for long contexts, rope ignored."""
-    gqa, gla2, mla = (PUBLISHED[name][0] for name in ("GQA-4", "GLA-2", "MLA"))
-    assert [shares(gqa)[0].flops_per_byte[q] for q in (1, 2, 4)] == [4, 8, 16]
-    large = AttentionSpec.mla(
-        num_q_heads=128, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
-        dtype="bfloat16",
-    )  # fmt: skip
-    assert shares(large)[0].flops_per_byte[1] == pytest.approx(241.8, abs=0.05)
-    halves = AttentionSpec.gla(
-        num_q_heads=128, num_latent_heads=2, latent_dim=256, rope_dim=64, nope_dim=128,
-        dtype="bfloat16",
-    )  # fmt: skip
-    assert shares(halves)[1].flops_per_byte[1] == pytest.approx(115.2, abs=0.05)
-    assert [share.copied_bytes for share in shares(mla)] == [0, 1152, 3 * 1152, 7 * 1152]
-    assert [share.copied_bytes for share in shares(gla2)] == [0, 128, 1408, 3968]
+    """arXiv 2505.21487, table 1, long contexts: 2 g q / m of g query heads a KV head, where m is
+    2 for distinct keys and values and 1 for tied ones; rope ignored. MLA and GLA as figure 3 has
+    them, with it."""
+    for name, per_row in (("MHA", 1), ("MQA", 32), ("GQA-8", 4)):
+        found = shares(LLAMA[name])[0].flops_per_byte
+        assert [found[q] for q in (1, 2, 4)] == [per_row, 2 * per_row, 4 * per_row]
+    bare = AttentionSpec.gta(
+        num_q_heads=32, num_kv_heads=8, head_dim=128, rope_dim=0, dtype="bfloat16"
+    )
+    assert shares(bare)[0].flops_per_byte[1] == 2 * 4
+    assert shares(DEEPSEEK["MLA"])[0].flops_per_byte[1] == pytest.approx(241.8, abs=0.05)
+    assert shares(DEEPSEEK["GLA-2"])[1].flops_per_byte[1] == pytest.approx(115.2, abs=0.05)
+
+
+# Rows that share a token at which a rank of H100, H200 and B200 turns compute-bound, at 1 to 8
+# ranks: the ridge, dense bfloat16 FLOP/s over bytes/s, divided by FLOPs a byte of one row.
+RIDGES = (989 / 3.35, 989 / 4.8, 2250 / 8.0)
+TURNS = {
+    "MLA": ((1.2, 0.9, 1.2), (2.4, 1.7, 2.3), (4.9, 3.4, 4.7), (9.8, 6.8, 9.3)),
+    "GLA-2": ((2.3, 1.6, 2.2), (2.6, 1.8, 2.4), (5.1, 3.6, 4.9), (10.3, 7.2, 9.8)),
+    "GLA-8": ((8.5, 5.9, 8.1), (8.7, 6.1, 8.3), (9.2, 6.4, 8.8), (10.3, 7.2, 9.8)),
+    "GQA-8": ((74, 52, 70),) * 4,
+    "GTA-8": ((39, 27, 37), (42, 29, 40), (46, 32, 44), (55, 39, 53)),
+}
+
+
+@pytest.mark.parametrize("variant", TURNS)
+def test_where_sharing_gains_nothing_more(variant: str) -> None:
+    spec = (LLAMA if variant[1] in "QT" else DEEPSEEK)[variant]
+    for share, wanted in zip(shares(spec), TURNS[variant], strict=True):
+        rows = [ridge / share.flops_per_byte[1] for ridge in RIDGES]
+        places = 0 if wanted[0] > 11 else 1
+        assert [round(r, places) for r in rows] == list(wanted), share.degree
+
+
+def test_copies_of_what_does_not_divide() -> None:
+    assert [s.copied_bytes for s in shares(XL["MLA"])] == [0, 1152, 3 * 1152, 7 * 1152]
+    assert [s.copied_bytes for s in shares(XL["GLA-2"])] == [0, 128, 1408, 3968]
     odd = AttentionSpec.gqa(num_q_heads=6, num_kv_heads=3, head_dim=8)
     assert [share.degree for share in shares(odd)] == [1]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-@pytest.mark.parametrize("variant", ["GQA-4", "GTA-4", "GLA-2", "MLA"])
+@pytest.mark.parametrize("variant", ["XL GQA-4", "XL GTA-4", "XL GLA-2", "XL MLA"])
 def test_shards_together_are_the_whole(variant: str, world: int) -> None:
     spec = dataclasses.replace(PUBLISHED[variant][0], dtype="float32")
     spec = dataclasses.replace(
@@ -207,7 +266,7 @@ def test_shards_together_are_the_whole(variant: str, world: int) -> None:
 @pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 2), (0, 3), (0, 32)])
 def test_shards_that_there_are_not(rank: int, world: int) -> None:
     with pytest.raises(SpecError, match=r"(rank|world) is -?\d+; expected"):
-        PUBLISHED["GQA-4"][0].shard(rank, world)
+        XL["GQA-4"].shard(rank, world)
 
 
 def test_the_scale_of_absorbed_widths_is_asked_for() -> None:
