@@ -100,7 +100,7 @@ def test_traffic_and_last_plan(small: TreeAttention) -> None:
 
 
 def test_a_plan_serves_a_second_spec_with_the_same_group_and_tiles(small: TreeAttention) -> None:
-    spec = AttentionSpec.gqa(num_q_heads=2, num_kv_heads=1, head_dim=8, page_size=4, scale=0.5)
+    spec = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=8, page_size=4, scale=0.5)
     other = TreeAttention(spec, artifact(spec))
     case = tensors(parse("few_shot:prompt=30,branches=3,tokens=5").forest, spec)
     plan = other.use(small.plan(case.forest, case.pages), case.pages)

@@ -94,10 +94,9 @@ class Prices:
         capacity: rows that an item of the class may hold.
         kv_tile: tokens a step.
         units: of an item.
-        step_seconds: both products of a unit's step.
-        fixed_seconds: a unit's start, and its lanes of Q and output.
-        token_seconds: a unit's reading of one token.
-        item_token_seconds: reading one token under all KV heads, by one core.
+        step_seconds: both products of one step under all KV heads, by one core.
+        fixed_seconds: starts of all units, and their lanes of Q and output, by one core.
+        token_seconds: reading one token under all KV heads, by one core.
         partial_seconds: writing and reading one row's partial, with all cores at it.
         launch_seconds: one kernel launch.
         cores: units at a time.
@@ -109,8 +108,7 @@ class Prices:
     units: Ints
     step_seconds: Floats
     fixed_seconds: Floats
-    token_seconds: Floats
-    item_token_seconds: float
+    token_seconds: float
     partial_seconds: float
     launch_seconds: float
     cores: int
@@ -131,16 +129,15 @@ class Prices:
             tokens: int[I], tokens of each item.
             rows: int[I], rows of each item, at most `most_rows`.
         """
-        seconds = self._unit_seconds(tokens, rows)
-        best = (seconds * self.units[:, None]).argmin(axis=0)
-        return best, np.take_along_axis(seconds, best[None], 0)[0]
+        seconds = self._item_seconds(tokens, rows)
+        best = seconds.argmin(axis=0)
+        return best, seconds.min(axis=0) / self.units[best]
 
-    def _unit_seconds(self, tokens: Ints, rows: Ints) -> Floats:
-        """float[C, I], infinite where the class does not hold the rows."""
+    def _item_seconds(self, tokens: Ints, rows: Ints) -> Floats:
+        """float[C, I], of all units one after another; infinite where a class is too small."""
         steps = -(-tokens // self.kv_tile[:, None])
-        seconds = np.maximum(
-            steps * self.step_seconds[:, None], tokens * self.token_seconds[:, None]
-        )
+        seconds = steps * self.step_seconds[:, None]
+        np.maximum(seconds, tokens * self.token_seconds, out=seconds)
         seconds += self.fixed_seconds[:, None]
         seconds[rows > self.capacity[:, None]] = np.inf
         return seconds
@@ -179,7 +176,7 @@ class Prices:
 
     def read_seconds(self, tokens: Ints) -> float:
         """Seconds that reading the tokens of all groups takes at the least, by all cores."""
-        return int(tokens.sum()) * self.item_token_seconds / self.cores
+        return int(tokens.sum()) * self.token_seconds / self.cores
 
     def merge_seconds(self, row_begin: Ints, row_end: Ints) -> float:
         """Seconds that the partials take of groups which answer for the given rows."""
@@ -227,20 +224,18 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
         )
     bandwidth = model.bandwidth_share * model.read_bandwidth
     a_core = bandwidth / model.cores
-    heads = np.array([tile.heads for tile in tiles], np.int64)
-    lanes = heads * np.array([tile.lane_rows for tile in tiles], np.int64)
+    units = spec.num_kv_heads // np.array([tile.heads for tile in tiles], np.int64)
+    lanes = spec.num_kv_heads * np.array([tile.lane_rows for tile in tiles], np.int64)
     kv_tile = np.array([tile.kv_tile for tile in tiles], np.int64)
     widths = spec.q_width + spec.v_width
     flops_a_step = 2.0 * widths * lanes * kv_tile
-    item_token_seconds = token_bytes(spec) / a_core
     return Prices(
         capacity=capacity,
         kv_tile=kv_tile,
         step_seconds=flops_a_step / np.array([model.rate(tile) for tile in tiles]),
-        units=spec.num_kv_heads // heads,
-        fixed_seconds=model.unit_seconds + 4 * widths * lanes / a_core,
-        token_seconds=item_token_seconds * heads / spec.num_kv_heads,
-        item_token_seconds=item_token_seconds,
+        units=units,
+        fixed_seconds=units * model.unit_seconds + 4 * widths * lanes / a_core,
+        token_seconds=token_bytes(spec) / a_core,
         partial_seconds=2 * partial_bytes(spec) / bandwidth,
         launch_seconds=model.launch_seconds,
         cores=model.cores,

@@ -34,7 +34,7 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         return given, float(_seconds(prices, tokens, given[None], rows)[0])
     seconds, units = prices.units_of(tokens, rows)
     balanced = float(seconds @ units) / prices.cores
-    waits = 2 * tokens * prices.item_token_seconds > seconds * units
+    waits = 2 * tokens * prices.token_seconds > seconds * units
     fewest = np.where(waits, -(-tokens // prices.longest), 1)
     uncut = _evenly(prices, tokens, fewest)
     whole = float(_seconds(prices, tokens, uncut[None], rows)[0])
