@@ -20,6 +20,7 @@ from tvm import IRModule
 from deft_tvm import env
 from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile, required_features
+from deft_tvm.errors import PlanError
 from deft_tvm.manifest import (
     DEFAULT,
     Kernel,
@@ -59,6 +60,11 @@ def tasks_for(
     """The kernels of a module: one partial kernel for each tile class, then the merge."""
     target, features = device.target(), frozenset(device.features)
     tiles = default_tiles(spec, target["kind"], features) if tiles is None else tiles
+    if spec.scaled and any(tile.operand == "float16" for tile in tiles):
+        raise PlanError(
+            "a tile's operand is float16; expected float32 or bfloat16 with caches in 8 bits, as "
+            "probabilities times small scales are below float16's range"
+        )
     partials = (
         KernelTask("partial", spec, tile, target, features, f"partial_{tile.name}")
         for tile in tiles

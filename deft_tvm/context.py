@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deft_tvm.arrays import Int32, int32_array, read_only
-from deft_tvm.errors import TreeError
+from deft_tvm.errors import PageError, TreeError
 from deft_tvm.pages import PageTable
 from deft_tvm.tree import Forest
 
@@ -38,10 +38,12 @@ def divide_context(forest: Forest, rank: int, world: int, unit: int = 1) -> tupl
         int32[nodes] twice. Tokens with rows all go to the last rank that has any of the node.
 
     Raises:
-        TreeError: `rank` is none of `world`.
+        TreeError: `rank` is none of `world`, or `unit` is no positive number.
     """
     if not 0 <= rank < world:
         raise TreeError(f"rank is {rank}; expected one of 0 to {world - 1}")
+    if unit < 1:
+        raise TreeError(f"unit is {unit}; expected 1 or more tokens")
     units = -(-forest.lengths.astype(np.int64) // unit)
     first, last = (
         np.minimum(units * part // world * unit, forest.lengths) for part in (rank, rank + 1)
@@ -69,11 +71,16 @@ def context_part(
 
     Raises:
         TreeError: a range is outside of its node, or divides tokens that have rows.
-        PageError: `pages` has another number of nodes.
+        PageError: `pages` has another number of nodes, or is contiguous.
     """
     first = int32_array("begin", begin, forest.num_nodes, TreeError)
     last = int32_array("end", end, forest.num_nodes, TreeError)
     _check_part(forest, first, last)
+    if pages is not None and (pages.is_contiguous or pages.num_nodes != forest.num_nodes):
+        raise PageError(
+            f"pages are {pages}; expected those of {forest.num_nodes} nodes, or None for a cache "
+            f"without pages"
+        )
     held = last - first
     # Rows whose tokens are elsewhere while others of their node are here.
     apart = (forest.rows > 0) & (held > 0) & (last < forest.lengths)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from deft_tvm.errors import InputError
+from deft_tvm.spec import Layout
 
 MOST = torch.finfo(torch.float8_e4m3fn).max
 """448, the largest element."""
+TINY = torch.finfo(torch.float32).tiny
 
 
 def quantize(cache: Tensor, *, layout: str = "NHD", by_page: bool = False) -> tuple[Tensor, Tensor]:
@@ -27,8 +32,10 @@ def quantize(cache: Tensor, *, layout: str = "NHD", by_page: bool = False) -> tu
         float32[pages, heads]. An element is about what is stored, times its scale.
 
     Raises:
-        InputError: `cache` has no such shape, or `by_page` and it has no pages.
+        InputError: `cache` has no such shape, or `by_page` and it has no pages; an element is
+            infinite; there is no such layout.
     """
+    _check_layout(layout)
     if cache.dim() not in (3, 4) or (by_page and cache.dim() == 3):
         wanted = "[pages, page_size, heads, width]" + ("" if by_page else " or one dimension less")
         raise InputError(f"cache has shape {list(cache.shape)}; expected {wanted}")
@@ -36,24 +43,38 @@ def quantize(cache: Tensor, *, layout: str = "NHD", by_page: bool = False) -> tu
     kept = (0, heads) if by_page else (heads,)
     others = [axis for axis in range(cache.dim()) if axis not in kept]
     values = cache.float()
-    largest = values.nan_to_num(nan=0.0).abs().amax(others, keepdim=True)
-    scale = torch.where(largest > 0, largest / MOST, 1.0)
+    sizes = values.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).abs()
+    if values.numel() and bool(sizes.isinf().any()):
+        raise InputError("cache has infinite elements; expected finite ones, or NaN")
+    shape = [size if axis in kept else 1 for axis, size in enumerate(cache.shape)]
+    largest = sizes.amax(others, keepdim=True) if values.numel() else sizes.new_zeros(shape)
+    # Not below the normal numbers, where dividing by it would lose what it should keep.
+    scale = torch.where(largest > 0, (largest / MOST).clamp(min=TINY), 1.0)
     # Rounding of the quotient may leave it above the largest element, which would become NaN.
     stored = (values / scale).clamp(-MOST, MOST).to(torch.float8_e4m3fn)
     return stored, scale.squeeze(others)
 
 
 def dequantize(stored: Tensor, scales: Tensor, *, layout: str = "NHD") -> Tensor:
-    """The elements that a cache in e4m3 stands for; float32, in float64 exact.
+    """The elements that a cache in e4m3 stands for, in the scales' type; exact in float64.
 
     Args:
         stored: a cache, as in `quantize`.
-        scales: float[heads] or float[pages, heads]; the result has their type.
+        scales: float[heads] or float[pages, heads].
         layout: ``NHD`` or ``HND``.
+
+    Raises:
+        InputError: there is no such layout.
     """
+    _check_layout(layout)
     heads = 1 if stored.dim() == 4 and layout == "HND" else stored.dim() - 2
     shape = [1] * stored.dim()
     shape[heads] = scales.shape[-1]
     if scales.dim() == 2:
         shape[0] = scales.shape[0]
     return stored.to(scales.dtype) * scales.view(shape)
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in get_args(Layout):
+        raise InputError(f"layout is {layout!r}; expected one of {', '.join(get_args(Layout))}")

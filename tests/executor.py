@@ -1,7 +1,7 @@
 """A plan run by hand: float64, one token at a time, with a count of everything that it reads.
 
-Walks the arrays as the kernels do, one unit (an item under one KV head) after another, and shares
-no code with what lays them out.
+Walks the arrays as the kernels do, one unit (an item under as many KV heads as its tile class takes
+at a time) after another, and shares no code with what lays them out.
 """
 
 from __future__ import annotations

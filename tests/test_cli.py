@@ -229,6 +229,11 @@ def test_info_tells_what_a_spec_caches(capsys: pytest.CaptureFixture[str]) -> No
     found = Ran(capsys, "info", "--spec", mla, "--json").json
     assert found["shares"][0]["kv_bytes"] == 1152 and found["ridge"] > 0
     assert Ran(capsys, "info", "--spec", "mla:hq=1").code == 2
+    half, single = (
+        Ran(capsys, "info", "--spec", f"gqa:hq=4,hkv=2,d=64,dtype={dtype}", "--json").json["ridge"]
+        for dtype in ("f16", "f32")
+    )
+    assert half == single, "a CPU multiplies float16 as float32"
 
 
 def test_info_counts_damaged_lines(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ranks import FOREST, whole
 
 from deft_tvm.context import context_part, divide_context
-from deft_tvm.errors import PlanError, TreeError
+from deft_tvm.errors import PageError, PlanError, TreeError
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import make_plan
 from deft_tvm.reference import dense_mask
@@ -51,7 +51,11 @@ def run_ranks(job: str, spec: AttentionSpec, world: int, folder: Path) -> None:
         )
         for rank in range(world)
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * world, errors
     out, lse = torch.load(folder / f"{job}{world}.pt")
     exact = whole(spec).reference()
@@ -120,6 +124,12 @@ def test_parts_are_even() -> None:
 def test_refusals() -> None:
     with pytest.raises(TreeError, match="rank is 2; expected one of 0 to 1"):
         divide_context(FOREST, 2, 2)
+    with pytest.raises(TreeError, match="unit is 0; expected 1 or more tokens"):
+        divide_context(FOREST, 0, 2, unit=0)
+    held = divide_context(FOREST, 0, 2)
+    for pages in (PageTable([0], [0, 1], page_size=4), PageTable.contiguous(FOREST)):
+        with pytest.raises(PageError, match=r"pages are PageTable.*; expected those of 7 nodes"):
+            context_part(FOREST, *held, pages)
     zeros, lengths = np.zeros(FOREST.num_nodes, np.int32), FOREST.lengths
     with pytest.raises(TreeError, match=r"begin\[0\] is 0 and end\[0\] 71; expected a range"):
         context_part(FOREST, zeros, lengths + 1)

@@ -12,12 +12,14 @@ from compiled import few_and_many, worst
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deft_tvm.errors import InputError, SpecError
+from deft_tvm.build import tasks_for
+from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import InputError, PlanError, SpecError
 from deft_tvm.fp8 import dequantize, quantize
 from deft_tvm.plan import traffic
 from deft_tvm.plan.cost import kv_bytes
 from deft_tvm.pytorch import TreeAttention
-from deft_tvm.spec import FP8, AttentionSpec, CacheBuffer, Region
+from deft_tvm.spec import FP8, AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import parse, tensors
 
@@ -32,7 +34,7 @@ SPECS = {
         sinks=True,
     ),
     "gqa-f16-odd-width": AttentionSpec.gqa(
-        num_q_heads=6, num_kv_heads=2, head_dim=22, dtype="float16", kv_dtype=FP8, page_size=1
+        num_q_heads=6, num_kv_heads=2, head_dim=21, dtype="float16", kv_dtype=FP8, page_size=1
     ),
     "mla-bf16": AttentionSpec.mla(
         num_q_heads=16, kv_lora_rank=128, qk_rope_head_dim=32, qk_nope_head_dim=64,
@@ -109,6 +111,14 @@ def test_what_holds_no_token_stays_nan_and_does_not_count() -> None:
     torch.testing.assert_close(scales, torch.tensor([[2 / 448], [1.0]]))
 
 
+def test_caches_without_tokens_and_with_tiny_ones() -> None:
+    stored, scales = quantize(torch.empty(0, 4, 2, 3))
+    assert stored.shape == (0, 4, 2, 3) and scales.tolist() == [1.0, 1.0]
+    tiny = torch.tensor([[[1e-43, 0.0, -1e-44]]])
+    stored, scales = quantize(tiny)
+    assert stored.float().isfinite().all() and scales.item() > 0
+
+
 def test_bytes_are_a_quarter_and_scales_are_counted() -> None:
     wide = replace(SMALL, buffers=tuple(replace(b, dtype="float32") for b in SMALL.buffers))
     narrow, full = kv_bytes(SMALL), kv_bytes(wide)
@@ -148,6 +158,12 @@ def test_refusals() -> None:
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             attention.run(case.q, kv)
+    with pytest.raises(InputError, match="layout is 'hnd'; expected one of NHD, HND"):
+        quantize(torch.zeros(3, 2, 4, 8), layout="hnd")
+    with pytest.raises(InputError, match="cache has infinite elements; expected finite ones"):
+        quantize(torch.full((3, 2, 4), torch.inf))
+    with pytest.raises(PlanError, match="a tile's operand is float16; expected float32 or"):
+        tasks_for(SMALL, DeviceProfile.detect(), [TileShape(16, 16, "float16")])
     with pytest.raises(InputError, match=r"cache has shape \[3, 2, 4\]; expected \[pages, page_"):
         quantize(torch.zeros(3, 2, 4), by_page=True)
 

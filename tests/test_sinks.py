@@ -123,11 +123,15 @@ def test_refusals() -> None:
         (torch.zeros(5), "sinks has shape [5]; expected [4]"),
         (torch.zeros(4).double(), "sinks has dtype float64; expected float32"),
         (torch.zeros(8)[::2], "sinks has strides (2,); expected 1 as the last"),
+        ([0.0] * 4, "sinks is list; expected a torch.Tensor"),
+        (torch.nn.Parameter(torch.zeros(4)), "sinks requires grad"),
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             attention.run(case.q, case.buffers, sinks=sinks)
     with pytest.raises(InputError, match=re.escape("kv has 1 tensors; expected 2: k, v")):
         attention.run(case.q, case.buffers[:1], sinks=torch.zeros(4))
+    with pytest.raises(InputError, match=re.escape("kv has 2 tensors; expected 3: k, v, sinks")):
+        torch.ops.deft_tvm.tree_attention(case.q, list(case.buffers), *attention.operands)
     plain, _ = planned(SMALL)
     with pytest.raises(InputError, match="sinks is given; expected none, since the spec has sinks"):
         plain.run(case.q, case.buffers, sinks=torch.zeros(4))

@@ -31,7 +31,8 @@ SpecOption = Annotated[
         "--spec",
         metavar="SPEC",
         help="The attention: query heads, KV heads, head width, dtype (f32, f16, bf16), "
-        "page size, layout (nhd, hnd).",
+        "page size, layout (nhd, hnd); kv_dtype (e4m3 too), window, cap, sinks (yes) if it has "
+        "them. mla:, gla: and gta: have fields of their own, which an error lists.",
     ),
 ]
 WorkloadArgument = Annotated[

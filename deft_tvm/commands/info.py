@@ -138,7 +138,9 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
 
 
 def _tell_shares(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> None:
-    rate = device.matrix_rate.get(spec.dtype, device.matrix_rate["float32"])
+    # What would be multiplied more slowly than float32 is converted to it.
+    rates = device.matrix_rate
+    rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
     ridge = rate / device.read_bandwidth
     found = shares(spec)
     if as_json:

@@ -67,7 +67,9 @@ def partial_attention(
 
     Args:
         spec: widths, dtypes, scale, layout.
-        tile: lane rows M and tokens N of a step, and the type of the products' factors.
+        tile: lane rows M and tokens N of a step, the type of the products' factors, and how many
+            KV heads a unit of work takes through each step; their rows lie one after another in
+            its state.
         kind: ``llvm`` or ``cuda``: which loop runs the work items, and which ``exp2``.
         name: the function's symbol.
 

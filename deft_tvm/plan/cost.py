@@ -1,8 +1,8 @@
 """What a work item costs on a device, so that a plan can be chosen before it is run.
 
-One unit of work is an item under some of the KV heads, as many as its tile class says (mostly one);
-units are independent and each runs on one core (or SM). With T tokens, a tile class of M lane rows
-that walks N tokens a step, and r rows, under one head
+One unit of work is an item under as many KV heads as its tile class takes at a time: one, or with
+few rows all that lie side by side. Units are independent, and each runs on one core (or SM). With T
+tokens, a tile class of M lane rows that walks N tokens a step, and r rows, under one head
 
     seconds(unit) = max(T · bytes / bandwidth, ⌈T/N⌉ · N · M · 2 (q_width + v_width) / rate) + fixed
     seconds(plan) = makespan of its units over the cores + its partials / bandwidth

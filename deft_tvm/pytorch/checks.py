@@ -64,6 +64,11 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
     for i, tensor in enumerate((q, *kv)):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise InputError(f"sinks is {type(sinks).__name__}; expected a torch.Tensor")
+    if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
+        _refuse_gradient("sinks")
+    _check_number(cache_names(spec), kv)
 
 
 def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]) -> None:
@@ -78,8 +83,8 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
         q.shape == wanted and q.dtype is loaded.dtype and q.device == device and q.stride(2) == 1
     ):
         _refuse("q", q, loaded.dtype, wanted, device)
-    if len(kv) != loaded.caches + len(loaded.scaled) + loaded.spec.sinks:
-        _refuse_number(loaded.spec, kv)
+    if len(kv) != loaded.tensors:
+        _check_number([*cache_names(loaded.spec), *["sinks"] * loaded.spec.sinks], kv)
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes
     for buffer, shape, dtype in zip(kv, shapes, loaded.cache_dtypes, strict=False):
         if not (
@@ -112,12 +117,15 @@ def _is_float32(tensor: Tensor, device: torch.device) -> bool:
     return tensor.dtype is torch.float32 and tensor.device == device
 
 
-def _refuse_number(spec: AttentionSpec, kv: Sequence[Tensor]) -> NoReturn:
-    """Say which tensors a layer has."""
+def cache_names(spec: AttentionSpec) -> list[str]:
+    """What a layer's cache is made of: its buffers, and the scales of those in 8 bits."""
     names = [buffer.name for buffer in spec.buffers]
-    names += [f"scales of {spec.buffers[number].name}" for number in spec.scaled]
-    given = len(kv) - spec.sinks
-    raise InputError(f"kv has {given} tensors; expected {len(names)}: {', '.join(names)}")
+    return names + [f"scales of {spec.buffers[number].name}" for number in spec.scaled]
+
+
+def _check_number(names: Sequence[str], kv: Sequence[Tensor]) -> None:
+    if len(kv) != len(names):
+        raise InputError(f"kv has {len(kv)} tensors; expected {len(names)}: {', '.join(names)}")
 
 
 def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> None:

@@ -29,6 +29,7 @@ class Loaded:
         partials: kernels of stage 1, one for each tile class.
         merge: the kernel of stage 2.
         caches: how many of a layer's tensors are cache buffers.
+        tensors: how many there are.
         scaled: the places of scales among the layer's tensors, and which buffer each is for.
         dtype: of q and out.
         q_shape: of q, all but its rows.
@@ -48,6 +49,7 @@ class Loaded:
         self.merge: tvm_ffi.Function = artifact.merge
         self.caches = len(spec.buffers)
         self.scaled = tuple(enumerate(spec.scaled, self.caches))
+        self.tensors = self.caches + len(self.scaled) + spec.sinks
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.q_shape = (spec.num_q_heads, spec.q_width)
         self.partial_shape = (spec.num_q_heads, spec.v_width)

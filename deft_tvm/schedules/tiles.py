@@ -51,7 +51,7 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
 def _few_tokens(spec: AttentionSpec, operand: Dtype) -> int:
     """Tokens of a step with few rows: as many as `CPU_FEW_BYTES` hold, 16 to 64."""
     width = spec.v_width + spec.rope_width + (0 if spec.tied else spec.k_width)
-    fitting = CPU_FEW_BYTES // (width * DTYPE_BYTES[operand])
+    fitting = max(1, CPU_FEW_BYTES // (width * DTYPE_BYTES[operand]))
     return max(16, min(CPU_KV_TILE, 1 << (fitting.bit_length() - 1)))
 
 

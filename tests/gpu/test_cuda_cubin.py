@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is mi
 
 MOST_REGISTERS = 255
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")
-# As TVM calls ptxas itself.
+# As TVM calls nvcc and ptxas itself.
 PTXAS = "-Xptxas=-v,--register-usage-level=10,-warn-spills,-warn-lmem-usage"
 USAGE = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -72,7 +72,17 @@ def ptxas_report(source: str, arch: str, folder: Path) -> str:
     text = folder / "kernels.cu"
     text.write_text(source)
     done = subprocess.run(
-        ["nvcc", "-cubin", "-O3", f"-arch={arch}", PTXAS, text, "-o", folder / "kernels.cubin"],
+        [
+            "nvcc",
+            "-cubin",
+            "-O3",
+            "--use_fast_math",
+            f"-arch={arch}",
+            PTXAS,
+            text,
+            "-o",
+            folder / "kernels.cubin",
+        ],
         capture_output=True,
         text=True,
         check=True,

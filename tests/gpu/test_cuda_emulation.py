@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import platform
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import tvm
-from emulate import Arguments, Kernel, translate
+from emulate import FLAGS, Arguments, Kernel, translate
 from problems import (
     Problem,
     check,
@@ -24,6 +27,7 @@ from problems import (
 
 from deft_tvm.errors import PlanError
 from deft_tvm.schedules import apply_rules, schedule
+from deft_tvm.schedules.cuda.copies import _device_function
 from deft_tvm.schedules.cuda.lowering import compile_cuda
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
@@ -150,6 +154,36 @@ def test_reads_caches_of_odd_strides(kv_dtype: str, tmp_path: Path) -> None:
     problem = replace(problem, case=replace(problem.case, buffers=tuple(shifted)))
     run(problem, tmp_path)
     check(problem)
+
+
+DECODE_MAIN = """
+#include <cstdio>
+#include <xmmintrin.h>
+int main() {
+  _mm_setcsr(_mm_getcsr() | 0x8040);  // subnormal float32 are 0, as with --use_fast_math
+  for (int first = 0; first < 256; first += 16) {
+    alignas(16) unsigned char bytes[16];
+    float values[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = first + i;
+    FUNCTION(values, bytes);
+    for (float value : values) std::printf("%a\\n", value);
+  }
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flushes subnormals by x86's register")
+def test_8_bit_elements_are_decoded_without_subnormal_floats(tmp_path: Path) -> None:
+    name, text = _device_function("uint8", "float32", later=False)
+    source = tmp_path / "decode.cpp"
+    source.write_text(f'#include "emulate.h"\n{text}\n' + DECODE_MAIN.replace("FUNCTION", name))
+    subprocess.run(["g++", *FLAGS, source, "-o", tmp_path / "decode"], check=True)
+    printed = subprocess.run([tmp_path / "decode"], capture_output=True, text=True, check=True)
+    found = torch.tensor(
+        [math.nan if "nan" in line else float.fromhex(line) for line in printed.stdout.split()]
+    )
+    wanted = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("seed", range(12))
