@@ -71,12 +71,12 @@ _HOMES = {
     "context_part": "context",
     "dequantize": "fp8",
     "divide_context": "context",
-    "quantize": "fp8",
     "expand_output": "pytorch",
-    "load": "pytorch",
     "gather_heads": "pytorch",
+    "load": "pytorch",
     "merge_ranks": "pytorch",
     "merge_states": "pytorch",
+    "quantize": "fp8",
 }
 
 

@@ -35,19 +35,18 @@ def quantize(cache: Tensor, *, layout: str = "NHD", by_page: bool = False) -> tu
         InputError: `cache` has no such shape, or `by_page` and it has no pages; an element is
             infinite; there is no such layout.
     """
-    _check_layout(layout)
+    heads = _head_axis(cache, layout)
     if cache.dim() not in (3, 4) or (by_page and cache.dim() == 3):
         wanted = "[pages, page_size, heads, width]" + ("" if by_page else " or one dimension less")
         raise InputError(f"cache has shape {list(cache.shape)}; expected {wanted}")
-    heads = 1 if cache.dim() == 4 and layout == "HND" else cache.dim() - 2
     kept = (0, heads) if by_page else (heads,)
     others = [axis for axis in range(cache.dim()) if axis not in kept]
     values = cache.float()
     sizes = values.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).abs()
-    if values.numel() and bool(sizes.isinf().any()):
-        raise InputError("cache has infinite elements; expected finite ones, or NaN")
     shape = [size if axis in kept else 1 for axis, size in enumerate(cache.shape)]
     largest = sizes.amax(others, keepdim=True) if values.numel() else sizes.new_zeros(shape)
+    if bool(largest.isinf().any()):
+        raise InputError("cache has infinite elements; expected finite ones, or NaN")
     # Not below the normal numbers, where dividing by it would lose what it should keep.
     scale = torch.where(largest > 0, (largest / MOST).clamp(min=TINY), 1.0)
     # Rounding of the quotient may leave it above the largest element, which would become NaN.
@@ -66,15 +65,14 @@ def dequantize(stored: Tensor, scales: Tensor, *, layout: str = "NHD") -> Tensor
     Raises:
         InputError: there is no such layout.
     """
-    _check_layout(layout)
-    heads = 1 if stored.dim() == 4 and layout == "HND" else stored.dim() - 2
     shape = [1] * stored.dim()
-    shape[heads] = scales.shape[-1]
+    shape[_head_axis(stored, layout)] = scales.shape[-1]
     if scales.dim() == 2:
         shape[0] = scales.shape[0]
     return stored.to(scales.dtype) * scales.view(shape)
 
 
-def _check_layout(layout: str) -> None:
+def _head_axis(cache: Tensor, layout: str) -> int:
     if layout not in get_args(Layout):
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(get_args(Layout))}")
+    return 1 if cache.dim() == 4 and layout == "HND" else cache.dim() - 2

@@ -68,6 +68,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                     row: T.let[T.int32] = merge_rows[entry // HQ]
                     begin: T.let[T.int32] = merge_indptr[entry // HQ]
                     count: T.let[T.int32] = merge_indptr[entry // HQ + 1] - begin
+                    first: T.let[T.float32] = sinks[head] if SINKS else T.float32("-inf")
                     m = T.sblock_alloc_buffer((1,), "float32")
                     total = T.sblock_alloc_buffer((1,), "float32")
                     A = T.sblock_alloc_buffer((VW,), "float32")
@@ -80,12 +81,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                     vp = T.axis.reduce(count + 1, p)
                                     with T.init():
                                         m[0] = T.float32("-inf")
-                                    m[0] = T.max(
-                                        m[0],
-                                        _lse_of(
-                                            sinks if SINKS else None, partial_lse, begin, vp, head
-                                        ),
-                                    )
+                                    m[0] = T.max(m[0], _lse_of(first, partial_lse, begin, vp, head))
                             for p in range(count + 1):
                                 with T.sblock("sum"):
                                     vp = T.axis.reduce(count + 1, p)
@@ -93,13 +89,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                         total[0] = T.float32(0)
                                     total[0] = total[0] + exp2(
                                         (
-                                            _lse_of(
-                                                sinks if SINKS else None,
-                                                partial_lse,
-                                                begin,
-                                                vp,
-                                                head,
-                                            )
+                                            _lse_of(first, partial_lse, begin, vp, head)
                                             - finite(m[0])
                                         )
                                         * LOG2_E
@@ -134,7 +124,6 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
     return used_parameters(kernel).with_attr("global_symbol", name)
 
 
-def _lse_of(sinks: Any, partial_lse: Any, begin: Any, p: Any, head: Any) -> Expr:
-    """LSE of partial p - 1; for p = 0, the step that a row with no partial has too, of its sink."""
-    first = tirx.const(float("-inf"), "float32") if sinks is None else sinks[head]
+def _lse_of(first: Any, partial_lse: Any, begin: Any, p: Any, head: Any) -> Expr:
+    """LSE of partial p - 1; `first` for p = 0, the step that a row with no partial has too."""
     return tirx.if_then_else(p == 0, first, partial_lse[begin + p - 1, head])

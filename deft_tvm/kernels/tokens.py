@@ -88,20 +88,30 @@ def find_tokens(
                 with T.sblock("several_runs"):
                     T.reads()
                     T.writes()
-                    run_of_each = T.sblock_alloc_buffer((kv_tile,), "int32")
-                    seek(run_of_each, runs, run_begin, run_end, search_steps, t0, num_tokens)
-                    locate(
-                        page, slot, lane_begin, lane_end, position, windowed, first, run_of_each,
-                        False, runs, page_indices, page_shift, row_begin, group, t0, num_tokens,
-                        kv_tile,
+                    find_each(
+                        page, slot, lane_begin, lane_end, position, windowed, first, runs,
+                        page_indices, page_shift, run_begin, run_end, search_steps, row_begin,
+                        group, t0, num_tokens, kv_tile,
                     )  # fmt: skip
     else:
-        run_of = T.sblock_alloc_buffer((kv_tile,), "int32")
-        seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens)
-        locate(
-            page, slot, lane_begin, lane_end, position, windowed, first, run_of, False, runs,
-            page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile,
+        find_each(
+            page, slot, lane_begin, lane_end, position, windowed, first, runs, page_indices,
+            page_shift, run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile,
         )  # fmt: skip
+
+
+@stage
+def find_each(
+    page, slot, lane_begin, lane_end, position, windowed, first, runs, page_indices, page_shift,
+    run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile,
+):  # fmt: skip
+    """The same with a search for each token."""
+    run_of = T.sblock_alloc_buffer((kv_tile,), "int32")
+    seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens)
+    locate(
+        page, slot, lane_begin, lane_end, position, windowed, first, run_of, False, runs,
+        page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile,
+    )  # fmt: skip
 
 
 @stage

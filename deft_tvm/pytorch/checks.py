@@ -68,7 +68,8 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
         raise InputError(f"sinks is {type(sinks).__name__}; expected a torch.Tensor")
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
         _refuse_gradient("sinks")
-    _check_number(cache_names(spec), kv)
+    if len(kv) != len(spec.buffers) + len(spec.scaled):
+        _refuse_number(_cache_names(spec), kv)
 
 
 def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]) -> None:
@@ -84,7 +85,7 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
     ):
         _refuse("q", q, loaded.dtype, wanted, device)
     if len(kv) != loaded.tensors:
-        _check_number([*cache_names(loaded.spec), *["sinks"] * loaded.spec.sinks], kv)
+        _refuse_number([*_cache_names(loaded.spec), *["sinks"] * loaded.spec.sinks], kv)
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes
     for buffer, shape, dtype in zip(kv, shapes, loaded.cache_dtypes, strict=False):
         if not (
@@ -96,36 +97,30 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
         ):
             _refuse_cache(loaded, step, kv, device)
     for scales, number in loaded.scaled:
-        pages = kv[number].shape[0] if step.paged else 1
-        cache = loaded.spec.buffers[number]
-        name = f"kv[{scales}] (scales of {cache.name})"
-        _check_scales(name, kv[scales], pages, cache.heads, device)
+        pages, heads = kv[number].shape[0] if step.paged else 1, loaded.spec.buffers[number].heads
+        given, fitting = kv[scales], ((heads,), (pages, heads))
+        if given.shape not in fitting or not _is_float32(given, device):
+            name = f"kv[{scales}] (scales of {loaded.spec.buffers[number].name})"
+            _refuse(name, given, torch.float32, fitting[given.dim() == 2], device)
     if loaded.spec.sinks:
-        sinks, heads = kv[-1], (loaded.spec.num_q_heads,)
-        if not (sinks.shape == heads and _is_float32(sinks, device) and sinks.is_contiguous()):
-            _refuse("sinks", sinks, torch.float32, heads, device)
-
-
-def _check_scales(name: str, scales: Tensor, pages: int, heads: int, device: torch.device) -> None:
-    """One for each head, or for each page and head."""
-    shapes = ((heads,), (pages, heads))
-    if scales.shape not in shapes or not _is_float32(scales, device):
-        _refuse(name, scales, torch.float32, shapes[scales.dim() == 2], device)
+        sinks, one_a_head = kv[-1], loaded.q_shape[:1]
+        fits = sinks.shape == one_a_head and _is_float32(sinks, device)
+        if not (fits and sinks.is_contiguous()):
+            _refuse("sinks", sinks, torch.float32, one_a_head, device)
 
 
 def _is_float32(tensor: Tensor, device: torch.device) -> bool:
     return tensor.dtype is torch.float32 and tensor.device == device
 
 
-def cache_names(spec: AttentionSpec) -> list[str]:
+def _cache_names(spec: AttentionSpec) -> list[str]:
     """What a layer's cache is made of: its buffers, and the scales of those in 8 bits."""
     names = [buffer.name for buffer in spec.buffers]
     return names + [f"scales of {spec.buffers[number].name}" for number in spec.scaled]
 
 
-def _check_number(names: Sequence[str], kv: Sequence[Tensor]) -> None:
-    if len(kv) != len(names):
-        raise InputError(f"kv has {len(kv)} tensors; expected {len(names)}: {', '.join(names)}")
+def _refuse_number(names: Sequence[str], kv: Sequence[Tensor]) -> NoReturn:
+    raise InputError(f"kv has {len(kv)} tensors; expected {len(names)}: {', '.join(names)}")
 
 
 def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> None:

@@ -133,22 +133,18 @@ def tensors(
         # Logits of unit-normal q and k have the deviation scale · √width, and the largest of a
         # hundred thousand are some five deviations out.
         q *= max_logit / (5 * spec.scale * spec.q_width**0.5)
-    filled = [_buffer(buffer, spec, forest, pages, random) for buffer in spec.buffers]
-    by_page = scales == "page" and not contiguous
-    quantised = [
-        quantize(values, layout=spec.layout, by_page=by_page)
-        for values, buffer in zip(filled, spec.buffers, strict=True)
-        if buffer.scaled
-    ]
-    given = iter(quantised)
-    buffers = (
-        next(given)[0] if buffer.scaled else values.to(getattr(torch, buffer.dtype))
-        for values, buffer in zip(filled, spec.buffers, strict=True)
-    )
+    buffers: list[Tensor] = []
+    of_buffers: list[Tensor] = []
+    for buffer in spec.buffers:
+        values = _buffer(buffer, spec, forest, pages, random)
+        if buffer.scaled:
+            by_page = scales == "page" and not contiguous
+            values, scale = quantize(values, layout=spec.layout, by_page=by_page)
+            of_buffers.append(scale)
+        buffers.append(values.to(getattr(torch, buffer.dtype)))
     sinks = torch.randn(spec.num_q_heads, generator=random) if spec.sinks else None
-    dtype = getattr(torch, spec.dtype)
-    found = tuple(scale for _, scale in quantised)
-    return Case(spec, forest, pages, q.to(dtype), tuple(buffers), found, sinks)
+    q = q.to(getattr(torch, spec.dtype))
+    return Case(spec, forest, pages, q, tuple(buffers), tuple(of_buffers), sinks)
 
 
 def shuffled_pages(forest: Forest, spec: AttentionSpec, seed: int = 0) -> PageTable:
