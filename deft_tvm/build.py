@@ -32,6 +32,7 @@ from deft_tvm.manifest import (
     write_artifact,
 )
 from deft_tvm.schedules import Decision, KernelTask, schedule
+from deft_tvm.schedules.cpu.lowering import compile_cpu
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
@@ -100,7 +101,7 @@ def compile_module(module: IRModule, target: Mapping[str, object]) -> tvm.runtim
     """Compile scheduled kernels for `target`, as `DeviceProfile.target` gives it."""
     if target["kind"] == "cuda":
         return compile_cuda(module, str(target["arch"]))
-    return tvm.compile(module, target=tvm.target.Target(dict(target)))
+    return compile_cpu(module, target)
 
 
 def build(

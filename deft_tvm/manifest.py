@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 from contextlib import suppress
 from importlib import metadata
@@ -214,6 +215,15 @@ def installed_versions() -> dict[str, str]:
         for name, package in (packages | {"torch": "torch"}).items()
         if (version := _version(package))
     }
+
+
+def source_commit() -> str:
+    """Of the source tree that this package lies in; empty outside one."""
+    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def file_sha256(path: AnyPath) -> str:

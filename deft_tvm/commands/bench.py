@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group, RenderableType
 
 from deft_tvm.commands.common import (
+    CHECK_FAILED,
     DEFAULT_SPEC,
-    DEFAULT_WORKLOAD,
     GroupingOption,
     JsonOption,
     ModuleOption,
     SpecOption,
-    WorkloadArgument,
     attention_by,
     console,
     parse,
@@ -22,94 +23,167 @@ from deft_tvm.commands.common import (
     table,
 )
 from deft_tvm.commands.progress import told
+from deft_tvm.errors import InputError
+from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
 if TYPE_CHECKING:
-    from deft_tvm import bench as measuring
+    from deft_tvm.bench import Measurement
+    from deft_tvm.bench.compare import Change
 
-PEERS = "sequences,folded,batched,masked"
+ALL, CORE = "all", "core"
 
 
 def bench(
-    workload: WorkloadArgument = DEFAULT_WORKLOAD,
+    workload: Annotated[
+        str,
+        typer.Argument(
+            metavar="WORKLOAD",
+            help=f"The tree: {WORKLOADS_HELP}; or core, the fixed set of workloads and specs "
+            "that releases are judged by.",
+        ),
+    ] = "few_shot",
     spec: SpecOption = DEFAULT_SPEC,
     module: ModuleOption = None,
     grouping: GroupingOption = "auto",
     peers: Annotated[
-        str, typer.Option(help="What to compare with: ways to call torch's SDPA, or nothing.")
-    ] = PEERS,
-    seconds: Annotated[float, typer.Option(help="To spend on measuring.")] = 4.0,
+        str | None,
+        typer.Option(help="What to compare with: names, all, or '' for nothing."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="To spend on measuring each.")] = 4.0,
     cold: Annotated[
         bool, typer.Option(help="Empty the caches before each call, as the other layers do.")
     ] = False,
     between: Annotated[
         bool, typer.Option(help="Also measure between two matrix products, as in a model.")
     ] = False,
+    only: Annotated[
+        str, typer.Option(help="Of core, the cells whose workload or spec has this in it.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Keep every sample in this file, with its origin.")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="An earlier such file: exit with 1 if anything is slower beyond noise."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time one step, its plan and merge included, in turn with torch's attention.
+    """Time one step, its plan and merge included, in turn with all that torch could call instead.
 
-    SDPA is called sequence by sequence (sequences), the same with the group of a KV head folded
-    into rows (folded) and with equally long sequences in one call (batched), and once over all
-    tokens with the tree as a mask (masked). Its KV is gathered beforehand, ours stays in pages.
+    Of the peers KV is gathered beforehand and not counted; ours stays in pages. By default they are
+    the ways to call SDPA; with core all there are, and every cell is also measured by other
+    groupings and between matrix products.
 
-    Example: deft-tvm bench sequences:count=16,tokens=1024 --peers batched
+    Example: deft-tvm bench core --only speculative --out new.jsonl --compare old.jsonl
     """
-    from deft_tvm import bench as measuring
+    from deft_tvm.bench.compare import Verdict
+    from deft_tvm.bench.compare import compare as compare_records
+    from deft_tvm.bench.record import Record
+
+    if only and workload != CORE:
+        raise InputError(f"--only is {only!r} and the workload {workload!r}; expected core")
+    before = None if compare is None else Record.read(compare)
+    with told() as say:
+        if workload == CORE:
+            measuring = _core(only, peers, seconds, say)
+        else:
+            measuring = iter(
+                [_one(workload, spec, module, grouping, peers, seconds, cold, between, say)]
+            )
+        record = Record.of(measuring, out)
+    changes = [] if before is None else compare_records(before, record)
+    if as_json:
+        print_json({"record": record, "changes": changes})
+    else:
+        console().print(report(list(record.measurements), changes))
+    if any(change.verdict is Verdict.SLOWER for change in changes):
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _one(
+    workload: str,
+    spec: str,
+    module: Path | None,
+    grouping: str,
+    peers: str | None,
+    seconds: float,
+    cold: bool,
+    between: bool,
+    say: Callable[[str], None],
+) -> Measurement:
+    from deft_tvm.bench import measure
+    from deft_tvm.peers import DEFAULT_PEERS
     from deft_tvm.workloads import tensors
 
     attention_spec, chosen = parse(spec, workload)
-    names = [name for name in peers.split(",") if name]
-    with told() as say:
-        attention = attention_by(attention_spec, module, grouping, say)
-        say(f"random tensors for {chosen.name}")
-        case = tensors(chosen.forest, attention_spec)
-        cold_bytes = 2 * attention.profile.l3_bytes if cold else 0
-        found = measuring.measure(
-            chosen.name, case, attention, names, budget=seconds, cold_bytes=cold_bytes, say=say
-        )
-        inside = None
-        if between:
-            say("timing a step between two matrix products")
-            inside = measuring.between_matmuls(case, attention, budget=seconds / 2)
-    if as_json:
-        print_json({"measurement": found, "speedups": found.speedups(), "between": inside})
-    else:
-        console().print(report(found), *([] if inside is None else [report_between(inside)]))
-
-
-def report(found: measuring.Measurement) -> RenderableType:
-    """The table of a measurement, and what its plan moves."""
-    rows = [_row(found, name) for name in found.timings]
-    parts: list[RenderableType] = [
-        f"{found.workload}\n{found.spec} on {found.device}\n",
-        table("", ("ms", "median", "95 % of medians", "ours is faster"), rows),
-        f"\nof ours the plan takes {1e3 * found.plan.median:.3f} ms; "
-        f"KV read: {found.traffic.tree.kv / 2**20:.1f} MiB, "
-        f"{found.traffic.kv_saved_percent:.1f} % less than by sequence",
-    ]
-    return Group(*parts, *(f"not run: {peer}: {why}" for peer, why in found.left_out.items()))
-
-
-def report_between(found: measuring.Between) -> RenderableType:
-    """The table of a step between matrix products."""
-    rows = [
-        (
-            name,
-            f"{1e3 * found.alone[name].median:.3f}",
-            f"{1e3 * found.between[name].median:.3f}",
-            f"{found.slowdown(name):.2f}×",
-        )
-        for name in found.alone
-    ]
-    return table("\nbetween two matrix products", ("ms", "alone", "between", "ratio"), rows)
-
-
-def _row(found: measuring.Measurement, name: str) -> tuple[str, str, str, str]:
-    summary = found.timings[name].summary
-    ratio = found.speedups().get(name)
-    return (
-        name if ratio is None else f"SDPA {name}",
-        f"{1e3 * summary.median:.3f}",
-        f"{1e3 * summary.low:.3f} to {1e3 * summary.high:.3f}",
-        "" if ratio is None else f"{ratio.median:.2f}×",
+    attention = attention_by(attention_spec, module, grouping, say)
+    say(f"random tensors for {chosen.name}")
+    return measure(
+        chosen.name,
+        tensors(chosen.forest, attention_spec),
+        attention,
+        _named(peers, DEFAULT_PEERS),
+        budget=seconds,
+        cold=cold,
+        between=between,
+        say=say,
     )
+
+
+def _core(
+    only: str, peers: str | None, seconds: float, say: Callable[[str], None]
+) -> Iterator[Measurement]:
+    from deft_tvm.bench import CORE as CELLS
+    from deft_tvm.bench.run import run
+    from deft_tvm.peers import PEERS
+
+    cells = [cell for cell in CELLS if any(only in part for part in cell)]
+    if not cells:
+        raise InputError(f"--only is {only!r}; expected a part of a core cell's workload or spec")
+    return run(cells, _named(peers, tuple(PEERS)), budget=seconds, say=say)
+
+
+def _named(peers: str | None, default: Sequence[str]) -> Sequence[str]:
+    """Peers as the user named them."""
+    from deft_tvm.peers import PEERS
+
+    if peers is None:
+        return default
+    return tuple(PEERS) if peers == ALL else [name for name in peers.split(",") if name]
+
+
+def report(found: Sequence[Measurement], changes: Sequence[Change]) -> RenderableType:
+    """What one measurement says, or tables of many; and what changed since an earlier record."""
+    from deft_tvm.bench import report as rows
+
+    parts: list[RenderableType] = []
+    if len(found) == 1:
+        parts += _details(found[0])
+    else:
+        parts += [
+            table("", rows.SPEED, rows.speed(found)),
+            table("\nof our time", rows.PARTS, rows.parts(found)),
+            table("\nruns by plans of other groupings", rows.GROUPED, rows.grouped(found)),
+            "\n".join(["", *rows.summary(found)]),
+        ]
+    if changes:
+        parts.append(table("\nshare of the limit", rows.CHANGED, rows.changed(changes)))
+    return Group(*parts)
+
+
+def _details(found: Measurement) -> Iterator[RenderableType]:
+    from deft_tvm.bench import report as rows
+
+    yield f"{found.workload}\n{found.spec} on {found.device}\n"
+    yield table("", rows.CALLS, rows.calls(found))
+    yield f"\nof the limit {rows.percent(found.share)}; {rows.of_ours(found)}"
+    yield (
+        f"KV read: {found.traffic.tree.kv / 2**20:.1f} MiB, "
+        f"{found.traffic.kv_saved_percent:.1f} % less than by sequence"
+    )
+    if found.between:
+        yield (
+            f"between two matrix products {found.between_ratio.median:.2f}× its time alone; "
+            f"a product after it {found.product_ratio.median:.2f}× its time after another"
+        )
+    yield from (f"not run: {peer}: {why}" for peer, why in found.left_out.items())

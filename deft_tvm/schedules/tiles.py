@@ -11,6 +11,12 @@ from collections.abc import Set
 from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, Dtype, TileShape
 
 CPU_KV_TILE = 64
+CPU_MANY: dict[Dtype, tuple[int, ...]] = {
+    "float32": (16, 32, 64, 128),
+    "bfloat16": (16, 32, 48, 64, 128),
+}
+"""Lane rows of the classes with rows in the lanes. What an item leaves of a class is not computed,
+in steps of 16 in float32; register tiles of bfloat16 want to be wider, so that 48 has a class."""
 CPU_FEW_BYTES = 16 << 10
 """With few rows a step is a copy out of memory, which half of the nearest cache shall hold. One
 sequence of 65,536 takes 0.81 of its time with 64 KiB in float32, 0.96 in bfloat16 (AMD EPYC Zen 4,
@@ -35,9 +41,10 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
         return tuple(TileShape(r, tokens, _cuda_operand(spec, r)) for r in _cuda_rows(spec))
     few_operand = _few_operand(spec, features)
     few = [(rows, few_operand) for rows in (spec.group, 8) if spec.group <= rows < 16]
-    many = [(rows, _cpu_operand(spec, features)) for rows in (16, 32, 64, 128)]
+    operand = _cpu_operand(spec, features)
+    many = [(rows, operand) for rows in CPU_MANY[operand]]
     fitting = [(rows, operand) for rows, operand in few + many if rows >= spec.group]
-    wanted = dict(fitting or [(-(-spec.group // 16) * 16, _cpu_operand(spec, features))])
+    wanted = dict(fitting or [(-(-spec.group // 16) * 16, operand)])
     return tuple(
         TileShape(rows, CPU_KV_TILE, wanted[rows])
         if rows >= 16

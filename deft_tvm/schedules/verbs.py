@@ -24,21 +24,27 @@ def nearest(candidates: Sequence[int], wanted: int) -> int:
     return max((c for c in candidates if c <= wanted), default=min(candidates))
 
 
-def vectorize_last(sch: Schedule, block: str, lanes: int) -> None:
-    """Run the innermost loop of `block` in vectors of `lanes`."""
+def vectorize_last(sch: Schedule, block: str, lanes: int) -> LoopRV:
+    """Run the innermost loop of `block` in vectors of `lanes`; returns the loop over these."""
     loop = sch.get_loops(sch.get_sblock(block))[-1]
-    sch.vectorize(sch.split(loop, [None, lanes])[1])
+    outer, inner = sch.split(loop, [None, lanes])
+    sch.vectorize(inner)
+    return outer
 
 
-def vectorize_over(sch: Schedule, block: str, axis: int, lanes: int) -> None:
+def vectorize_over(sch: Schedule, block: str, axis: int, lanes: int) -> LoopRV:
     """Make one of the last two loops of `block` innermost, in vectors of `lanes`.
 
     for i, j: B[j, i] = f(i, j)   →   for j, i/lanes: B[j, i : i + lanes] = f(…)
+
+    Returns:
+        The loop over vectors.
     """
     loops = sch.get_loops(sch.get_sblock(block))[-2:]
     outer, inner = sch.split(loops[axis], [None, lanes])
     sch.reorder(loops[1 - axis], outer, inner)
     sch.vectorize(inner)
+    return outer
 
 
 def unroll_all(sch: Schedule, loops: Sequence[LoopRV]) -> None:
@@ -52,22 +58,6 @@ def store_tile(sch: Schedule, block: SBlockRV, lanes: int) -> None:
     across, vector = sch.split(inner, [None, lanes])
     sch.vectorize(vector)
     unroll_all(sch, (outer, across))
-
-
-def reduce_in_lanes(sch: Schedule, block: str, lanes: int) -> None:
-    """Reduce over the last loop with the one before it in vector lanes, in registers.
-
-    for i, j: m[i] = max(m[i], X[j, i])   →   for i/lanes: v = max over j of X[j, i : i + lanes]
-    """
-    reduction = sch.get_sblock(block)
-    kept, reduced = sch.get_loops(reduction)[-2:]
-    outer, inner = sch.split(kept, [None, lanes])
-    sch.reorder(outer, reduced, inner)
-    result = sch.cache_write(reduction, 0, "global")
-    sch.reverse_compute_at(result, outer)
-    sch.vectorize(inner)
-    sch.decompose_reduction(reduction, reduced)
-    sch.vectorize(sch.get_loops(result)[-1])
 
 
 def spread(

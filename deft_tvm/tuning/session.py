@@ -7,15 +7,13 @@ own scheduler hands over results a batch at a time, which a kill would lose.)
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tvm.s_tir import meta_schedule as ms
 
-from deft_tvm.manifest import installed_versions
+from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.schedules import schedule
 from deft_tvm.tuning.budget import allot
 from deft_tvm.tuning.database import Database
@@ -63,7 +61,11 @@ class Session:
 
     def __post_init__(self) -> None:
         self._lines = len(self.log.read())
-        self._common = {"run": self.run, "commit": _commit(), "versions": installed_versions()}
+        self._common = {
+            "run": self.run,
+            "commit": source_commit(),
+            "versions": installed_versions(),
+        }
         self._database = Database(self.log.directory)
         self._cost_model = new_cost_model()
         for kernel in self.kernels:
@@ -186,12 +188,3 @@ def _lowest(so_far: float | None, outcome: Outcome) -> float | None:
     own = statistics.median(outcome.latency_us) if outcome.latency_us else None
     lowest = min((us for us in (so_far, own) if us is not None), default=None)
     return None if lowest is None else round(lowest, 3)
-
-
-def _commit() -> str:
-    """Of the source tree that this package lies in; empty outside one."""
-    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

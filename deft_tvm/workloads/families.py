@@ -14,6 +14,7 @@ import numpy as np
 
 from deft_tvm.errors import WorkloadError
 from deft_tvm.tree import Forest
+from deft_tvm.workloads.published import FASTTREE, PAT, published
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -123,6 +124,18 @@ def forest(trees: int = 8, prompt: int = 500) -> Forest:
     )
     picked = (kinds[i % len(kinds)](prompt + 137 * i) for i in range(trees))
     return _side_by_side(list(picked))
+
+
+@_family
+def fasttree(tree: int = 9) -> Forest:
+    """A tree of FastTree's published benchmark, by its number from 1 to 15."""
+    return published("fasttree", FASTTREE, tree)
+
+
+@_family
+def pat(tree: int = 1) -> Forest:
+    """A tree or forest of PAT's published benchmark, by its number from 1 to 20."""
+    return published("pat", PAT, tree)
 
 
 def draft_choices(count: int) -> list[tuple[int, ...]]:

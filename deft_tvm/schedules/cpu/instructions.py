@@ -16,6 +16,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import narrow, widen
+from deft_tvm.schedules.cpu.vector import REGISTERS
 
 LANES = 16
 
@@ -68,7 +69,7 @@ def dot_pairs() -> str:
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (16, 2), "uint16", offset_factor=1)
         B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
-        C = T.match_buffer(c, (16,), "float32", offset_factor=1)
+        C = T.match_buffer(c, (16,), "float32", offset_factor=1, scope=REGISTERS)
         with T.sblock("root"):
             T.reads(C[0:16], A[0:16, 0:2], B[0:2])
             T.writes(C[0:16])
@@ -81,7 +82,7 @@ def dot_pairs() -> str:
     def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (16, 2), "uint16", offset_factor=1)
         B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
-        C = T.match_buffer(c, (16,), "float32", offset_factor=1)
+        C = T.match_buffer(c, (16,), "float32", offset_factor=1, scope=REGISTERS)
         with T.sblock("root"):
             T.reads(C[0:16], A[0:16, 0:2], B[0:2])
             T.writes(C[0:16])

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
 
 from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside
@@ -23,8 +24,9 @@ from deft_tvm.schedules.cpu.instructions import (
     dot_pairs,
     interleave,
 )
+from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
-from deft_tvm.schedules.cpu.vector import float_lanes, registers
+from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
     divisors,
@@ -46,9 +48,10 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     tile, spec = task.tile, task.spec
     # A register tile under 1 KiB is a stack slot and stays in registers; a larger one is a heap
     # workspace, from which only TVM's own vector code (with its aliasing facts) is promoted.
-    row_choices = divisors(tile.lane_rows, [lanes * n for n in ((1, 2) if paired else (1, 2, 4))])
+    vectors = (1, 2, 3) if paired else (1, 2, 4)
+    row_choices = divisors(tile.lane_rows, [lanes * n for n in vectors])
     deep_choices = (1, 2, 4) if paired else (1, 2, 4, 8, 16)
-    rows = nearest(row_choices, 2 * lanes)
+    rows = nearest(row_choices, (3 if paired else 2) * lanes)
     deep = registers(task.features) // 2 * lanes // rows
     score_rows = knobs.pick_parts("score_rows", tile.lane_rows, row_choices, rows)
     token_choices = divisors(tile.kv_tile, deep_choices)
@@ -62,17 +65,21 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     transpose(sch, spec, paired)
     for product in score_products(spec):
         ahead = asked_beside(spec, product)
-        _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
+        rows_outer = _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
+        over_rows(sch, rows_outer, tile.lane_rows)
     if paired:
         _pair_values(sch)
-    _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
+    rows_outer = _product(
+        sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold"
+    )
+    over_rows(sch, rows_outer, tile.lane_rows)
 
-    pass_over_rows(sch, spec, lanes)
+    pass_over_rows(sch, spec, tile.lane_rows, lanes)
     if paired:
-        narrow_in_pairs(sch)
+        narrow_in_pairs(sch, tile.lane_rows)
         import_llvm(sch, "item", BFLOAT16_LLVM)
     else:
-        vectorize_over(sch, "probabilities", 0, lanes)
+        over_rows(sch, vectorize_over(sch, "probabilities", 0, lanes), tile.lane_rows)
     return True
 
 
@@ -102,11 +109,14 @@ def _product(
     paired: bool,
     ahead: str | None,
     fold: str | None = None,
-) -> None:
+) -> LoopRV:
     """One of the two products on a register tile of `deep` × `rows`, the reduction outside it.
 
     for i, j, k: C[j, i] += …
     → for i/rows, j/deep:  c[deep, rows] = 0;  for k: c += …;  C[…] = c   (or fold, then store)
+
+    Returns:
+        The loop over rows.
     """
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
@@ -119,7 +129,7 @@ def _product(
         sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes)
     if ahead is not None:
         i_outer, j_outer = spread(sch, ahead, (i_outer, j_outer), (row_parts, deep_parts))
-    result = sch.cache_write(block, 0, "global")
+    result = sch.cache_write(block, 0, REGISTERS)
     sch.reverse_compute_at(result, j_outer)
     if fold is not None:
         sch.reverse_compute_inline(sch.get_sblock(fold))
@@ -132,6 +142,7 @@ def _product(
         sch.vectorize(i_lanes)
         sch.decompose_reduction(block, k)
     store_tile(sch, result, lanes)
+    return i_outer
 
 
 def _pair_values(sch: Schedule) -> None:

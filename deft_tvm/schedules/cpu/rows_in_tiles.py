@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
 
 from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cpu.amx import AMX_LLVM, DEPTH, EDGE
 from deft_tvm.schedules.cpu.blocks import asked_beside
 from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM
+from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.tile_intrinsics import (
     enter_tiles,
     leave_tiles,
@@ -49,13 +51,16 @@ def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     transpose(sch, spec, paired=True)
     for product in score_products(spec):
-        _product(sch, product, score_tokens, score_rows, asked_beside(spec, product))
+        ahead = asked_beside(spec, product)
+        rows_outer = _product(sch, product, score_tokens, score_rows, ahead)
+        over_rows(sch, rows_outer, tile.lane_rows)
     _transpose_values(sch)
-    _product(sch, "accumulate", out_dims, out_rows, "ahead_v", consumer="fold")
+    rows_outer = _product(sch, "accumulate", out_dims, out_rows, "ahead_v", consumer="fold")
+    over_rows(sch, rows_outer, tile.lane_rows)
     vectorize_over(sch, "fold", 0, lanes)
 
-    pass_over_rows(sch, spec, lanes)
-    narrow_in_pairs(sch)
+    pass_over_rows(sch, spec, tile.lane_rows, lanes)
+    narrow_in_pairs(sch, tile.lane_rows)
     for block, intrinsic in (("enter", enter_tiles()), ("leave", leave_tiles())):
         sch.tensorize(sch.get_loops(sch.get_sblock(block))[-1], intrinsic)
     import_llvm(sch, "item", BFLOAT16_LLVM + AMX_LLVM)
@@ -88,11 +93,14 @@ def _product(
     rows: _Block,
     ahead: str | None,
     consumer: str | None = None,
-) -> None:
+) -> LoopRV:
     """One of the two products in blocks of tiles, the reduction outside them.
 
     for i, j, k: C[j, i] += …
     → for i/rows, j/deep:  zeros;  for k/32: products;  C[…] = sums;  what consumes them
+
+    Returns:
+        The loop over rows.
     """
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
@@ -110,6 +118,7 @@ def _product(
     sch.tensorize(sch.get_loops(zeros)[-2], tile_zeros(deep.size, rows.size))
     sch.tensorize(j_tile, tile_products(deep.size, rows.size))
     sch.tensorize(sch.get_loops(sums)[-2], tile_sums(deep.size, rows.size))
+    return i_outer
 
 
 def _transpose_values(sch: Schedule) -> None:

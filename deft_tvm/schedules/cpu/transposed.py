@@ -10,13 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
 
 from deft_tvm.schedules.blocks import matrices_of_softmax
 from deft_tvm.schedules.cpu.blocks import load_widths
 from deft_tvm.schedules.cpu.instructions import narrow_pairs
+from deft_tvm.schedules.cpu.lowering import over_rows
+from deft_tvm.schedules.cpu.vector import REGISTERS
 from deft_tvm.schedules.verbs import (
     power_of_two_in,
-    reduce_in_lanes,
     swap,
     vectorize_last,
     vectorize_over,
@@ -61,24 +63,48 @@ def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
     return d // 2, i, d % 2
 
 
-def pass_over_rows(sch: Schedule, spec: AttentionSpec, lanes: int) -> None:
+def pass_over_rows(sch: Schedule, spec: AttentionSpec, lane_rows: int, lanes: int) -> None:
     """All that is one pass a tile: rows in lanes, and the loads along their own rows."""
-    for block in (*TILE_PASSES, *matrices_of_softmax(spec)):
-        vectorize_over(sch, block, 0, lanes)
-    for block in ROW_VECTORS:
-        vectorize_last(sch, block, lanes)
-    for block in ("row_max", "row_sum"):
-        reduce_in_lanes(sch, block, lanes)
+    over = [vectorize_over(sch, block, 0, lanes) for block in TILE_PASSES]
+    over += [vectorize_over(sch, block, 0, lanes) for block in matrices_of_softmax(spec)]
+    over += [vectorize_last(sch, block, lanes) for block in ROW_VECTORS]
+    over += [_reduce_in_lanes(sch, block, lanes) for block in ("row_max", "row_sum")]
     # Tiles of K and V are packed out of their pages: in NHD the token stride is a multiple of
     # 4 KiB for common shapes, and a tile read in place would fall into a few sets of the cache.
     for block, width in {**load_widths(spec), "write_out": spec.v_width}.items():
         vectorize_last(sch, block, power_of_two_in(width, lanes))
+    along = ("load_q", "write_out") if spec.rope is None else ("load_q", "load_q_rope", "write_out")
+    over += [sch.get_loops(sch.get_sblock(block))[-3] for block in along]
+    over += [sch.get_loops(sch.get_sblock("write_lse"))[-1]]
+    for loop in over:
+        over_rows(sch, loop, lane_rows)
 
 
-def narrow_in_pairs(sch: Schedule) -> None:
+def narrow_in_pairs(sch: Schedule, lane_rows: int) -> None:
     """Probabilities of two tokens rounded and interleaved at once."""
     i, j = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
     j_outer, j_pair = sch.split(j, [None, 2])
     i_outer, i_lanes = sch.split(i, [None, 16])
     sch.reorder(j_outer, i_outer, j_pair, i_lanes)
     sch.tensorize(j_pair, narrow_pairs())
+    over_rows(sch, i_outer, lane_rows)
+
+
+def _reduce_in_lanes(sch: Schedule, block: str, lanes: int) -> LoopRV:
+    """Reduce over the last loop with the one before it in vector lanes, in registers.
+
+    for i, j: m[i] = max(m[i], X[j, i])   →   for i/lanes: v = max over j of X[j, i : i + lanes]
+
+    Returns:
+        The loop over vectors.
+    """
+    reduction = sch.get_sblock(block)
+    kept, reduced = sch.get_loops(reduction)[-2:]
+    outer, inner = sch.split(kept, [None, lanes])
+    sch.reorder(outer, reduced, inner)
+    result = sch.cache_write(reduction, 0, REGISTERS)
+    sch.reverse_compute_at(result, outer)
+    sch.vectorize(inner)
+    sch.decompose_reduction(reduction, reduced)
+    sch.vectorize(sch.get_loops(result)[-1])
+    return outer

@@ -16,7 +16,7 @@ from tvm.s_tir import Schedule
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
 from deft_tvm.schedules.cpu.dot_products import declarations, dots, dots_llvm, lanes_of, tokens_of
-from deft_tvm.schedules.cpu.vector import float_lanes, registers
+from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
     divisors,
@@ -114,7 +114,7 @@ def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int) -> None
     stretch, j = sch.split(j, [stretches, None])
     sch.reorder(d_outer, stretch, j, i, d_across, d_lanes)
     d_outer, stretch = spread(sch, "ahead_v", (d_outer, stretch), (parts, stretches))
-    result = sch.cache_write(block, 0, "global")
+    result = sch.cache_write(block, 0, REGISTERS)
     sch.reverse_compute_at(result, d_outer)
     sch.reverse_compute_inline(sch.get_sblock("fold"))
     unroll_all(sch, (i, d_across))

@@ -1,0 +1,81 @@
+"""One step of ours as calls to time: whole, alone in its parts, and between two matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from deft_tvm.timing import walk
+from deft_tvm.workloads import Case
+
+if TYPE_CHECKING:
+    from deft_tvm.pytorch import TreeAttention
+
+OURS = "deft_tvm"
+PLAN, RUN, PARTIAL, MERGE = "plan", "run", "partial", "merge"
+BEFORE, ALONE, PROJECTION, PRODUCT, BETWEEN, OUTPUT = (
+    "before",
+    "alone",
+    "projection",
+    "product",
+    "between",
+    "output",
+)
+
+Calls = dict[str, Callable[[], object]]
+
+
+def step(case: Case, attention: TreeAttention) -> Callable[[], object]:
+    """One full plan and one run, into tensors that are allocated beforehand."""
+    plan, run = planning(case, attention), running(case, attention)
+
+    def call() -> None:
+        plan()
+        run()
+
+    return call
+
+
+def planning(case: Case, attention: TreeAttention) -> Callable[[], object]:
+    """One full plan."""
+    return lambda: attention.plan(case.forest, case.pages)
+
+
+def running(case: Case, attention: TreeAttention) -> Callable[[], object]:
+    """One run by the current plan."""
+    spec = case.spec
+    out = case.q.new_empty(case.forest.num_rows, spec.num_q_heads, spec.v_width)
+    lse = torch.empty(out.shape[:2], device=out.device)
+    return lambda: attention.run(case.q, case.kv, out, lse, sinks=case.sinks)
+
+
+def parts(case: Case, attention: TreeAttention) -> Calls:
+    """A plan, a run, and of the run the kernels of stage 1 and that of stage 2.
+
+    What a run takes beyond them is the call: checks, arguments, the start of threads.
+    """
+    return {PLAN: planning(case, attention), RUN: running(case, attention)}
+
+
+def between_products(case: Case, attention: TreeAttention, cold_bytes: int) -> Calls:
+    """A step alone, and where it stands in a model: between a product and an output projection.
+
+    Both multiply ``[rows, heads · width]`` with a square matrix, whose weights leave little of the
+    step's data in the caches. Alone it comes after itself, or after a walk over `cold_bytes`. In
+    turn, `PROJECTION` and `OUTPUT` are products after a step, `PRODUCT` one after a product.
+    """
+    width = case.spec.num_q_heads * case.spec.v_width
+    x, w = torch.randn(case.q.shape[0], width), torch.randn(width, width)
+    x, w = x.to(case.q.dtype), w.to(case.q.dtype)
+    ours, product = step(case, attention), lambda: x @ w
+    before = walk(cold_bytes) if cold_bytes else ours
+    return {
+        BEFORE: before,
+        ALONE: ours,
+        PROJECTION: product,
+        PRODUCT: product,
+        BETWEEN: ours,
+        OUTPUT: product,
+    }

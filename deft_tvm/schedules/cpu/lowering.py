@@ -1,0 +1,142 @@
+"""From scheduled kernels to machine code of a CPU.
+
+TVM lets a compilation name its lowering pipeline. Ours is TVM's for scheduled TensorIR, without the
+steps that only other targets or features need, and with one of our own between: loops over lane
+rows end where the item's rows do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tvm_ffi
+from tvm import IRModule, s_tir, tirx, transform
+from tvm import compile as tvm_compile
+from tvm.runtime import Executable
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
+from tvm.target import Target
+from tvm.tirx import Var
+from tvm.tirx.buffer import is_buffer_var
+from tvm.tirx.compilation_pipeline import (
+    finalize_device_passes,
+    finalize_host_passes,
+    register_tir_pipeline,
+)
+
+from deft_tvm.schedules.cpu.vector import REGISTERS
+
+PIPELINE = "deft_tvm_cpu"
+LANE_ROWS = "deft_tvm.lane_rows"
+LANES = "lanes"
+"""What the computation calls the number of lane rows that an item has."""
+
+
+def over_rows(sch: Schedule, loop: LoopRV, lane_rows: int) -> None:
+    """Say that a loop goes over the `lane_rows` of a tile, in equal parts and in their order."""
+    sch.annotate(loop, LANE_ROWS, lane_rows)
+
+
+def compile_cpu(module: IRModule, target: Mapping[str, object]) -> Executable:
+    """Compile scheduled kernels for a target as `DeviceProfile.target` gives it."""
+    register_tir_pipeline(PIPELINE, _pipeline)
+    return tvm_compile(module, target=Target(dict(target)), tir_pipeline=PIPELINE)
+
+
+def _pipeline() -> tuple[transform.Pass, Any, Any]:
+    """The three parts of a lowering pipeline, as TVM asks for them."""
+    lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
+    passes = [
+        lower.CanonicalizeLoop(),
+        lower.LowerInitBlock(),
+        lower.PlanAndUpdateBufferAllocationLocation(),
+        lower.ConvertBlocksToOpaque(),
+        lower.CompactBufferAllocation(),
+        lower.LowerMatchBuffer(),
+        trim_rows,
+        simplify(),
+        lower.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        lower.LoopPartition(),
+        tirx.transform.VectorizeLoop(),
+        tirx.transform.StorageRewrite(),
+        settle_registers,
+        lower.HoistIfThenElse(),
+        tirx.transform.UnrollLoop(),
+        lower.RenormalizeSplitPattern(),
+        simplify(),
+        tirx.transform.RemoveNoOp(),
+        lower.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.FP8ComputeLegalize(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(),
+        tirx.transform.SplitHostDevice(),
+        tirx.transform.MakePackedAPI(),
+        tirx.transform.FP8StorageLegalize(),
+        tirx.transform.BF16StorageLegalize(),
+    ]
+    return transform.Sequential(passes), finalize_host_passes, finalize_device_passes
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.TrimRows")
+def trim_rows(
+    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """End every loop over a tile's lane rows with the block that has the item's last.
+
+    A block is what the loop in the largest steps takes at a time, a register tile: so every loop
+    covers the same rows, and none reads what another left out. Lanes without a row cost nothing
+    then, but for those of the last block.
+    """
+    steps, lanes = [], []
+
+    def look(loop: tirx.For) -> None:
+        if LANE_ROWS in loop.annotations:
+            steps.append(_rows_a_step(loop))
+
+    def bound(bind: tirx.Bind) -> None:
+        if bind.var.name == LANES:
+            lanes.append(bind.var)
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, look), (tirx.Bind, bound)])
+    if not steps:
+        return func
+    block, (last,) = max(steps), lanes
+
+    def trim(loop: tirx.For) -> tirx.For:
+        if LANE_ROWS not in loop.annotations:
+            return loop
+        blocks = tirx.floordiv(last + (block - 1), block)
+        extent = blocks * (block // _rows_a_step(loop))
+        return tirx.For(
+            loop.loop_var, loop.min, extent, loop.kind, loop.body, loop.thread_binding,
+            {key: value for key, value in loop.annotations.items() if key != LANE_ROWS},
+        )  # fmt: skip
+
+    body = tvm_ffi.structural_map(func.body, [(tirx.For, trim)], order="post")
+    return func.with_body(body)
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.SettleRegisters")
+def settle_registers(
+    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """Give tiles of scope `REGISTERS` the scope that TVM puts on the stack, if they are small."""
+    settled: dict[Any, Any] = {}
+
+    def settle(var: Any) -> Any:
+        if not is_buffer_var(var) or var.scope() != REGISTERS:
+            return var
+        if var not in settled:
+            settled[var] = tirx.decl_buffer(var.ty.shape, var.ty.dtype, var.name)
+        return settled[var]
+
+    return func.with_body(tvm_ffi.structural_map(func.body, [(Var, settle)], order="post"))
+
+
+def _rows_a_step(loop: tirx.For) -> int:
+    return int(loop.annotations[LANE_ROWS]) // int(loop.extent)
