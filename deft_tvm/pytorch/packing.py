@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import tvm_ffi
 from torch import Tensor
 
 from deft_tvm.errors import InputError
@@ -32,9 +33,15 @@ class Unpacked(NamedTuple):
 
     Attributes:
         items: of each tile class.
+        reads: `header`, `page_indices`, `row_order`, `row_positions` and `runs` for kernels, which
+            take a tensor of their own kind faster than one of torch's.
+        work: items and `dests` of each tile class for kernels; None where there are no items.
+        merges: `merge_indptr` and `merge_rows` for kernels; None where no row is merged.
         partials: slots that the workspace must hold.
         needed: pages, or tokens, that every cache buffer must have.
         paged: whether it has pages.
+        rows: how many there are.
+        device: where the arrays are.
     """
 
     header: Tensor
@@ -46,9 +53,14 @@ class Unpacked(NamedTuple):
     merge_indptr: Tensor
     merge_rows: Tensor
     items: tuple[Tensor, ...]
+    reads: tuple[tvm_ffi.Tensor, ...]
+    work: tuple[tuple[tvm_ffi.Tensor, tvm_ffi.Tensor] | None, ...]
+    merges: tuple[tvm_ffi.Tensor, tvm_ffi.Tensor] | None
     partials: int
     needed: int
     paged: bool
+    rows: int
+    device: torch.device
 
 
 def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -101,21 +113,28 @@ def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int)
     header, page_indices, row_order, row_positions, run, dest, merge_rows, indptr, rest = (
         plan.split(_sizes(lengths))
     )
-    table = rest.view(-1, _COLUMNS)
-    bounds = pairwise(accumulate(items, initial=0))
+    table, runs = rest.view(-1, _COLUMNS), run.view(-1, _COLUMNS)
+    parts = tuple(table[begin:end] for begin, end in pairwise(accumulate(items, initial=0)))
+    dests, convert = tvm_ffi.from_dlpack(dest), tvm_ffi.from_dlpack
+    reads = (header, page_indices, row_order, row_positions, runs)
     return Unpacked(
         header=header,
         page_indices=page_indices,
         row_order=row_order,
         row_positions=row_positions,
-        runs=run.view(-1, _COLUMNS),
+        runs=runs,
         dests=dest,
         merge_indptr=indptr,
         merge_rows=merge_rows,
-        items=tuple(table[begin:end] for begin, end in bounds),
+        items=parts,
+        reads=tuple(map(convert, reads)),
+        work=tuple((convert(part), dests) if len(part) else None for part in parts),
+        merges=(convert(indptr), convert(merge_rows)) if len(merge_rows) else None,
         partials=partials,
         needed=needed,
         paged=bool(paged),
+        rows=len(row_order),
+        device=plan.device,
     )
 
 
