@@ -130,10 +130,10 @@ def _launch(
     layer = kernel_operands(loaded.spec, kv)
     inputs = (q, *layer, *step.reads)
     partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
-    for kernel, work in zip(loaded.partials, step.work, strict=True):
-        if work is not None:
-            kernel(*inputs, *work, out, lse, *partials)
-    if step.merges is not None:
+    for kernel, items in zip(loaded.partials, step.items, strict=True):
+        if items is not None:
+            kernel(*inputs, items, step.dests, out, lse, *partials)
+    if step.merged:
         sinks = layer[-1:] if loaded.spec.sinks else []
         loaded.merge(*partials, *sinks, *step.merges, out, lse)
 
