@@ -30,14 +30,25 @@ def int32_array(name: str, values: ArrayLike, size: int | None, error: type[Deft
     return read_only(copy)
 
 
+def offsets(counts: NDArray[Any]) -> NDArray[np.intp]:
+    """intp[n + 1], where ranges of the given lengths begin that lie end to end, and the end.
+
+    >>> offsets(np.array([2, 0, 3])).tolist()
+    [0, 2, 2, 5]
+    """
+    begins = np.zeros(len(counts) + 1, np.intp)
+    counts.cumsum(out=begins[1:])
+    return begins
+
+
 def consecutive(begin: NDArray[Any], count: NDArray[Any]) -> NDArray[np.intp]:
     """``begin[i], begin[i] + 1, ...``, ``count[i]`` numbers of each, one range after another.
 
     >>> consecutive(np.array([7, 0]), np.array([2, 3])).tolist()
     [7, 8, 0, 1, 2]
     """
-    before = np.cumsum(count) - count
-    return np.arange(count.sum(dtype=np.intp)) + np.repeat(begin - before, count)
+    ends = count.cumsum(dtype=np.intp)
+    return np.arange(ends[-1] if len(ends) else 0) + (begin + count - ends).repeat(count)
 
 
 def read_only(array: NDArray[Any]) -> Int32:

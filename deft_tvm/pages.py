@@ -64,6 +64,8 @@ class PageTable:
         slots = np.zeros(num_nodes, np.int32) if first_slot is None else first_slot
         self.first_slot = int32_array("first_slot", slots, num_nodes, PageError)
         self.max_page = int(self.page_indices.max(initial=-1))
+        # How long each node may grow within the pages that it reached when it was checked.
+        self._room: NDArray[np.int64] | None = None
         _check_indptr(self.page_indptr, len(self.page_indices))
         _check_range("page_indices", self.page_indices, 2**31)
         _check_range("first_slot", self.first_slot, page_size)
@@ -118,8 +120,9 @@ class PageTable:
             )
         if self.is_contiguous:
             self._check_offsets(forest)
-        else:
-            self._check_overlap(forest, self._pages_filled(forest))
+        elif self._room is None or (forest.lengths > self._room).any():
+            filled = self._pages_filled(forest)
+            self._room = self._check_overlap(forest, filled)
 
     def _check_offsets(self, forest: Forest) -> None:
         wrong = np.flatnonzero(self.first_slot != _offsets(forest))
@@ -132,8 +135,8 @@ class PageTable:
     def _pages_filled(self, forest: Forest) -> NDArray[np.int64]:
         """How many of its pages each node's tokens reach."""
         filled = -(-self._end(forest) // self.page_size)
-        held = np.diff(self.page_indptr)
-        past = np.flatnonzero(filled > held)
+        held = self.page_indptr[1:] - self.page_indptr[:-1]
+        past = (filled > held).nonzero()[0]
         if past.size:
             n = past[0]
             raise PageError(
@@ -142,17 +145,25 @@ class PageTable:
             )
         return filled
 
-    def _check_overlap(self, forest: Forest, filled: NDArray[np.int64]) -> None:
-        """Sorted by first slot, the stretch that a node takes of a page ends before the next."""
+    def _check_overlap(self, forest: Forest, filled: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sorted by first slot, the stretch that a node takes of a page ends before the next.
+
+        Returns:
+            int64[nodes], the length at which each node reaches the end of its last page, or what
+            other nodes have there; 0 for a node without tokens.
+        """
         pages = self.page_indices[consecutive(self.page_indptr[:-1], filled)].astype(np.int64)
-        begin, end = pages * self.page_size, (pages + 1) * self.page_size
-        some = np.flatnonzero(filled)
-        last = np.cumsum(filled)[some] - 1
-        first = last + 1 - filled[some]
+        begin = pages * self.page_size
+        end = begin + self.page_size
+        some = filled.nonzero()[0]
+        after = filled[some].cumsum()
+        last, first = after - 1, after - filled[some]
         begin[first] += self.first_slot[some]
+        page_end = end[last]
         end[last] -= (filled * self.page_size - self._end(forest))[some]
-        order = np.argsort(begin)
-        clash = np.flatnonzero(end[order[:-1]] > begin[order[1:]])
+        order = begin.argsort()
+        following = begin[order[1:]]
+        clash = (end[order[:-1]] > following).nonzero()[0]
         if clash.size:
             pair = order[clash[0] : clash[0] + 2]
             one, other = sorted(np.repeat(np.arange(self.num_nodes), filled)[pair].tolist())
@@ -160,11 +171,16 @@ class PageTable:
                 f"page {pages[pair[0]]} is shared by nodes {one} and {other} in overlapping slots; "
                 "expected a slot for each token"
             )
+        limit = np.full_like(begin, np.iinfo(np.int64).max)
+        limit[order[:-1]] = following
+        room = np.zeros_like(filled)
+        room[some] = forest.lengths[some] + np.minimum(limit[last], page_end) - end[last]
+        return room
 
     def _end(self, forest: Forest) -> NDArray[np.int64]:
         """Slot after a node's last token, counted from its first page; 0 without tokens."""
         end = self.first_slot.astype(np.int64) + forest.lengths
-        return np.where(forest.lengths > 0, end, 0)
+        return end * (forest.lengths > 0)
 
 
 def _offsets(forest: Forest) -> Int32:

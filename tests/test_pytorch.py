@@ -212,12 +212,15 @@ def plan_of(workload: str) -> Plan:
 def test_packing_loses_nothing(workload: str) -> None:
     plan = plan_of(workload)
     found = unpack(*pack(plan, True, CPU))
-    for name in ("header", "page_indices", "row_order", "row_positions", "runs", "dests"):
-        assert torch.equal(getattr(found, name), torch.tensor(getattr(plan, name))), name
-    assert found.merge_indptr.tolist() == plan.merge_indptr.tolist()
-    assert found.merge_rows.tolist() == plan.merge_rows.tolist()
+    names = ("header", "page_indices", "row_order", "row_positions", "runs")
+    reads = dict(zip(names, found.reads, strict=True)) | {"dests": found.dests}
+    reads |= zip(("merge_indptr", "merge_rows"), found.merges, strict=True)
+    for name, array in reads.items():
+        assert torch.equal(torch.from_dlpack(array), torch.tensor(getattr(plan, name))), name
     items = {tile: plan.items[begin:end].tolist() for tile, begin, end in plan.launches}
-    assert [part.tolist() for part in found.items] == [items.get(0, []), items.get(1, [])]
+    parts = [None if part is None else torch.from_dlpack(part).tolist() for part in found.items]
+    assert parts == [items.get(0), items.get(1)]
+    assert (found.rows, found.merged) == (plan.num_rows, len(plan.merge_rows))
     assert (found.partials, found.needed, found.paged) == (
         plan.num_partials,
         plan.max_page + 1,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_tvm.arrays import offsets
 from deft_tvm.plan.cost import Floats, Ints, Prices
 from deft_tvm.plan.split import Walk
 
@@ -55,20 +56,23 @@ def contract(walk: Walk, prices: Prices) -> Clusters:
     """
     rows = walk.row_end - walk.row_begin
     tokens = _subtree_sums(walk, walk.length)
-    alone, balanced = prices.cost(walk.length, rows)
-    whole, _ = prices.cost(_tokens_a_block(walk, tokens, prices.most_rows), rows, balanced)
+    reads = _tokens_a_block(walk, tokens, prices.most_rows)
+    both = np.concatenate((walk.length, reads)), np.concatenate((rows, rows))
+    cost, balanced = prices.cost(*both, planned=len(rows))
+    alone, whole = cost[: len(rows)], cost[len(rows) :]
     inner = walk.parent >= 0
-    below = np.bincount(walk.parent[inner], weights=whole[inner], minlength=len(rows))
+    below = np.bincount(walk.parent + 1, weights=whole, minlength=len(rows) + 1)[1:]
     # Apart, each row below has a partial here and one further down; at a root neither was needed.
     partials = (rows - walk.own_rows) * (walk.length > 0) * (2 - inner)
     worse = whole > alone + partials * prices.partial_seconds + below
     clean = _subtree_sums(walk, worse) == 0
-    first = np.flatnonzero(~(clean & inner & clean[walk.parent]))
+    heads = ~(clean & inner & clean[walk.parent])
+    first = heads.nonzero()[0]
     taken = clean[first]
     return Clusters(
         begin=first,
         end=np.where(taken, walk.subtree_end[first], first + 1),
-        parent=np.searchsorted(first, walk.parent[first], side="right") - 1,
+        parent=offsets(heads)[walk.parent[first] + 1] - 1,
         tokens=np.where(taken, tokens[first], walk.length[first]),
         row_begin=walk.row_begin[first],
         row_end=walk.row_end[first],
@@ -80,7 +84,7 @@ def contract(walk: Walk, prices: Prices) -> Clusters:
 
 def _subtree_sums(walk: Walk, values: Ints | Bools) -> Ints:
     """The sum of `values` over each node's subtree, itself included."""
-    total = np.append(0, values.cumsum())
+    total = offsets(values)
     return total[walk.subtree_end] - total[:-1]
 
 

@@ -135,8 +135,8 @@ class Prices:
 
     def _item_seconds(self, tokens: Ints, rows: Ints) -> Floats:
         """float[C, I], of all units one after another; infinite where a class is too small."""
-        steps = -(-tokens // self.kv_tile[:, None])
-        seconds = steps * self.step_seconds[:, None]
+        seconds: Floats = np.ceil(tokens / self.kv_tile[:, None])
+        seconds *= self.step_seconds[:, None]
         np.maximum(seconds, tokens * self.token_seconds, out=seconds)
         seconds += self.fixed_seconds[:, None]
         seconds[rows > self.capacity[:, None]] = np.inf
@@ -153,7 +153,13 @@ class Prices:
         tile, seconds = self.choose_tile(tokens, np.minimum(rows, self.most_rows))
         return seconds, blocks * self.units[tile]
 
-    def cost(self, tokens: Ints, rows: Ints, balanced: float | None = None) -> tuple[Floats, float]:
+    def cost(
+        self,
+        tokens: Ints,
+        rows: Ints,
+        balanced: float | None = None,
+        planned: int | None = None,
+    ) -> tuple[Floats, float]:
         """What each group costs the plan: seconds that it keeps the whole device busy, and the
         partials of the cuts without which one of its units would outlast the plan.
 
@@ -161,6 +167,7 @@ class Prices:
             tokens: int[G], tokens of each group; a group without any costs nothing.
             rows: int[G], rows of each group.
             balanced: seconds in which the whole plan could end; by default these groups' own.
+            planned: only the first so many groups count there, others are what could replace them.
 
         Returns:
             float[G], and `balanced`.
@@ -168,7 +175,7 @@ class Prices:
         seconds, units = self.units_of(tokens, rows)
         seconds *= tokens > 0
         busy = seconds * units / self.cores
-        balanced = float(busy.sum()) if balanced is None else balanced
+        balanced = float(busy[:planned].sum()) if balanced is None else balanced
         if balanced >= seconds.max(initial=0):
             return busy, balanced
         cuts = np.maximum(seconds / balanced - 1, 0)
@@ -197,9 +204,13 @@ def makespan(seconds: Floats, units: Ints, cores: int) -> Floats:
         units: int[..., G], how many units it has.
         cores: units that run at a time.
     """
-    order = np.argsort(-seconds, axis=-1)
-    longest_first = np.take_along_axis(seconds, order, -1)
-    waves = -(-np.take_along_axis(units, order, -1).cumsum(axis=-1) // cores)
+    order = (-seconds).argsort(axis=-1)
+    if seconds.ndim > 1:
+        longest_first = np.take_along_axis(seconds, order, -1)
+        taken = np.take_along_axis(units, order, -1).cumsum(axis=-1)
+    else:
+        longest_first, taken = seconds[order], units[order].cumsum()
+    waves = -(-taken // cores)
     mean = (seconds * units).sum(axis=-1) / cores
     return np.maximum(mean, (waves * longest_first).max(axis=-1, initial=0.0))
 

@@ -35,9 +35,14 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
     seconds, units = prices.units_of(tokens, rows)
     balanced = float(seconds @ units) / prices.cores
     waits = 2 * tokens * prices.token_seconds > seconds * units
-    fewest = np.where(waits, -(-tokens // prices.longest), 1)
-    uncut = _evenly(prices, tokens, fewest)
-    whole = float(_seconds(prices, tokens, uncut[None], rows)[0])
+    fewest: Ints | int = 1
+    if (waits & (tokens > prices.longest)).any():
+        fewest = np.where(waits, -(-tokens // prices.longest), 1)
+        uncut = _evenly(prices, tokens, fewest)
+        whole = float(_seconds(prices, tokens, uncut[None], rows)[0])
+    else:
+        uncut = tokens
+        whole = float(makespan(seconds, units, prices.cores))
     if whole <= SLACK * balanced:
         return uncut, whole
     pieces = np.ceil(seconds / (balanced / SHARES[:, None])).astype(np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deft_tvm.arrays import offsets
 from deft_tvm.plan.clusters import Bools, Clusters
 from deft_tvm.plan.cost import Ints, Prices
 from deft_tvm.plan.split import Groups, Walk, ancestors, ranges
@@ -42,13 +43,15 @@ def hand_down(clusters: Clusters, prices: Prices) -> Bools:
 def by_cluster(walk: Walk, clusters: Clusters, joins: Bools) -> tuple[Groups, Bools]:
     """The clusters as groups, and bool[G]: which hold one cluster alone with all its rows."""
     if not joins.any():
-        every = np.arange(len(clusters))
-        groups, _ = _gather(walk, clusters, every, every, clusters.row_begin, clusters.row_end)
+        owner = np.arange(len(clusters)).repeat(clusters.end - clusters.begin)
+        groups, _ = _gather(walk, owner, None, clusters.row_begin, clusters.row_end)
         return groups, np.ones(len(groups), bool)
     cluster, row_begin, row_end = _remaining_rows(clusters, joins)
     above = _sums_above(clusters, joins, np.ones_like(clusters.begin))[cluster]
     group, read = ancestors(clusters.parent, cluster, above + 1)
-    groups, kept = _gather(walk, clusters, group, read, row_begin, row_end)
+    entry, within = ranges((clusters.end - clusters.begin)[read])
+    node = clusters.begin[read][entry] + within
+    groups, kept = _gather(walk, group[entry], node, row_begin, row_end)
     entire = row_end - row_begin == clusters.rows[cluster]
     return groups, (entire & (above == 0))[kept]
 
@@ -83,20 +86,19 @@ def _remaining_rows(clusters: Clusters, joins: Bools) -> tuple[Ints, Ints, Ints]
 
 
 def _gather(
-    walk: Walk, clusters: Clusters, group: Ints, cluster: Ints, row_begin: Ints, row_end: Ints
+    walk: Walk, group: Ints, node: Ints | None, row_begin: Ints, row_end: Ints
 ) -> tuple[Groups, Ints]:
-    """Groups that read the nodes of `cluster`, entry by entry for `group`; which are not empty."""
-    read, within = ranges((clusters.end - clusters.begin)[cluster])
-    node = clusters.begin[cluster][read] + within
-    tokens = walk.length[node] > 0
-    node, read = node[tokens], read[tokens]
-    counts = np.bincount(group[read], minlength=len(row_begin))
-    kept = np.flatnonzero(counts)
+    """Groups of nodes, entry by entry of `group`, and which are not empty; None: all, in order."""
+    length = walk.length if node is None else walk.length[node]
+    tokens = length.nonzero()[0]
+    counts = np.bincount(group[tokens], minlength=len(row_begin))
+    kept = counts.nonzero()[0]
+    node = tokens if node is None else node[tokens]
     groups = Groups(
         node=node,
         begin=np.zeros_like(node),
-        end=walk.length[node],
-        indptr=np.append(0, counts[kept].cumsum()),
+        end=length[tokens],
+        indptr=offsets(counts[kept]),
         row_begin=row_begin[kept],
         row_end=row_end[kept],
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_tvm.arrays import offsets
 from deft_tvm.errors import PlanError
 from deft_tvm.plan.cost import Floats, Ints
 from deft_tvm.plan.split import Groups, Walk, interval_minima
@@ -157,7 +158,7 @@ class Partials:
     merge_indptr: Int32
 
 
-def number_partials(groups: Groups, row_order: Ints) -> Partials:
+def number_partials(groups: Groups, row_order: Int32) -> Partials:
     """Number the partials row by row, those of one row by the order of `groups`.
 
     A row of a single item gets none: it goes straight to the output.
@@ -167,29 +168,32 @@ def number_partials(groups: Groups, row_order: Ints) -> Partials:
     row = shift.repeat(rows)
     row += np.arange(len(row), dtype=np.int32)
     counts = np.bincount(row, minlength=len(row_order))
-    alone = np.flatnonzero(counts == 1)
-    merged = np.flatnonzero(counts != 1)
+    once = counts == 1
+    if once.all():
+        return Partials(~row_order[row], row_order[:0], np.zeros(1, np.int32))
+    alone, merged = once.nonzero()[0], (~once).nonzero()[0]
     # Entry by entry in order of rows: a slot for each, but for rows that have one entry only.
-    skipped = (counts == 1).cumsum(dtype=np.int32)
+    skipped = once.cumsum(dtype=np.int32)
     by_row = np.arange(len(row), dtype=np.int32)
     by_row -= skipped.repeat(counts)
     by_row[counts.cumsum()[alone] - 1] = ~row_order[alone]
     dests = np.empty(len(row), np.int32)
     # Sixteen bits are sorted by radix, several times as fast.
     dests[row.astype(np.min_scalar_type(len(row_order))).argsort(kind="stable")] = by_row
-    indptr = np.append(0, counts[merged].cumsum())
-    return Partials(dests, row_order[merged].astype(np.int32), indptr.astype(np.int32))
+    indptr = offsets(counts[merged]).astype(np.int32)
+    return Partials(dests, row_order[merged], indptr)
 
 
 def lay_out_runs(walk: Walk, groups: Groups, pages: PageTable) -> Int32:
     """int32[U, 7], a run for each piece: see `Plan.runs`."""
     node, begin = groups.node, groups.begin + walk.skip[groups.node]
-    cut = groups.begin - walk.diagonal[node]
+    common = walk.diagonal[node] - groups.begin
+    seen_by_all = np.maximum(0, common)
     runs = np.empty((len(node), 7), np.int32)
     runs[:, 0] = groups.first
-    runs[:, 3] = walk.row_begin[node] + np.maximum(0, cut)
+    runs[:, 3] = walk.row_begin[node] + (seen_by_all - common)
     runs[:, 4] = walk.row_end[node]
-    runs[:, 5] = np.maximum(0, -cut)
+    runs[:, 5] = seen_by_all
     runs[:, 6] = walk.start[node] + begin
     locate(runs, walk.node[node], begin, pages)
     return runs
@@ -224,5 +228,5 @@ def lay_out_items(
 
 def lay_out_header(groups: Groups, pages: PageTable) -> Int32:
     """int32[8]: see `Plan.header`."""
-    most_runs = int(np.diff(groups.indptr).max(initial=1))
+    most_runs = int(groups.pieces.max(initial=1))
     return np.array([pages.page_shift, (most_runs - 1).bit_length(), 0, 0, 0, 0, 0, 0], np.int32)

@@ -146,7 +146,7 @@ class Recipe:
             grouping=grouping,
             max_page=pages.max_page,
             forest=forest,
-            groups=groups.moved(walk.skip),
+            groups=groups if self.window is None else groups.moved(walk.skip),
             remake=self if grouping == self.grouping else replace(self, grouping=grouping),
         )
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deft_tvm.arrays import Int32
+from deft_tvm.arrays import Int32, offsets
 from deft_tvm.plan.cost import Ints
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ class Walk:
     @classmethod
     def of(cls, forest: Forest, window: int | None = None) -> Walk:
         order = forest.preorder
-        parent = forest.parents[order]
+        above = forest.parents[order]
+        parent = forest.position[above]
+        parent[above < 0] = -1
         row_begin, row_end = forest.row_begin[order], forest.row_end[order]
-        length = np.where(row_end > row_begin, forest.lengths[order], 0)
+        length = forest.lengths[order] * (row_end > row_begin)
         positions, skip = forest.row_order[:0], np.zeros_like(length)
         if window is not None:
             positions = forest.row_positions
@@ -74,7 +76,7 @@ class Walk:
             skip[seen] = np.clip(first - forest.start[order][seen], 0, length[seen])
         return cls(
             node=order,
-            parent=np.where(parent < 0, -1, forest.position[parent]),
+            parent=parent,
             subtree_end=forest.subtree_end[order],
             length=length - skip,
             skip=skip,
@@ -126,19 +128,28 @@ class Groups:
     @cached_property
     def owner(self) -> Ints:
         """int[P], the group of each piece."""
-        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        return np.arange(len(self)).repeat(self.pieces)
+
+    @cached_property
+    def pieces(self) -> Ints:
+        """int[G], how many there are of each group."""
+        return self.indptr[1:] - self.indptr[:-1]
+
+    @cached_property
+    def before(self) -> Ints:
+        """int[P + 1], tokens of all groups before each piece, and at the end of all."""
+        return offsets(self.end - self.begin)
 
     @cached_property
     def first(self) -> Ints:
         """int[P], tokens of the group before each piece."""
-        length = self.end - self.begin
-        before = length.cumsum() - length
-        return before - before[self.indptr[:-1]][self.owner]
+        return self.before[:-1] - self.before[self.indptr[:-1]][self.owner]
 
     @cached_property
     def tokens(self) -> Ints:
         """int[G]."""
-        return np.diff(np.append(0, (self.end - self.begin).cumsum())[self.indptr])
+        ends = self.before[self.indptr]
+        return ends[1:] - ends[:-1]
 
     @property
     def rows(self) -> Ints:
@@ -153,7 +164,7 @@ class Groups:
 
 def ranges(counts: Ints) -> tuple[Ints, Ints]:
     """For ranges of the given lengths laid end to end: whose each entry is, and which within it."""
-    owner = np.repeat(np.arange(len(counts)), counts)
+    owner = np.arange(len(counts)).repeat(counts)
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
 
 
@@ -195,7 +206,7 @@ def by_sequence(walk: Walk) -> Groups:
         node=node,
         begin=np.zeros_like(node),
         end=walk.length[node],
-        indptr=np.append(0, counts[counts > 0].cumsum()),
+        indptr=offsets(counts[counts > 0]),
         row_begin=walk.row_begin[holder],
         row_end=walk.row_begin[holder] + walk.own_rows[holder],
     )
@@ -258,13 +269,13 @@ def _cut(groups: Groups, chunk: Ints) -> Groups:
 
 def cut_rows(walk: Walk, groups: Groups, most: int) -> Groups:
     """Cut each group into blocks of `most` rows, which read again what they see of its KV."""
-    blocks = -(-groups.rows // most)
-    if not (blocks > 1).any():
+    if not (groups.rows > most).any():
         return groups
+    blocks = -(-groups.rows // most)
     group, block = ranges(blocks)
     row_begin = groups.row_begin[group] + block * most
     row_end = np.minimum(row_begin + most, groups.row_end[group])
-    item, within = ranges(np.diff(groups.indptr)[group])
+    item, within = ranges(groups.pieces[group])
     piece = groups.indptr[:-1][group][item] + within
     end = _visible_end(walk, groups, piece, row_begin[item], row_end[item])
     kept = end > groups.begin[piece]
@@ -274,7 +285,7 @@ def cut_rows(walk: Walk, groups: Groups, most: int) -> Groups:
         node=groups.node[piece],
         begin=groups.begin[piece],
         end=end[kept],
-        indptr=np.append(0, counts[some].cumsum()),
+        indptr=offsets(counts[some]),
         row_begin=row_begin[some],
         row_end=row_end[some],
     )
@@ -295,7 +306,7 @@ def cut_window(walk: Walk, groups: Groups) -> Groups:
         node=node[kept],
         begin=begin[kept],
         end=groups.end[kept],
-        indptr=np.append(0, counts[counts > 0].cumsum()),
+        indptr=offsets(counts[counts > 0]),
         row_begin=groups.row_begin[counts > 0],
         row_end=groups.row_end[counts > 0],
     )

@@ -16,9 +16,10 @@ from deft_tvm.manifest import AnyPath
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Traffic, make_plan, traffic
 from deft_tvm.pytorch.checks import check_plan, check_types
+from deft_tvm.pytorch.eager import is_plain
 from deft_tvm.pytorch.loaded import make_key, remember
-from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands
-from deft_tvm.pytorch.packing import pack
+from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend
+from deft_tvm.pytorch.packing import Unpacked, pack, unpack
 from deft_tvm.pytorch.watch import Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -31,6 +32,7 @@ class _Step(NamedTuple):
     plan: Plan
     pages: PageTable
     operands: Operands
+    unpacked: Unpacked
     watch: Watch | None
 
 
@@ -78,7 +80,7 @@ class TreeAttention:
         self._step: _Step | None = None
         directory = None if module is None else self.artifact.directory
         self._key = make_key(spec, self.artifact.tiles, directory)
-        remember(self._key, kind, self.artifact)
+        self._loaded = remember(self._key, kind, self.artifact)
 
     def __repr__(self) -> str:
         return f"TreeAttention({str(self.spec)!r}, {str(self.device)!r}, plan={self.last_plan})"
@@ -162,7 +164,7 @@ class TreeAttention:
         check_plan(self.spec, self.artifact.tiles, plan, pages)
         packed = pack(plan, not pages.is_contiguous, self.device)
         watch = Watch.wanted(self.spec, plan, pages)
-        self._step = _Step(plan, pages, Operands(*packed, self._key), watch)
+        self._step = _Step(plan, pages, Operands(*packed, self._key), unpack(*packed), watch)
         return plan
 
     def run(
@@ -203,24 +205,21 @@ class TreeAttention:
         check_types(self.spec, q, kv, sinks)
         layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():
-            return step.watch.run(lambda: self._run(step.operands, q, layer, out, lse), q, layer)
-        return self._run(step.operands, q, layer, out, lse)
+            return step.watch.run(lambda: self._run(step, q, layer, out, lse), q, layer)
+        return self._run(step, q, layer, out, lse)
 
     def _run(
-        self,
-        operands: Operands,
-        q: Tensor,
-        kv: Sequence[Tensor],
-        out: Tensor | None,
-        lse: Tensor | None,
+        self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
+            return attend(self._loaded, step.unpacked, q, kv, out, lse)
         if out is None and lse is None:
-            return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *operands))
+            return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *step.operands))
         if out is None:
             out = q.new_empty((*q.shape[:2], self.spec.v_width))
         if lse is None:
             lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        TREE_ATTENTION_OUT(q, kv, *operands, out, lse)
+        TREE_ATTENTION_OUT(q, kv, *step.operands, out, lse)
         return out, lse
 
     @property

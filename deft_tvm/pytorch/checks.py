@@ -79,21 +79,22 @@ def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]
         InputError: names the tensor, what it is and what was expected.
     """
     check_no_gradient(q, kv)
-    device, wanted = step.row_order.device, (step.row_order.shape[0], *loaded.q_shape)
+    device, wanted = step.device, (step.rows, *loaded.q_shape)
     if not (
-        q.shape == wanted and q.dtype is loaded.dtype and q.device == device and q.stride(2) == 1
+        q.shape == wanted and q.dtype is loaded.dtype and q.device == device and q.stride()[-1] == 1
     ):
         _refuse("q", q, loaded.dtype, wanted, device)
     if len(kv) != loaded.tensors:
         _refuse_number([*_cache_names(loaded.spec), *["sinks"] * loaded.spec.sinks], kv)
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes
     for buffer, shape, dtype in zip(kv, shapes, loaded.cache_dtypes, strict=False):
+        sizes = buffer.shape
         if not (
-            buffer.shape[1:] == shape
+            sizes[1:] == shape
             and buffer.dtype is dtype
-            and buffer.shape[0] >= step.needed
+            and sizes[0] >= step.needed
             and buffer.device == device
-            and buffer.stride(-1) == 1
+            and buffer.stride()[-1] == 1
         ):
             _refuse_cache(loaded, step, kv, device)
     for scales, number in loaded.scaled:
@@ -129,14 +130,13 @@ def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> N
     Raises:
         InputError: names the tensor, what it is and what was expected.
     """
-    rows, device = step.row_order.shape[0], step.row_order.device
-    shape = (rows, *loaded.partial_shape)
+    shape = (step.rows, *loaded.partial_shape)
     for name, tensor, dtype, expected in (
         ("out", out, loaded.dtype, shape),
         ("lse", lse, torch.float32, shape[:2]),
     ):
-        if tensor.shape != expected or tensor.dtype is not dtype or tensor.device != device:
-            _refuse(name, tensor, dtype, expected, device)
+        if tensor.shape != expected or tensor.dtype is not dtype or tensor.device != step.device:
+            _refuse(name, tensor, dtype, expected, step.device)
         if not tensor.is_contiguous():
             raise InputError(f"{name} has strides {tensor.stride()}; expected it contiguous")
         if tensor.requires_grad and torch.is_grad_enabled():

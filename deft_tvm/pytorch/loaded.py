@@ -77,9 +77,10 @@ def spec_of(key: str) -> AttentionSpec:
     return AttentionSpec.parse(key.partition("#")[0])
 
 
-def remember(key: str, kind: str, artifact: Artifact) -> None:
+def remember(key: str, kind: str, artifact: Artifact) -> Loaded:
     """Let `resolve` answer with `artifact`, so that a module is not looked for twice."""
-    _resolved[key, kind] = Loaded(artifact)
+    loaded = _resolved[key, kind] = Loaded(artifact)
+    return loaded
 
 
 def resolve(key: str, kind: str) -> Loaded:
@@ -89,11 +90,7 @@ def resolve(key: str, kind: str) -> Loaded:
         ArtifactError: it cannot be loaded here, or has other tile classes.
         CompilerMissing: there is none, and no compiler to build one.
     """
-    found = _resolved.get((key, kind))
-    if found is None:
-        remember(key, kind, _load(key, kind))
-        found = _resolved[key, kind]
-    return found
+    return _resolved.get((key, kind)) or remember(key, kind, _load(key, kind))
 
 
 _resolved: dict[tuple[str, str], Loaded] = {}

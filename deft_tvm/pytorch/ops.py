@@ -46,11 +46,7 @@ class Operands(NamedTuple):
 def _tree_attention(
     q: Tensor, kv: Sequence[Tensor], plan: Tensor, layout: Tensor, module: str
 ) -> tuple[Tensor, Tensor]:
-    loaded, step = resolve(module, q.device.type), unpack(plan, layout)
-    check_inputs(loaded, step, q, kv)
-    out, lse = _outputs(q, loaded.spec.v_width)
-    _launch(loaded, step, q, kv, out, lse)
-    return out, lse
+    return attend(resolve(module, q.device.type), unpack(plan, layout), q, kv)
 
 
 @torch.library.register_fake("deft_tvm::tree_attention", lib=_library)
@@ -71,10 +67,7 @@ def _tree_attention_out(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    loaded, step = resolve(module, q.device.type), unpack(plan, layout)
-    check_inputs(loaded, step, q, kv)
-    check_outputs(loaded, step, out, lse)
-    _launch(loaded, step, q, kv, out, lse)
+    attend(resolve(module, q.device.type), unpack(plan, layout), q, kv, out, lse)
 
 
 @torch.library.register_fake("deft_tvm::tree_attention_out", lib=_library)
@@ -105,6 +98,29 @@ def _outputs(q: Tensor, v_width: int) -> tuple[Tensor, Tensor]:
     return out, q.new_empty((rows, heads), dtype=torch.float32)
 
 
+def attend(
+    loaded: Loaded,
+    step: Unpacked,
+    q: Tensor,
+    kv: Sequence[Tensor],
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What both operators do on tensors with data; outputs that are not given are new.
+
+    Raises:
+        InputError: a tensor does not fit the module's spec or the plan.
+    """
+    check_inputs(loaded, step, q, kv)
+    if out is None:
+        out = q.new_empty((step.rows, *loaded.partial_shape))
+    if lse is None:
+        lse = q.new_empty((step.rows, loaded.partial_shape[0]), dtype=torch.float32)
+    check_outputs(loaded, step, out, lse)
+    _launch(loaded, step, q, kv, out, lse)
+    return out, lse
+
+
 def _launch(
     loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor
 ) -> None:
@@ -112,15 +128,14 @@ def _launch(
     if not step.paged:
         kv = [*_one_page(loaded, kv[: loaded.caches]), *kv[loaded.caches :]]
     layer = kernel_operands(loaded.spec, kv)
-    rows = (step.row_order, step.row_positions)
-    inputs = (q, *layer, step.header, step.page_indices, *rows, step.runs)
+    inputs = (q, *layer, *step.reads)
     partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
     for kernel, items in zip(loaded.partials, step.items, strict=True):
-        if items.shape[0]:
+        if items is not None:
             kernel(*inputs, items, step.dests, out, lse, *partials)
-    if step.merge_rows.shape[0]:
+    if step.merged:
         sinks = layer[-1:] if loaded.spec.sinks else []
-        loaded.merge(*partials, *sinks, step.merge_indptr, step.merge_rows, out, lse)
+        loaded.merge(*partials, *sinks, *step.merges, out, lse)
 
 
 def _one_page(loaded: Loaded, kv: Sequence[Tensor]) -> list[Tensor]:

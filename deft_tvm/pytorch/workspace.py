@@ -14,7 +14,7 @@ class _Kept(threading.local):
     """By heads and width; each thread its own, since two may run at once."""
 
     def __init__(self) -> None:
-        self.by_shape: dict[tuple[int, int], Pair] = {}
+        self.by_shape: dict[tuple[int, int], tuple[int, Pair]] = {}
 
 
 _kept = _Kept()
@@ -28,11 +28,12 @@ def workspace(device: torch.device, slots: int, heads: int, width: int) -> Pair:
     """
     if device.type != "cpu":
         return _allocate(device, slots, heads, width)
-    pair = _kept.by_shape.get((heads, width))
-    if pair is None or pair[0].shape[0] < slots:
+    room, pair = _kept.by_shape.get((heads, width), (0, None))
+    if pair is None or room < slots:
         # Powers of two: partials that grow with every token are not moved with every token.
-        pair = _allocate(device, 1 << (slots - 1).bit_length(), heads, width)
-        _kept.by_shape[heads, width] = pair
+        room = 1 << (slots - 1).bit_length()
+        pair = _allocate(device, room, heads, width)
+        _kept.by_shape[heads, width] = (room, pair)
     return pair
 
 

@@ -1,0 +1,43 @@
+"""When a call may go straight to the kernels, past torch's dispatcher.
+
+The dispatcher costs as much as the call of a kernel. It must be passed where torch has to see the
+operator: under a dispatch mode (fake tensors, tracing), a transformation (functionalization, vmap)
+or a profiler, and for tensors that are not what they seem (subclasses, negated views, those without
+data). The first two show as keys that the thread adds to every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_keys_of_thread = torch._C._dispatch_tls_local_include_set
+_profiling = torch.autograd._profiler_enabled
+_PLAIN = (Tensor, Parameter)
+
+
+def _keys_without_modes() -> frozenset[int]:
+    """What a thread adds to a call where nothing is on but, maybe, inference mode."""
+    found = set()
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            found.add(_keys_of_thread().raw_repr())
+    return frozenset(found)
+
+
+_WITHOUT_MODES = _keys_without_modes()
+
+
+def is_plain(q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None) -> bool:
+    """Whether the dispatcher would hand these to the CPU's implementation just as they are."""
+    if _keys_of_thread().raw_repr() not in _WITHOUT_MODES or _profiling():
+        return False
+    for tensor in (q, *kv, out, lse):
+        if tensor is not None and (
+            type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg()
+        ):
+            return False
+    return True
