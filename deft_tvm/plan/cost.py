@@ -4,12 +4,13 @@ One unit of work is an item under as many KV heads as its tile class takes at a 
 few rows all that lie side by side. Units are independent, and each runs on one core (or SM). With T
 tokens, a tile class of M lane rows that walks N tokens a step, and r rows, under one head
 
-    seconds(unit) = max(T · bytes / bandwidth, ⌈T/N⌉ · N · M · 2 (q_width + v_width) / rate) + fixed
+    seconds(unit) = max(T · bytes / bandwidth, ⌈T/N⌉ · N · L · 2 (q_width + v_width) / rate) + fixed
     seconds(plan) = makespan of its units over the cores + its partials / bandwidth
 
-M and not r · group stands in the second term: lanes that hold no row are computed all the same
-(PAT, ASPLOS 2026, measures 39 % lost with one tile for all). A partial is heavy, since it is
-float32 in every query head, written and read: one row's is worth 8 tokens of bfloat16 GQA-32/8 KV.
+L is r · group rounded up to what the class computes at a time, M on a GPU and with few lane rows,
+since lanes that hold no row are computed all the same (PAT, ASPLOS 2026, measures 39 % lost with
+one tile for all). A partial is heavy, as it is float32 in every query head, written and read: one
+row's is worth 8 tokens of bfloat16 GQA-32/8 KV.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ Floats = NDArray[np.floating[Any]]
 
 FEW_LANE_ROWS = 16
 """Tile classes below this many lane rows have lanes over the head dimension, not over rows."""
+GRANULES: dict[str, tuple[int, ...]] = {"float32": (16,), "bfloat16": (48, 32, 16)}
+"""Lane rows of a CPU's register tiles by default: the widest of these that divides the class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class CostModel:
             worked on one after another find near what was read for the ones before. 8 MiB: one
             sequence of 65,536 tokens takes 0.98 of the time with 64 MiB in float32, 0.94 in
             bfloat16 (AMD EPYC Zen 4, 2 cores, 2026-11-21). 0: no limit, as on a GPU.
+        trimmed: kernels end where an item's rows do, in steps of `GRANULES`, as on a CPU.
     """
 
     cores: int
@@ -67,6 +71,7 @@ class CostModel:
     bandwidth_share: float = 0.7
     unit_seconds: float = 1e-6
     reach_bytes: int = 0
+    trimmed: bool = False
 
     @classmethod
     def from_profile(cls, profile: DeviceProfile) -> CostModel:
@@ -77,7 +82,15 @@ class CostModel:
             matrix_rate=tuple(sorted(profile.matrix_rate.items())),
             launch_seconds=profile.launch_seconds,
             reach_bytes=8 << 20 if profile.kind == "cpu" else 0,
+            trimmed=profile.kind == "cpu",
         )
+
+    def granule(self, tile: TileShape) -> int:
+        """Lane rows that the kernel of `tile` computes at a time."""
+        if not self.trimmed or tile.lane_rows <= FEW_LANE_ROWS:
+            return tile.lane_rows
+        widths = GRANULES[tile.operand]
+        return next((width for width in widths if tile.lane_rows % width == 0), tile.lane_rows)
 
     def rate(self, tile: TileShape) -> float:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
@@ -94,8 +107,9 @@ class Prices:
         capacity: rows that an item of the class may hold.
         kv_tile: tokens a step.
         units: of an item.
-        step_seconds: both products of one step under all KV heads, by one core.
-        fixed_seconds: starts of all units, and their lanes of Q and output, by one core.
+        step_seconds: by number of rows, both products of one step under all KV heads, by one core.
+        fixed_seconds: by number of rows, starts of all units, and their lanes of Q and output, by
+            one core; infinite for more rows than the class holds.
         token_seconds: reading one token under all KV heads, by one core.
         partial_seconds: writing and reading one row's partial, with all cores at it.
         launch_seconds: one kernel launch.
@@ -136,10 +150,9 @@ class Prices:
     def _item_seconds(self, tokens: Ints, rows: Ints) -> Floats:
         """float[C, I], of all units one after another; infinite where a class is too small."""
         seconds: Floats = np.ceil(tokens / self.kv_tile[:, None])
-        seconds *= self.step_seconds[:, None]
+        seconds *= self.step_seconds[:, rows]
         np.maximum(seconds, tokens * self.token_seconds, out=seconds)
-        seconds += self.fixed_seconds[:, None]
-        seconds[rows > self.capacity[:, None]] = np.inf
+        seconds += self.fixed_seconds[:, rows]
         return seconds
 
     def smallest_tile(self, rows: Ints) -> Ints:
@@ -148,9 +161,10 @@ class Prices:
         return by_size[np.searchsorted(self.capacity[by_size], rows)]
 
     def units_of(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
-        """Seconds of a unit and number of units of each group; too many rows are cut in blocks."""
+        """Seconds of a unit and number of units of each group; too many rows are cut in blocks, of
+        which the last may be smaller: what is told is an even share."""
         blocks = -(-rows // self.most_rows)
-        tile, seconds = self.choose_tile(tokens, np.minimum(rows, self.most_rows))
+        tile, seconds = self.choose_tile(tokens, -(-rows // np.maximum(blocks, 1)))
         return seconds, blocks * self.units[tile]
 
     def cost(
@@ -236,16 +250,20 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
     bandwidth = model.bandwidth_share * model.read_bandwidth
     a_core = bandwidth / model.cores
     units = spec.num_kv_heads // np.array([tile.heads for tile in tiles], np.int64)
-    lanes = spec.num_kv_heads * np.array([tile.lane_rows for tile in tiles], np.int64)
     kv_tile = np.array([tile.kv_tile for tile in tiles], np.int64)
     widths = spec.q_width + spec.v_width
-    flops_a_step = 2.0 * widths * lanes * kv_tile
+    rows = np.arange(capacity.max() + 1)
+    granule = np.array([[model.granule(tile)] for tile in tiles])
+    lanes = spec.num_kv_heads * (-(-rows * spec.group // granule) * granule)
+    fixed_seconds = (units * model.unit_seconds)[:, None] + 4 * widths * lanes / a_core
+    fixed_seconds[rows > capacity[:, None]] = np.inf
+    rate = np.array([[model.rate(tile)] for tile in tiles])
     return Prices(
         capacity=capacity,
         kv_tile=kv_tile,
-        step_seconds=flops_a_step / np.array([model.rate(tile) for tile in tiles]),
+        step_seconds=2.0 * widths * lanes * kv_tile[:, None] / rate,
         units=units,
-        fixed_seconds=units * model.unit_seconds + 4 * widths * lanes / a_core,
+        fixed_seconds=fixed_seconds,
         token_seconds=token_bytes(spec) / a_core,
         partial_seconds=2 * partial_bytes(spec) / bandwidth,
         launch_seconds=model.launch_seconds,
