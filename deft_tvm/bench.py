@@ -1,6 +1,7 @@
-"""Tree attention beside ``scaled_dot_product_attention``, on one workload and in one measurement.
+"""Tree attention beside what torch and TVM have for it, on one workload and in one measurement.
 
-Ours counts everything: one full plan, one run, the merge. `peers` says what is not counted of SDPA.
+Ours counts everything: one full plan, one run, the merge. `peers` says what is not counted of the
+others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 import torch
 
 from deft_tvm.errors import InputError
-from deft_tvm.peers import PEERS, Gathered
+from deft_tvm.peers import PEERS, QUICK, Gathered
 from deft_tvm.plan import Traffic
 from deft_tvm.timing import Summary, Timing
 from deft_tvm.timing import measure as measure_calls
@@ -20,11 +21,8 @@ from deft_tvm.workloads import Case
 
 if TYPE_CHECKING:
     from deft_tvm.pytorch import TreeAttention
-    from deft_tvm.spec import AttentionSpec
 
 OURS = "deft_tvm"
-MOST_COPIED = 6 << 30
-"""Bytes of KV copies beyond which sequences are not compared: few machines have room for them."""
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -64,7 +62,7 @@ def measure(
     name: str,
     case: Case,
     attention: TreeAttention,
-    peers: Iterable[str] = tuple(PEERS),
+    peers: Iterable[str] = QUICK,
     *,
     budget: float = 4.0,
     cold_bytes: int = 0,
@@ -84,13 +82,13 @@ def measure(
     Raises:
         InputError: there is no such peer.
     """
-    say("gathering KV from its pages for SDPA")
+    say("gathering KV from its pages for the peers")
     gathered = Gathered(case)
     chosen, left_out = _fitting(gathered, peers)
     calls: dict[str, Callable[[], object]] = {OURS: step(case, attention)}
     with torch.inference_mode():
         for peer in chosen:
-            say(f"preparing SDPA {peer}")
+            say(f"preparing {peer}")
             calls[peer] = PEERS[peer].make(gathered)
         say(f"timing {', '.join(calls)} in turn, for {budget:g} s or longer")
         timings = measure_calls(calls, budget=budget, cold_bytes=cold_bytes)
@@ -159,17 +157,8 @@ def _fitting(gathered: Gathered, peers: Iterable[str]) -> tuple[list[str], dict[
     for peer in peers:
         if peer not in PEERS:
             raise InputError(f"peer is {peer!r}; expected one of {', '.join(PEERS)}")
-        size = gathered.sequence_bytes if PEERS[peer].copies else 0
-        if lacks := _what_sdpa_lacks(gathered.case.spec):
-            left_out[peer] = f"SDPA has no {lacks}"
-        elif size > MOST_COPIED:
-            left_out[peer] = f"its copies of KV take {size / 2**30:.0f} GiB"
+        if why := PEERS[peer].lacks(gathered):
+            left_out[peer] = why
         else:
             chosen.append(peer)
     return chosen, left_out
-
-
-def _what_sdpa_lacks(spec: AttentionSpec) -> str | None:
-    if spec.soft_cap is not None:
-        return "soft cap"
-    return "sinks" if spec.sinks else None

@@ -26,7 +26,7 @@ from deft_tvm.commands.progress import told
 if TYPE_CHECKING:
     from deft_tvm import bench as measuring
 
-PEERS = "sequences,folded,batched,masked"
+PEERS = "sequences,folded,batched,masked,cascade,cascade_masked"
 
 
 def bench(
@@ -35,7 +35,7 @@ def bench(
     module: ModuleOption = None,
     grouping: GroupingOption = "auto",
     peers: Annotated[
-        str, typer.Option(help="What to compare with: ways to call torch's SDPA, or nothing.")
+        str, typer.Option(help="What to compare with: names of peers, all, or nothing.")
     ] = PEERS,
     seconds: Annotated[float, typer.Option(help="To spend on measuring.")] = 4.0,
     cold: Annotated[
@@ -46,19 +46,23 @@ def bench(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time one step, its plan and merge included, in turn with torch's attention.
+    """Time one step, its plan and merge included, in turn with other ways to compute it.
 
     SDPA is called sequence by sequence (sequences), the same with the group of a KV head folded
     into rows (folded) and with equally long sequences in one call (batched), and once over all
-    tokens with the tree as a mask (masked). Its KV is gathered beforehand, ours stays in pages.
+    tokens of a tree with a mask (masked). Its kernel is called for each node, and the results are
+    merged (cascade), or for the shared prefix and once for the rest (cascade_masked). Compiled
+    ones take longer: torch's FlexAttention (flex), and TVM's tree attention on one thread (tvm).
+    Their KV is gathered beforehand, ours stays in pages.
 
     Example: deft-tvm bench sequences:count=16,tokens=1024 --peers batched
     """
     from deft_tvm import bench as measuring
+    from deft_tvm.peers import PEERS as KNOWN
     from deft_tvm.workloads import tensors
 
     attention_spec, chosen = parse(spec, workload)
-    names = [name for name in peers.split(",") if name]
+    names = [*KNOWN] if peers == "all" else [name for name in peers.split(",") if name]
     with told() as say:
         attention = attention_by(attention_spec, module, grouping, say)
         say(f"random tensors for {chosen.name}")
@@ -78,7 +82,9 @@ def bench(
 
 
 def report(found: measuring.Measurement) -> RenderableType:
-    """The table of a measurement, and what its plan moves."""
+    """The table of a measurement, how its peers were set, and what its plan moves."""
+    from deft_tvm.peers import PEERS as KNOWN
+
     rows = [_row(found, name) for name in found.timings]
     parts: list[RenderableType] = [
         f"{found.workload}\n{found.spec} on {found.device}\n",
@@ -87,7 +93,9 @@ def report(found: measuring.Measurement) -> RenderableType:
         f"KV read: {found.traffic.tree.kv / 2**20:.1f} MiB, "
         f"{found.traffic.kv_saved_percent:.1f} % less than by sequence",
     ]
-    return Group(*parts, *(f"not run: {peer}: {why}" for peer, why in found.left_out.items()))
+    ran = (f"{name}: {KNOWN[name].setting}" for name in found.speedups())
+    left_out = (f"{name}: not run: {why}" for name, why in found.left_out.items())
+    return Group(*parts, "", *ran, *left_out)
 
 
 def report_between(found: measuring.Between) -> RenderableType:
@@ -108,7 +116,7 @@ def _row(found: measuring.Measurement, name: str) -> tuple[str, str, str, str]:
     summary = found.timings[name].summary
     ratio = found.speedups().get(name)
     return (
-        name if ratio is None else f"SDPA {name}",
+        name,
         f"{1e3 * summary.median:.3f}",
         f"{1e3 * summary.low:.3f} to {1e3 * summary.high:.3f}",
         "" if ratio is None else f"{ratio.median:.2f}×",
