@@ -184,7 +184,7 @@ def test_bench_tells_how_much_faster(capsys: pytest.CaptureFixture[str]) -> None
     options = ("--peers", "masked", "--seconds", "0.01", "--between", "--module", str(module()))
     arguments = ("bench", FEW_SHOT, "--spec", str(SPEC), *options)
     text, found = Ran(capsys, *arguments), Ran(capsys, *arguments, "--json").json
-    assert "SDPA masked" in text.out
+    assert "masked: SDPA, one masked call" in text.out
     assert "between two matrix products" in text.out
     assert set(found["measurement"]["timings"]) == {"deft_tvm", "masked"}
     assert found["speedups"]["masked"]["median"] > 0

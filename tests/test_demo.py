@@ -27,6 +27,7 @@ from deft_tvm.demo.model import Shape, Transformer, rotary_angles, rotate
 from deft_tvm.demo.report import CALLS, introduction, report
 from deft_tvm.demo.text import few_shot
 from deft_tvm.device import DeviceProfile
+from deft_tvm.peers import SDPA
 from deft_tvm.tuning.log import Trial, TuningLog
 from deft_tvm.workloads import parse, tensors
 
@@ -98,7 +99,7 @@ def test_the_last_step_is_left_behind_as_a_case() -> None:
 def test_the_report_tells_all_and_whether_it_is_exact() -> None:
     attn = attention()
     case = tensors(parse(FEW_SHOT).forest, SPEC)
-    measurement = measure("test", case, attn, budget=0.01)
+    measurement = measure("test", case, attn, SDPA, budget=0.01)
     found = Outcome("float32", check(case, attn), 1e-6, 1e-3, measurement, "the/log", "the/module")
     text = _printed(report([found]))
     for part in (*CALLS.values(), "exact", "the/log", "the/module", "saved"):

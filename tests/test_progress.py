@@ -63,9 +63,9 @@ def test_check_and_bench_tell_of_each_stage(
     options = ("--peers", "folded,masked", "--seconds", "0.01", "--between")
     assert said(capsys, "bench", *options) == [
         *begin,
-        "gathering KV from its pages for SDPA",
-        "preparing SDPA folded",
-        "preparing SDPA masked",
+        "gathering KV from its pages for the peers",
+        "preparing folded",
+        "preparing masked",
         "timing deft_tvm, folded, masked in turn, for 0.01 s or longer",
         "timing the plan alone",
         "timing a step between two matrix products",

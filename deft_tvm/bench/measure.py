@@ -27,7 +27,7 @@ from deft_tvm.bench.step import (
     step,
 )
 from deft_tvm.errors import InputError
-from deft_tvm.peers import DEFAULT_PEERS, PEERS, Gathered
+from deft_tvm.peers import QUICK, PEERS, Gathered
 from deft_tvm.plan import Traffic
 from deft_tvm.timing import Summary, Timing
 from deft_tvm.timing import measure as measure_calls
@@ -114,7 +114,7 @@ def measure(
     name: str,
     case: Case,
     attention: TreeAttention,
-    peers: Iterable[str] = DEFAULT_PEERS,
+    peers: Iterable[str] = QUICK,
     *,
     budget: float = 4.0,
     cold: bool = False,

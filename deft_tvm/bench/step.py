@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from deft_tvm.timing import walk
 from deft_tvm.workloads import Case
@@ -45,9 +46,7 @@ def planning(case: Case, attention: TreeAttention) -> Callable[[], object]:
 
 def running(case: Case, attention: TreeAttention) -> Callable[[], object]:
     """One run by the current plan."""
-    spec = case.spec
-    out = case.q.new_empty(case.forest.num_rows, spec.num_q_heads, spec.v_width)
-    lse = torch.empty(out.shape[:2], device=out.device)
+    out, lse = _outputs(case)
     return lambda: attention.run(case.q, case.kv, out, lse, sinks=case.sinks)
 
 
@@ -56,7 +55,22 @@ def parts(case: Case, attention: TreeAttention) -> Calls:
 
     What a run takes beyond them is the call: checks, arguments, the start of threads.
     """
-    return {PLAN: planning(case, attention), RUN: running(case, attention)}
+    from deft_tvm.pytorch.loaded import resolve
+    from deft_tvm.pytorch.ops import launches
+    from deft_tvm.pytorch.packing import unpack
+
+    out, lse = _outputs(case)
+    plan, layout, module = attention.operands
+    loaded = resolve(module, case.q.device.type)
+    found = launches(loaded, unpack(plan, layout), case.q, case.layer, out, lse)
+    partials = [launch for launch in found if launch.kernel is not loaded.merge]
+    merges = found[len(partials) :]
+    return {
+        RUN: running(case, attention),
+        PARTIAL: lambda: [launch() for launch in partials],
+        MERGE: lambda: [launch() for launch in merges],
+        PLAN: planning(case, attention),
+    }
 
 
 def between_products(case: Case, attention: TreeAttention, cold_bytes: int) -> Calls:
@@ -79,3 +93,8 @@ def between_products(case: Case, attention: TreeAttention, cold_bytes: int) -> C
         BETWEEN: ours,
         OUTPUT: product,
     }
+
+
+def _outputs(case: Case) -> tuple[Tensor, Tensor]:
+    shape = (case.forest.num_rows, case.spec.num_q_heads, case.spec.v_width)
+    return case.q.new_empty(shape), torch.empty(shape[:2], device=case.q.device)

@@ -112,7 +112,7 @@ def _one(
     say: Callable[[str], None],
 ) -> Measurement:
     from deft_tvm.bench import measure
-    from deft_tvm.peers import DEFAULT_PEERS
+    from deft_tvm.peers import QUICK
     from deft_tvm.workloads import tensors
 
     attention_spec, chosen = parse(spec, workload)
@@ -122,7 +122,7 @@ def _one(
         chosen.name,
         tensors(chosen.forest, attention_spec),
         attention,
-        _named(peers, DEFAULT_PEERS),
+        _named(peers, QUICK),
         budget=seconds,
         cold=cold,
         between=between,
@@ -173,6 +173,7 @@ def report(found: Sequence[Measurement], changes: Sequence[Change]) -> Renderabl
 
 def _details(found: Measurement) -> Iterator[RenderableType]:
     from deft_tvm.bench import report as rows
+    from deft_tvm.peers import PEERS
 
     yield f"{found.workload}\n{found.spec} on {found.device}\n"
     yield table("", rows.CALLS, rows.calls(found))
@@ -186,4 +187,5 @@ def _details(found: Measurement) -> Iterator[RenderableType]:
             f"between two matrix products {found.between_ratio.median:.2f}× its time alone; "
             f"a product after it {found.product_ratio.median:.2f}× its time after another"
         )
-    yield from (f"not run: {peer}: {why}" for peer, why in found.left_out.items())
+    yield from (f"{name}: {PEERS[name].setting}" for name in found.speedups())
+    yield from (f"{name}: not run: {why}" for name, why in found.left_out.items())

@@ -24,6 +24,7 @@ from deft_tvm.demo.decode import (
 from deft_tvm.demo.model import Shape, Transformer
 from deft_tvm.demo.text import FewShot
 from deft_tvm.device import DeviceProfile
+from deft_tvm.peers import SDPA
 from deft_tvm.pytorch import load
 from deft_tvm.spec import AttentionSpec, Dtype
 from deft_tvm.tuning.log import TuningLog, writable_root
@@ -96,7 +97,7 @@ def run(
     say(f"{dtype}: comparing with float64")
     errors = [check(case, attention) for case in decoded.cases]
     say(f"{dtype}: measuring")
-    measurement = measure("the text's last step", decoded.cases[0], attention, budget=seconds)
+    measurement = measure("the text's last step", decoded.cases[0], attention, SDPA, budget=seconds)
     return Outcome(
         dtype,
         max(errors, key=lambda found: found.out_error / found.out_bound),

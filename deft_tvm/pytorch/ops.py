@@ -9,9 +9,10 @@ its module in whatever process it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import tvm_ffi
 from torch import Tensor
 
 from deft_tvm.layer import kernel_operands
@@ -117,25 +118,39 @@ def attend(
     if lse is None:
         lse = q.new_empty((step.rows, loaded.partial_shape[0]), dtype=torch.float32)
     check_outputs(loaded, step, out, lse)
-    _launch(loaded, step, q, kv, out, lse)
+    for launch in launches(loaded, step, q, kv, out, lse):
+        launch()
     return out, lse
 
 
-def _launch(
+class Launch(NamedTuple):
+    """A kernel and its arguments; stage 2 is the module's ``merge``."""
+
+    kernel: tvm_ffi.Function
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        self.kernel(*self.arguments)
+
+
+def launches(
     loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor
-) -> None:
+) -> list[Launch]:
     """Stage 1 for each tile class that has items, then stage 2 where it has rows."""
     if not step.paged:
         kv = [*_one_page(loaded, kv[: loaded.caches]), *kv[loaded.caches :]]
     layer = kernel_operands(loaded.spec, kv)
     inputs = (q, *layer, *step.reads)
     partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
-    for kernel, items in zip(loaded.partials, step.items, strict=True):
-        if items is not None:
-            kernel(*inputs, items, step.dests, out, lse, *partials)
+    found = [
+        Launch(kernel, (*inputs, items, step.dests, out, lse, *partials))
+        for kernel, items in zip(loaded.partials, step.items, strict=True)
+        if items is not None
+    ]
     if step.merged:
         sinks = layer[-1:] if loaded.spec.sinks else []
-        loaded.merge(*partials, *sinks, *step.merges, out, lse)
+        found.append(Launch(loaded.merge, (*partials, *sinks, *step.merges, out, lse)))
+    return found
 
 
 def _one_page(loaded: Loaded, kv: Sequence[Tensor]) -> list[Tensor]:
