@@ -11,10 +11,14 @@ import pytest
 from small import FEW_SHOT, SPEC, module
 
 from deft_tvm import check as checking
+from deft_tvm import env
+from deft_tvm.bench import Cell
+from deft_tvm.bench.compare import Change, Verdict
 from deft_tvm.cli import main
 from deft_tvm.device import DeviceProfile
 from deft_tvm.manifest import MODULE, read_manifest
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.workloads import parse
 
 COMMANDS = ("tune", "build", "check", "bench", "info", "show")
 
@@ -186,8 +190,38 @@ def test_bench_tells_how_much_faster(capsys: pytest.CaptureFixture[str]) -> None
     text, found = Ran(capsys, *arguments), Ran(capsys, *arguments, "--json").json
     assert "masked: SDPA, one masked call" in text.out
     assert "between two matrix products" in text.out
-    assert set(found["measurement"]["timings"]) == {"deft_tvm", "masked"}
-    assert found["speedups"]["masked"]["median"] > 0
+    (measurement,) = found["record"]["measurements"]
+    assert {"deft_tvm", "masked"} < set(measurement["timings"])
+
+
+def test_bench_keeps_a_record_and_compares_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--peers", "", "--seconds", "0.01", "--module", str(module()))
+    arguments = ("bench", FEW_SHOT, "--spec", str(SPEC), *options)
+    kept = str(tmp_path / "record.jsonl")
+    assert Ran(capsys, *arguments, "--out", kept).code == 0
+    monkeypatch.setattr("deft_tvm.bench.compare.SMALLEST", float("inf"))
+    assert Ran(capsys, *arguments, "--compare", kept).code == 0
+    monkeypatch.setattr(Change, "verdict", Verdict.SLOWER)
+    slower = Ran(capsys, *arguments, "--compare", kept)
+    assert slower.code == 1
+    assert "slower" in slower.out
+
+
+def test_bench_measures_core_cells(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "deft_tvm.bench.CORE", (Cell(FEW_SHOT, str(SPEC)), Cell("beam", "gqa:hq=9"))
+    )
+    monkeypatch.setenv(env.MODULE_PATH.name, str(module()))
+    options = ("--only", "few_shot", "--peers", "masked", "--seconds", "0.01")
+    found = Ran(capsys, "bench", "core", *options, "--json").json["record"]["measurements"]
+    assert [each["workload"] for each in found] == [parse(FEW_SHOT).name]
+    assert set(found[0]["groupings"]) > {"deft_tvm", "node", "flatten"}
+    assert Ran(capsys, "bench", "core", "--only", "nothing").code == 2
+    assert Ran(capsys, "bench", "few_shot", "--only", "beam").code == 2
 
 
 def test_bench_names_unknown_peers(capsys: pytest.CaptureFixture[str]) -> None:

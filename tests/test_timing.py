@@ -62,15 +62,15 @@ def test_waiting_for_the_device_is_inside_the_time(clock: Clock) -> None:
 
 def test_cold_measuring_walks_its_buffer_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     walked: list[int] = []
-    monkeypatch.setattr("deft_tvm.timing._walk", lambda size: lambda: walked.append(size))
+    monkeypatch.setattr("deft_tvm.timing.walk", lambda size: lambda: walked.append(size))
     measure({"a": lambda: None, "b": lambda: None}, budget=0, cold_bytes=4096)
     assert walked == [4096] * 2 * FEWEST_ROUNDS
 
 
 def test_a_cold_walk_touches_all_of_a_buffer_of_that_size() -> None:
-    from deft_tvm.timing import _walk
+    from deft_tvm.timing import walk
 
-    buffer = _walk(4096)()
+    buffer = walk(4096)()
     assert buffer.nbytes == 4096 and buffer.eq(1).all()
 
 

@@ -21,13 +21,14 @@ from deft_tvm.bench.step import (
     PRODUCT,
     Calls,
     between_products,
+    outputs,
     parts,
     planning,
     running,
     step,
 )
 from deft_tvm.errors import InputError
-from deft_tvm.peers import QUICK, PEERS, Gathered
+from deft_tvm.peers import PEERS, QUICK, Gathered
 from deft_tvm.plan import Traffic
 from deft_tvm.timing import Summary, Timing
 from deft_tvm.timing import measure as measure_calls
@@ -154,7 +155,7 @@ def measure(
         attention.plan(case.forest, case.pages)
         traffic, chosen = attention.traffic, _chosen(attention)
         say("timing the plan, the partials and the merge alone")
-        of_ours = timed(parts(case, attention), budget / 4)
+        of_ours = timed(parts(case, attention, *outputs(case)), budget / 4)
         others: dict[str, Timing] = {}
         if groupings:
             say(f"timing plans by {', '.join(groupings)}")

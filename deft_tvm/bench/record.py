@@ -94,15 +94,20 @@ class Record(msgspec.Struct, frozen=True):
         """
         try:
             first, *rest = Path(path).read_bytes().splitlines()
+            schema = msgspec.json.decode(first, type=_Versioned).schema
+            if schema > SCHEMA:
+                raise LogError(f"{path}: schema is {schema}; expected at most {SCHEMA}")
             origin = msgspec.json.decode(first, type=Origin)
-            if origin.schema > SCHEMA:
-                raise LogError(f"{path}: schema is {origin.schema}; expected at most {SCHEMA}")
             found = [msgspec.json.decode(line, type=Measurement) for line in rest]
         except OSError as error:
             raise LogError(f"{path}: {error.strerror}; expected a file of measurements") from None
         except (ValueError, msgspec.MsgspecError) as error:
             raise LogError(f"{path} is no file of measurements: {error}") from None
         return cls(origin, tuple(found))
+
+
+class _Versioned(msgspec.Struct):
+    schema: int
 
 
 class _Writer:

@@ -46,20 +46,20 @@ def planning(case: Case, attention: TreeAttention) -> Callable[[], object]:
 
 def running(case: Case, attention: TreeAttention) -> Callable[[], object]:
     """One run by the current plan."""
-    out, lse = _outputs(case)
+    out, lse = outputs(case)
     return lambda: attention.run(case.q, case.kv, out, lse, sinks=case.sinks)
 
 
-def parts(case: Case, attention: TreeAttention) -> Calls:
+def parts(case: Case, attention: TreeAttention, out: Tensor, lse: Tensor) -> Calls:
     """A plan, a run, and of the run the kernels of stage 1 and that of stage 2.
 
-    What a run takes beyond them is the call: checks, arguments, the start of threads.
+    What a run takes beyond them is the call: checks, arguments, the start of threads. The kernels
+    write to `out` and `lse`.
     """
     from deft_tvm.pytorch.loaded import resolve
     from deft_tvm.pytorch.ops import launches
     from deft_tvm.pytorch.packing import unpack
 
-    out, lse = _outputs(case)
     plan, layout, module = attention.operands
     loaded = resolve(module, case.q.device.type)
     found = launches(loaded, unpack(plan, layout), case.q, case.layer, out, lse)
@@ -95,6 +95,7 @@ def between_products(case: Case, attention: TreeAttention, cold_bytes: int) -> C
     }
 
 
-def _outputs(case: Case) -> tuple[Tensor, Tensor]:
+def outputs(case: Case) -> tuple[Tensor, Tensor]:
+    """New tensors for one run."""
     shape = (case.forest.num_rows, case.spec.num_q_heads, case.spec.v_width)
     return case.q.new_empty(shape), torch.empty(shape[:2], device=case.q.device)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_SPEC = "gqa:hq=32,hkv=8,d=128,dtype=f32,page=16,layout=nhd"
 DEFAULT_WORKLOAD = "few_shot"
 CHECK_FAILED = 1
+WIDE = 200
 
 SpecOption = Annotated[
     str,
@@ -65,8 +66,11 @@ def parse(spec: str, workload: str) -> tuple[AttentionSpec, Workload]:
 
 
 def console() -> Console:
-    """Where text goes; without colours and boxes where it is not a terminal."""
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    """Where text goes; where that is no terminal, without colours, and tables at full width."""
+    made = Console(highlight=False, markup=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = WIDE
+    return made
 
 
 def attention_by(
