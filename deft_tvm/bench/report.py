@@ -19,7 +19,8 @@ Rows = list[tuple[str, ...]]
 
 SPEED = ("workload", "attention", "ms", "95 %", "of limit", "best peer", "ms", "faster", "95 %")
 PARTS = ("workload", "attention", "plan µs", "partial", "merge", "call", "plan / layers", "between")
-GROUPED = ("workload", "attention", "chosen", "ms", "node", "node_chunk", "flatten", "sequence")
+OTHERS = ("node", "node_chunk", "flatten", "sequence", "packed")
+GROUPED = ("workload", "attention", "chosen", "ms", *OTHERS)
 CHANGED = ("workload", "attention", "before", "after", "ratio", "")
 
 
@@ -48,6 +49,18 @@ def parts(found: Iterable[Measurement]) -> Rows:
 def grouped(found: Iterable[Measurement]) -> Rows:
     """One run by the plan that was chosen, and times as long by the others' plans."""
     return [_grouped(each) for each in found]
+
+
+def peers(found: Iterable[Measurement], names: Sequence[str]) -> Rows:
+    """Milliseconds of each peer, and a dash where it was left out."""
+    return [
+        (
+            each.workload,
+            short(each.spec),
+            *(f"{1e3 * each.peers[n].median:.2f}" if n in each.peers else "–" for n in names),
+        )
+        for each in found
+    ]
 
 
 def changed(changes: Iterable[Change]) -> Rows:
@@ -147,7 +160,7 @@ def _grouped(found: Measurement) -> tuple[str, ...]:
         short(found.spec),
         found.grouping,
         f"{1e3 * own.median:.2f}",
-        *(_times(found.groupings.get(name), own) for name in GROUPED[4:]),
+        *(_times(found.groupings.get(name), own) for name in OTHERS),
     )
 
 
