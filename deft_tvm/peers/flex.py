@@ -10,9 +10,10 @@ from torch import Tensor
 from deft_tvm.peers.gathered import Gathered
 from deft_tvm.peers.peer import Call, Peer, no_cap_and_no_sinks, too_large
 
-BLOCK_SIZE = (32, 256)
-"""Lane rows and tokens of a block of the mask, and of the tile of the compiled kernel: never far
-from the best of 8 to 128 and 128 to 1024, which differ by some tens of percent and by tree."""
+LANES = (4, 8, 16, 32)
+TOKENS = 256
+"""Lane rows and tokens of a block of the mask, and of the tile of the compiled kernel. More of
+either, up to 128 and 1024, was never faster by more than about a tenth."""
 
 
 def flex(gathered: Gathered) -> Call:
@@ -32,7 +33,11 @@ def flex(gathered: Gathered) -> Call:
     def seen(_batch: Tensor, _head: Tensor, lane: Tensor, token: Tensor) -> Tensor:
         return table[lane, token]
 
-    blocks = create_block_mask(seen, None, None, lanes, tokens, "cpu", BLOCK_SIZE)
+    masks = {
+        size: create_block_mask(seen, None, None, lanes, tokens, "cpu", (size, TOKENS))
+        for size in LANES
+    }
+    blocks = masks[min(masks, key=lambda size: _cost(masks[size].to_dense(), size))]
     # One compilation for each shape: after some of them Dynamo would go on without compiling.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -42,6 +47,11 @@ def flex(gathered: Gathered) -> Call:
 
     call()
     return call
+
+
+def _cost(read: Tensor, size: int) -> int:
+    """Of blocks with `size` lane rows, of which `read` are not 0: short ones use a CPU badly."""
+    return int(read.count_nonzero()) * (size + 8)
 
 
 def _lacks(gathered: Gathered) -> str | None:
@@ -60,8 +70,7 @@ def _ordered(gathered: Gathered, out: Tensor) -> Tensor:
 FLEX = {
     "flex": Peer(
         flex,
-        f"flex_attention, compiled, blocks of {BLOCK_SIZE[0]} × {BLOCK_SIZE[1]}, "
-        "group folded into rows",
+        "flex_attention, compiled, group folded into rows, size of blocks by tree",
         _lacks,
         _ordered,
     )
