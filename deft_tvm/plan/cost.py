@@ -147,11 +147,12 @@ class Prices:
         by_size = np.lexsort((self.kv_tile, self.capacity))
         return by_size[np.searchsorted(self.capacity[by_size], rows)]
 
-    def units_of(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
-        """Seconds of a unit and number of units of each group; too many rows are cut in blocks."""
+    def units_of(self, tokens: Ints, rows: Ints) -> tuple[Ints, Floats, Ints]:
+        """Each group's class, seconds of a unit and number of units; too many rows are cut in
+        blocks."""
         blocks = -(-rows // self.most_rows)
         tile, seconds = self.choose_tile(tokens, np.minimum(rows, self.most_rows))
-        return seconds, blocks * self.units[tile]
+        return tile, seconds, blocks * self.units[tile]
 
     def cost(
         self,
@@ -172,7 +173,7 @@ class Prices:
         Returns:
             float[G], and `balanced`.
         """
-        seconds, units = self.units_of(tokens, rows)
+        _, seconds, units = self.units_of(tokens, rows)
         seconds *= tokens > 0
         busy = seconds * units / self.cores
         balanced = float(busy[:planned].sum()) if balanced is None else balanced
