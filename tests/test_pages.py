@@ -54,6 +54,24 @@ def test_a_table_is_good_when_every_token_has_its_own_slot(drawn):
             table.check(forest)
 
 
+@given(tables(), st.lists(st.integers(0, 7), min_size=5, max_size=5))
+def test_a_table_that_was_checked_answers_as_a_new_one(drawn, others):
+    """Lengths that fit the room left by those before are not looked at again."""
+    lengths, indices, indptr, first, size = drawn
+    used = PageTable(indices, indptr, first, page_size=size)
+
+    def answer(table, lengths):
+        try:
+            table.check(Forest.from_parents([-1] * len(lengths), lengths))
+        except PageError as error:
+            return str(error)
+        return "fits"
+
+    for tried in (lengths, others[: len(lengths)], lengths):
+        new = PageTable(indices, indptr, first, page_size=size)
+        assert answer(used, tried) == answer(new, tried)
+
+
 def test_attributes():
     table = PageTable([4, 9, 4], np.array([0, 2, 3]), page_size=16)
     assert table.first_slot.tolist() == [0, 0]

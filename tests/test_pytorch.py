@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import deft_tvm
 from deft_tvm import env, reference
@@ -235,6 +236,34 @@ def test_recent_plans_are_kept_and_old_ones_are_not() -> None:
     for pair in packed[1:]:
         unpack(*pair)
     assert unpack(*packed[0]) is not first
+
+
+def test_what_follows_a_plan_is_packed_as_a_new_one(attention: TreeAttention) -> None:
+    case = planned(attention, "few_shot:prompt=900,branches=5,tokens=7")
+    before = attention.operands
+    grown = case.forest.with_lengths(case.forest.lengths + (case.forest.rows > 0))
+    plan = attention.update(grown)
+    assert plan.frame is not None
+    for found, fresh in zip(attention.operands[:2], pack(plan, True, CPU), strict=True):
+        assert torch.equal(found, fresh)
+    assert attention.operands.layout is before.layout
+    assert not torch.equal(attention.operands.plan, before.plan)
+
+
+def test_what_torch_has_to_see_goes_through_the_operator(attention: TreeAttention) -> None:
+    case = planned(attention, "few_shot:prompt=90,branches=5,tokens=7")
+    q, (k, v) = case.q, case.buffers
+    expected, _ = attention.run(q, (k, v))
+    by_operator, _ = torch.ops.deft_tvm.tree_attention(q, [k, v], *attention.operands)
+    assert torch.equal(by_operator, expected)
+    assert torch.equal(attention.run(torch._neg_view(-q), (k, v))[0], expected)
+    functional = torch.func.functionalize(lambda q: attention.run(q, (k, v))[0])
+    assert torch.equal(functional(q), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(attention.run(mode.from_tensor(q), (k, v))[0], FakeTensor)
+    with torch.profiler.profile() as profile:
+        attention.run(q, (k, v))
+    assert "deft_tvm::tree_attention" in {event.key for event in profile.key_averages()}
 
 
 @st.composite

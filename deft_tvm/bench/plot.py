@@ -13,7 +13,7 @@ from deft_tvm.bench.report import short
 from deft_tvm.manifest import AnyPath
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 COLOURS = {"f32": "#4c78a8", "bf16": "#f58518"}
 GREY = "#888888"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,33 +20,61 @@ class Clusters:
     """A tree of contracted subtrees and single nodes, depth first; one array entry a cluster.
 
     Attributes:
+        walk: the nodes.
         begin: place of the first node in the walk.
-        end: one past the place of the last node.
+        taken: whether it is a subtree taken as one, and not a single node.
+        reads: tokens of each node's subtree, int[nodes].
+        alone: price of each node as an item of its own, float[nodes]; see `Prices.cost`.
+        whole: price of each node's subtree as one.
         parent: the cluster above, -1 for none.
-        tokens: KV tokens.
-        row_begin: first row of the subtree.
-        row_end: one past the last.
-        own_rows: rows in no cluster below.
-        cost: price as an item of its own, see `Prices.cost`.
         balanced: seconds in which the whole plan could end.
     """
 
+    walk: Walk
     begin: Ints
-    end: Ints
+    taken: Bools
+    reads: Ints
+    alone: Floats
+    whole: Floats
     parent: Ints
-    tokens: Ints
-    row_begin: Ints
-    row_end: Ints
-    own_rows: Ints
-    cost: Floats
     balanced: float
 
     def __len__(self) -> int:
         return len(self.begin)
 
-    @property
+    @cached_property
+    def end(self) -> Ints:
+        """One past the place of the last node."""
+        return np.where(self.taken, self.walk.subtree_end[self.begin], self.begin + 1)
+
+    @cached_property
+    def row_begin(self) -> Ints:
+        """First row of the subtree."""
+        return self.walk.row_begin[self.begin]
+
+    @cached_property
+    def row_end(self) -> Ints:
+        """One past the last."""
+        return self.walk.row_end[self.begin]
+
+    @cached_property
     def rows(self) -> Ints:
         return self.row_end - self.row_begin
+
+    @cached_property
+    def own_rows(self) -> Ints:
+        """Rows in no cluster below."""
+        return np.where(self.taken, self.rows, self.walk.own_rows[self.begin])
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """KV tokens."""
+        return np.where(self.taken, self.reads[self.begin], self.walk.length[self.begin])
+
+    @cached_property
+    def cost(self) -> Floats:
+        """Price as an item of its own."""
+        return np.where(self.taken, self.whole[self.begin], self.alone[self.begin])
 
 
 def contract(walk: Walk, prices: Prices) -> Clusters:
@@ -68,16 +97,14 @@ def contract(walk: Walk, prices: Prices) -> Clusters:
     clean = _subtree_sums(walk, worse) == 0
     heads = ~(clean & inner & clean[walk.parent])
     first = heads.nonzero()[0]
-    taken = clean[first]
     return Clusters(
+        walk=walk,
         begin=first,
-        end=np.where(taken, walk.subtree_end[first], first + 1),
+        taken=clean[first],
+        reads=tokens,
+        alone=alone,
+        whole=whole,
         parent=offsets(heads)[walk.parent[first] + 1] - 1,
-        tokens=np.where(taken, tokens[first], walk.length[first]),
-        row_begin=walk.row_begin[first],
-        row_end=walk.row_end[first],
-        own_rows=np.where(taken, rows[first], walk.own_rows[first]),
-        cost=np.where(taken, whole[first], alone[first]),
         balanced=balanced,
     )
 

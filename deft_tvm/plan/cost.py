@@ -4,18 +4,20 @@ One unit of work is an item under as many KV heads as its tile class takes at a 
 few rows all that lie side by side. Units are independent, and each runs on one core (or SM). With T
 tokens, a tile class of M lane rows that walks N tokens a step, and r rows, under one head
 
-    seconds(unit) = max(T · bytes / bandwidth, ⌈T/N⌉ · N · L · 2 (q_width + v_width) / rate) + fixed
+    seconds(unit) = max(T · bytes / bandwidth,
+                        ⌈T/N⌉ · N · (L · 2 (q_width + v_width) / rate + loading)) + fixed
     seconds(plan) = makespan of its units over the cores + its partials / bandwidth
 
-L is r · group rounded up to what the class computes at a time, M on a GPU and with few lane rows,
-since lanes that hold no row are computed all the same (PAT, ASPLOS 2026, measures 39 % lost with
-one tile for all). A partial is heavy, as it is float32 in every query head, written and read: one
-row's is worth 8 tokens of bfloat16 GQA-32/8 KV.
+Loading is what a token takes whatever the rows are: locating it, and copying its K and V out of
+their page. L is r · group rounded up to what the class computes at a time, M on a GPU and with few
+lane rows, since lanes that hold no row are computed all the same (PAT, ASPLOS 2026, measures 39 %
+lost with one tile for all). A partial is heavy, as it is float32 in every query head, written and
+read: one row's is worth 8 tokens of bfloat16 GQA-32/8 KV.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.floating[Any]]
+Rates = tuple[tuple[str, float], ...]
 
 FEW_LANE_ROWS = 16
 """Tile classes below this many lane rows have lanes over the head dimension, not over rows."""
@@ -41,18 +44,19 @@ GRANULES: dict[str, tuple[int, ...]] = {"float32": (16,), "bfloat16": (48, 32, 1
 class CostModel:
     """The device's rates, and what share of them the kernels reach.
 
-    Rates come from a `DeviceProfile`. The shares were measured on dense tiles (AMD EPYC Zen 4,
-    AVX512-BF16, 2 cores, 2026-11-21); those marked as guesses wait for a fit.
+    Rates come from a `DeviceProfile`; the shares of a CPU are in `ON_CPU`, those of a GPU guesses.
 
     Attributes:
         cores: cores or SMs that take units.
         read_bandwidth: bytes/s of all cores together.
         matrix_rate: FLOP/s of all cores together, by operand dtype.
         launch_seconds: one kernel launch.
-        matrix_share: of the matrix rate, rows in lanes: 0.97 float32, 0.80 bfloat16.
-        few_share: of the matrix rate, fewer than 16 lane rows: 0.2 was reached where bytes were
-            the limit, so the kernel's own limit is above it (guess).
-        bandwidth_share: of the read bandwidth: 0.7, one sequence of 65,536 float32 tokens.
+        matrix_share: of the matrix rate, by operand, that products with rows in lanes reach.
+        few_share: the same with fewer than 16 lane rows.
+        loading_seconds: of a token under one head, beside copying it, with rows in lanes.
+        few_loading_seconds: the same, with fewer than 16 lane rows, copying included.
+        copy_rate: bytes/s at which one core copies K and V out of their pages.
+        bandwidth_share: of the read bandwidth: 0.8, one sequence of 65,536 float32 tokens.
         unit_seconds: taking a unit from the queue, looking its rows and pages up (guess).
         reach_bytes: KV of an item, all heads together, above which an item that waits for memory
             is cut, so that cores which get unequal shares of the memory end together, and heads
@@ -64,11 +68,14 @@ class CostModel:
 
     cores: int
     read_bandwidth: float
-    matrix_rate: tuple[tuple[str, float], ...]
+    matrix_rate: Rates
     launch_seconds: float = 0.0
-    matrix_share: float = 0.8
-    few_share: float = 0.4
-    bandwidth_share: float = 0.7
+    matrix_share: Rates = (("float32", 0.8), ("bfloat16", 0.8), ("float16", 0.8))
+    few_share: Rates = (("float32", 0.4), ("bfloat16", 0.4), ("float16", 0.4))
+    loading_seconds: float = 0.0
+    few_loading_seconds: float = 0.0
+    copy_rate: float = np.inf
+    bandwidth_share: float = 0.8
     unit_seconds: float = 1e-6
     reach_bytes: int = 0
     trimmed: bool = False
@@ -76,14 +83,13 @@ class CostModel:
     @classmethod
     def from_profile(cls, profile: DeviceProfile) -> CostModel:
         """The rates that `profile` holds, with the default shares."""
-        return cls(
+        rates = cls(
             cores=max(1, profile.cores),
             read_bandwidth=profile.read_bandwidth,
             matrix_rate=tuple(sorted(profile.matrix_rate.items())),
             launch_seconds=profile.launch_seconds,
-            reach_bytes=8 << 20 if profile.kind == "cpu" else 0,
-            trimmed=profile.kind == "cpu",
         )
+        return replace(rates, **ON_CPU) if profile.kind == "cpu" else rates
 
     def granule(self, tile: TileShape) -> int:
         """Lane rows that the kernel of `tile` computes at a time."""
@@ -92,11 +98,32 @@ class CostModel:
         widths = GRANULES[tile.operand]
         return next((width for width in widths if tile.lane_rows % width == 0), tile.lane_rows)
 
+    def loading(self, spec: AttentionSpec, tile: TileShape) -> float:
+        """Seconds in which one core locates and copies a token under all KV heads."""
+        if tile.lane_rows < FEW_LANE_ROWS:
+            return spec.num_kv_heads * self.few_loading_seconds
+        return spec.num_kv_heads * self.loading_seconds + token_bytes(spec) / self.copy_rate
+
     def rate(self, tile: TileShape) -> float:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
         rates = dict(self.matrix_rate)
-        share = self.few_share if tile.lane_rows < FEW_LANE_ROWS else self.matrix_share
-        return share * rates.get(tile.operand, rates["float32"]) / self.cores
+        shares = dict(self.few_share if tile.lane_rows < FEW_LANE_ROWS else self.matrix_share)
+        rate = rates.get(tile.operand, rates["float32"])
+        return shares.get(tile.operand, shares["float32"]) * rate / self.cores
+
+
+ON_CPU: dict[str, Any] = {
+    "matrix_share": (("float32", 1.0), ("bfloat16", 0.82)),
+    "few_share": (("float32", 0.6), ("bfloat16", 0.3)),
+    "loading_seconds": 25e-9,
+    "few_loading_seconds": 5e-9,
+    "copy_rate": 50e9,
+    "reach_bytes": 8 << 20,
+    "trimmed": True,
+}
+"""Fitted to GQA-32/8 of width 128 with 4 to 128 lane rows over 4,000 tokens, where a token and head
+take 45 ns + 5.3 ns a lane row in float32, and 35 ns + 2.9 ns in bfloat16 (AMD EPYC Zen 4 with
+AVX512-BF16, 2026-11-21)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,12 +187,12 @@ class Prices:
         by_size = np.lexsort((self.kv_tile, self.capacity))
         return by_size[np.searchsorted(self.capacity[by_size], rows)]
 
-    def units_of(self, tokens: Ints, rows: Ints) -> tuple[Floats, Ints]:
-        """Seconds of a unit and number of units of each group; too many rows are cut in blocks, of
-        which the last may be smaller: what is told is an even share."""
+    def units_of(self, tokens: Ints, rows: Ints) -> tuple[Ints, Floats, Ints]:
+        """Each group's class, seconds of a unit and number of units; too many rows are cut in
+        blocks, of which the last may be smaller: what is told is an even share."""
         blocks = -(-rows // self.most_rows)
         tile, seconds = self.choose_tile(tokens, -(-rows // np.maximum(blocks, 1)))
-        return seconds, blocks * self.units[tile]
+        return tile, seconds, blocks * self.units[tile]
 
     def cost(
         self,
@@ -186,7 +213,7 @@ class Prices:
         Returns:
             float[G], and `balanced`.
         """
-        seconds, units = self.units_of(tokens, rows)
+        _, seconds, units = self.units_of(tokens, rows)
         seconds *= tokens > 0
         busy = seconds * units / self.cores
         balanced = float(busy[:planned].sum()) if balanced is None else balanced
@@ -258,10 +285,11 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
     fixed_seconds = (units * model.unit_seconds)[:, None] + 4 * widths * lanes / a_core
     fixed_seconds[rows > capacity[:, None]] = np.inf
     rate = np.array([[model.rate(tile)] for tile in tiles])
+    loading = np.array([[model.loading(spec, tile)] for tile in tiles])
     return Prices(
         capacity=capacity,
         kv_tile=kv_tile,
-        step_seconds=2.0 * widths * lanes * kv_tile[:, None] / rate,
+        step_seconds=(2.0 * widths * lanes / rate + loading) * kv_tile[:, None],
         units=units,
         fixed_seconds=fixed_seconds,
         token_seconds=token_bytes(spec) / a_core,

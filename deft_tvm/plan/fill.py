@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from deft_tvm.plan.cost import Floats, Ints, Prices, makespan
@@ -14,8 +16,22 @@ SHARES = np.array([0.5, 0.75, 0.9, 1.0, 2.0, 3.0, 4.0, 8.0])
 in the last wave but save the wave after it."""
 
 
-def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> tuple[Ints, float]:
-    """Tokens at which to cut each group, and the seconds of what is so cut.
+class Cut(NamedTuple):
+    """How groups are to be cut.
+
+    Attributes:
+        chunk: int[G], tokens at which to cut each group.
+        seconds: of what is so cut.
+        tiles: the tile class of each group and the seconds of its units, where none is cut.
+    """
+
+    chunk: Ints
+    seconds: float
+    tiles: tuple[Ints, Floats] | None = None
+
+
+def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> Cut:
+    """Where to cut each group, and what that costs.
 
     Cuts are even and whole steps of the longest KV tile. Each adds a partial for each row, which
     is counted; a plan that the uncut groups balance stays whole but for what
@@ -28,28 +44,27 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         chunk: cut here instead, and only tell the price.
     """
     if not len(tokens):
-        return tokens, 0.0
+        return Cut(tokens, 0.0)
     if chunk is not None:
         given = np.minimum(tokens, chunk)
-        return given, float(_seconds(prices, tokens, given[None], rows)[0])
-    seconds, units = prices.units_of(tokens, rows)
+        return Cut(given, float(_seconds(prices, tokens, given[None], rows)[0]))
+    tile, seconds, units = prices.units_of(tokens, rows)
     balanced = float(seconds @ units) / prices.cores
     waits = 2 * tokens * prices.token_seconds > seconds * units
     fewest: Ints | int = 1
     if (waits & (tokens > prices.longest)).any():
         fewest = np.where(waits, -(-tokens // prices.longest), 1)
         uncut = _evenly(prices, tokens, fewest)
-        whole = float(_seconds(prices, tokens, uncut[None], rows)[0])
+        whole = Cut(uncut, float(_seconds(prices, tokens, uncut[None], rows)[0]))
     else:
-        uncut = tokens
-        whole = float(makespan(seconds, units, prices.cores))
-    if whole <= SLACK * balanced:
-        return uncut, whole
+        whole = Cut(tokens, float(makespan(seconds, units, prices.cores)), (tile, seconds))
+    if whole.seconds <= SLACK * balanced:
+        return whole
     pieces = np.ceil(seconds / (balanced / SHARES[:, None])).astype(np.int64)
     tried = _evenly(prices, tokens, np.maximum(pieces, fewest))
     cost = _seconds(prices, tokens, tried, rows)
     best = int(cost.argmin())
-    return (tried[best], float(cost[best])) if cost[best] < whole else (uncut, whole)
+    return Cut(tried[best], float(cost[best])) if cost[best] < whole.seconds else whole
 
 
 def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
@@ -61,6 +76,6 @@ def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
 def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:
     """float[S] for int[S, G] chunks: the makespan, and the partials that cutting adds."""
     pieces, rows = -(-tokens // chunk), np.broadcast_to(rows, chunk.shape)
-    seconds, units = prices.units_of(chunk.ravel(), rows.ravel())
+    _, seconds, units = prices.units_of(chunk.ravel(), rows.ravel())
     time = makespan(seconds.reshape(chunk.shape), units.reshape(chunk.shape) * pieces, prices.cores)
     return time + prices.partial_seconds * ((pieces - 1) * rows).sum(axis=1)

@@ -40,18 +40,18 @@ def hand_down(clusters: Clusters, prices: Prices) -> Bools:
     return joins
 
 
-def by_cluster(walk: Walk, clusters: Clusters, joins: Bools) -> tuple[Groups, Bools]:
+def by_cluster(clusters: Clusters, joins: Bools) -> tuple[Groups, Bools]:
     """The clusters as groups, and bool[G]: which hold one cluster alone with all its rows."""
     if not joins.any():
         owner = np.arange(len(clusters)).repeat(clusters.end - clusters.begin)
-        groups, _ = _gather(walk, owner, None, clusters.row_begin, clusters.row_end)
+        groups, _ = _gather(clusters.walk, owner, None, clusters.row_begin, clusters.row_end)
         return groups, np.ones(len(groups), bool)
     cluster, row_begin, row_end = _remaining_rows(clusters, joins)
     above = _sums_above(clusters, joins, np.ones_like(clusters.begin))[cluster]
     group, read = ancestors(clusters.parent, cluster, above + 1)
     entry, within = ranges((clusters.end - clusters.begin)[read])
     node = clusters.begin[read][entry] + within
-    groups, kept = _gather(walk, group[entry], node, row_begin, row_end)
+    groups, kept = _gather(clusters.walk, group[entry], node, row_begin, row_end)
     entire = row_end - row_begin == clusters.rows[cluster]
     return groups, (entire & (above == 0))[kept]
 

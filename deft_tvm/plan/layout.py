@@ -28,6 +28,7 @@ from deft_tvm.spec import TileShape
 
 if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
+    from deft_tvm.plan.growth import Frame
     from deft_tvm.tree import Forest
 
 Int32 = NDArray[np.int32]
@@ -67,6 +68,7 @@ class Plan:
         forest: what was planned.
         groups: the items before they were ordered, in `Walk` places, for `update`.
         remake: makes the plan of another forest by the same recipe.
+        frame: of the plan whose items these are, if they were kept from an earlier step.
     """
 
     header: Int32
@@ -87,6 +89,7 @@ class Plan:
     forest: Forest
     groups: Groups
     remake: Callable[[Forest, PageTable, Plan], Plan]
+    frame: Frame | None = None
 
     @property
     def num_rows(self) -> int:
@@ -109,9 +112,11 @@ class Plan:
     def update(self, forest: Forest, pages: PageTable) -> Plan:
         """The plan after KV was added or moved: the same tree and rows, other lengths or pages.
 
-        Equal to a plan made afresh with this plan's grouping, but costs less: with equal lengths
-        only pages are looked up again, and otherwise the grouping is not chosen again and the
-        partials keep their numbers while every item keeps its rows.
+        Costs less than a plan made afresh. With equal lengths only pages are looked up again.
+        Items that were chosen by cost are kept until the forest has grown by a sixteenth since
+        (`deft_tvm.plan.growth`). Otherwise the plan is equal to one made afresh with this plan's
+        grouping; that is not chosen again, and the partials keep their numbers while every item
+        keeps its rows.
 
         Raises:
             PlanError: `forest` has other parents or rows.
@@ -122,7 +127,7 @@ class Plan:
                 f"forest is {forest}, whose parents or rows are not those of the plan's; "
                 f"expected other lengths or pages alone, else a new plan"
             )
-        if np.array_equal(self.forest.lengths, forest.lengths):
+        if self.frame is None and np.array_equal(self.forest.lengths, forest.lengths):
             return self._moved(forest, pages)
         return self.remake(forest, pages, self)
 

@@ -33,7 +33,9 @@ MERGE_GAIN = 0.02
 def packed(walk: Walk, prices: Prices) -> Groups:
     """Groups of the forest in which neither packing nor re-reading any more would pay."""
     clusters = contract(walk, prices)
-    groups, mergeable = by_cluster(walk, clusters, hand_down(clusters, prices))
+    groups, mergeable = by_cluster(clusters, hand_down(clusters, prices))
+    if len(groups) < 2:
+        return groups
     tree = (walk.parent < 0).cumsum()[groups.node[groups.indptr[:-1]]]
     if not (mergeable[:-1] & mergeable[1:] & (tree[:-1] == tree[1:])).any():
         return groups

@@ -10,7 +10,8 @@ import numpy as np
 
 from deft_tvm.errors import PlanError
 from deft_tvm.plan.cost import CostModel, Floats, Ints, Prices, prices
-from deft_tvm.plan.fill import fill
+from deft_tvm.plan.fill import Cut, fill
+from deft_tvm.plan.growth import Frame
 from deft_tvm.plan.layout import (
     Partials,
     Plan,
@@ -81,15 +82,41 @@ def make_plan(
             class, pages of another size than the spec's, or a window on a part of a forest.
         PageError: `pages` does not hold the tokens of `forest`.
     """
-    _check(pages, spec, grouping, chunk, deterministic)
+    recipe = make_recipe(spec, tiles, profile, grouping, chunk, deterministic)
+    return recipe(forest, pages)
+
+
+def make_recipe(
+    spec: AttentionSpec,
+    tiles: Sequence[TileShape],
+    profile: DeviceProfile,
+    grouping: str = "auto",
+    chunk: int | None = None,
+    deterministic: bool = False,
+) -> Recipe:
+    """What makes plans of any forest and pages; see `make_plan`.
+
+    Raises:
+        PlanError: an unknown grouping, a chunk that is not positive or not wanted, or no usable
+            tile class.
+    """
+    _check(grouping, chunk, deterministic)
     if deterministic:
         grouping = "node_chunk" if grouping == "auto" else grouping
         chunk = chunk or DETERMINISTIC_CHUNK
     elif grouping in ("node_chunk", "flatten"):
         chunk = chunk or PAPER_CHUNK
     costs = prices(spec, tuple(tiles), CostModel.from_profile(profile))
-    recipe = Recipe(costs, tuple(tiles), spec.group, spec.window, grouping, chunk, deterministic)
-    return recipe(forest, pages)
+    return Recipe(
+        prices=costs,
+        tiles=tuple(tiles),
+        group=spec.group,
+        window=spec.window,
+        page_size=spec.page_size,
+        grouping=grouping,
+        chunk=chunk,
+        deterministic=deterministic,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +128,7 @@ class Recipe:
         tiles: the tile classes.
         group: query heads a KV head.
         window: positions that a row sees; None for all.
+        page_size: tokens a page, where the cache has any.
         grouping: one of `GROUPINGS`.
         chunk: tokens at which groups are cut; None: to fill the machine.
         deterministic: nothing may depend on `prices`.
@@ -110,23 +138,33 @@ class Recipe:
     tiles: tuple[TileShape, ...]
     group: int
     window: int | None
+    page_size: int
     grouping: str
     chunk: int | None
     deterministic: bool
 
     def __call__(self, forest: Forest, pages: PageTable, previous: Plan | None = None) -> Plan:
         """The plan of `forest`; what `previous` numbered alike is taken from it."""
+        if not pages.is_contiguous and pages.page_size != self.page_size:
+            raise PlanError(
+                f"pages have page_size {pages.page_size}; expected the spec's, which is "
+                f"{self.page_size}, or PageTable.contiguous"
+            )
         pages.check(forest)
+        if previous is not None and previous.page_size == pages.page_size:
+            frame = self._frame(previous)
+            if frame is not None and frame.holds(forest):
+                return frame.follow(previous, forest, pages)
         if forest.is_part and self.window is not None:
             raise PlanError(
                 f"window is {self.window}; expected None, as positions in a part of a forest are "
                 f"not known"
             )
         walk = Walk.of(forest, self.window)
-        grouping, groups, chunk = self._choose(walk)
-        groups = cut_rows(walk, cut_tokens(walk, groups, chunk), self.prices.most_rows)
+        grouping, whole, cut = self._choose(walk)
+        groups = cut_rows(walk, cut_tokens(walk, whole, cut.chunk), self.prices.most_rows)
         groups = cut_window(walk, groups)
-        tile, cost = self._assign(groups)
+        tile, cost = cut.tiles if cut.tiles and groups is whole else self._assign(groups)
         items, launches = lay_out_items(walk, groups, tile, cost, len(self.tiles))
         partials = _reused(previous, groups) or number_partials(groups, forest.row_order)
         return Plan(
@@ -150,29 +188,35 @@ class Recipe:
             remake=self if grouping == self.grouping else replace(self, grouping=grouping),
         )
 
-    def _choose(self, walk: Walk) -> tuple[str, Groups, Ints]:
-        """The grouping by name, its groups, and the tokens at which to cut each."""
+    def _frame(self, previous: Plan) -> Frame | None:
+        """What may stay of a plan's items: nothing if they depend on exact lengths, or windows."""
+        if self.chunk is not None or self.deterministic or self.window is not None:
+            return None
+        return previous.frame or Frame.of(previous)
+
+    def _choose(self, walk: Walk) -> tuple[str, Groups, Cut]:
+        """The grouping by name, its groups, and how to cut them."""
         if self.grouping == "auto":
             return self._cheaper(walk)
         groups = self._groups(self.grouping, walk)
         if self.grouping == "node":
-            return "node", groups, groups.tokens
+            return "node", groups, Cut(groups.tokens, 0.0)
         if self.chunk is not None:
-            return self.grouping, groups, np.minimum(groups.tokens, self.chunk)
-        return self.grouping, groups, fill(self.prices, groups.tokens, groups.rows)[0]
+            return self.grouping, groups, Cut(np.minimum(groups.tokens, self.chunk), 0.0)
+        return self.grouping, groups, fill(self.prices, groups.tokens, groups.rows)
 
-    def _cheaper(self, walk: Walk) -> tuple[str, Groups, Ints]:
+    def _cheaper(self, walk: Walk) -> tuple[str, Groups, Cut]:
         """Of ``packed`` and ``sequence``, whose paths are laid out only if they win."""
         groups = self._groups("packed", walk)
-        chunk, seconds = fill(self.prices, groups.tokens, groups.rows, self.chunk)
-        seconds += self.prices.merge_seconds(groups.row_begin, groups.row_end)
+        cut = fill(self.prices, groups.tokens, groups.rows, self.chunk)
+        seconds = cut.seconds + self.prices.merge_seconds(groups.row_begin, groups.row_end)
         tokens, rows = walk.paths()
         # Reading alone mostly settles it, and sums faster than the whole price.
         if self.prices.read_seconds(tokens) < seconds:
-            path_chunk, path_seconds = fill(self.prices, tokens, rows, self.chunk)
-            if path_seconds < seconds:
-                return "sequence", self._groups("sequence", walk), path_chunk
-        return "packed", groups, chunk
+            of_paths = fill(self.prices, tokens, rows, self.chunk)
+            if of_paths.seconds < seconds:
+                return "sequence", self._groups("sequence", walk), of_paths
+        return "packed", groups, cut
 
     def _groups(self, grouping: str, walk: Walk) -> Groups:
         """The groups of one grouping, with no token that none of their rows sees."""
@@ -207,18 +251,7 @@ def _reused(previous: Plan | None, groups: Groups) -> Partials | None:
     return Partials(previous.dests, previous.merge_rows, previous.merge_indptr) if same else None
 
 
-def _check(
-    pages: PageTable,
-    spec: AttentionSpec,
-    grouping: str,
-    chunk: int | None,
-    deterministic: bool,
-) -> None:
-    if not pages.is_contiguous and pages.page_size != spec.page_size:
-        raise PlanError(
-            f"pages have page_size {pages.page_size}; expected the spec's, which is "
-            f"{spec.page_size}, or PageTable.contiguous"
-        )
+def _check(grouping: str, chunk: int | None, deterministic: bool) -> None:
     if grouping not in GROUPINGS:
         raise PlanError(f"grouping is {grouping!r}; expected one of {', '.join(GROUPINGS)}")
     if chunk is not None and chunk < 1:

@@ -14,12 +14,12 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError, PlanError
 from deft_tvm.manifest import AnyPath
 from deft_tvm.pages import PageTable
-from deft_tvm.plan import Plan, Traffic, make_plan, traffic
+from deft_tvm.plan import Plan, Recipe, Traffic, make_recipe, traffic
 from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.eager import is_plain
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend
-from deft_tvm.pytorch.packing import Unpacked, pack, unpack
+from deft_tvm.pytorch.packing import Packed
 from deft_tvm.pytorch.watch import Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -31,8 +31,8 @@ class _Step(NamedTuple):
 
     plan: Plan
     pages: PageTable
+    packed: Packed
     operands: Operands
-    unpacked: Unpacked
     watch: Watch | None
 
 
@@ -78,6 +78,7 @@ class TreeAttention:
         self.deterministic = deterministic
         self.grouping = grouping
         self._step: _Step | None = None
+        self._recipes: dict[tuple[str, bool], Recipe] = {}
         directory = None if module is None else self.artifact.directory
         self._key = make_key(spec, self.artifact.tiles, directory)
         self._loaded = remember(self._key, kind, self.artifact)
@@ -108,16 +109,20 @@ class TreeAttention:
             PlanError: the grouping does not fit.
         """
         pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        made = make_plan(
-            forest,
-            pages,
-            self.spec,
-            self.artifact.tiles,
-            self.profile,
-            grouping=self.grouping,
-            deterministic=self.deterministic,
-        )
-        return self.use(made, pages)
+        return self.use(self._recipe()(forest, pages), pages)
+
+    def _recipe(self) -> Recipe:
+        """Of plans as the attributes say now."""
+        asked = (self.grouping, self.deterministic)
+        if asked not in self._recipes:
+            self._recipes[asked] = make_recipe(
+                self.spec,
+                self.artifact.tiles,
+                self.profile,
+                grouping=self.grouping,
+                deterministic=self.deterministic,
+            )
+        return self._recipes[asked]
 
     def update(
         self,
@@ -146,10 +151,14 @@ class TreeAttention:
             forest = lengths
         elif lengths is not None:
             forest = forest.with_lengths(_on_host(lengths))
-        moved = any(given is not None for given in (page_indices, page_indptr, first_slot))
-        if moved or pages.is_contiguous:
+        same = page_indices is None and page_indptr is None and first_slot is None
+        if not same or pages.is_contiguous:
             pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        return self.use(step.plan.update(forest, pages), pages)
+        plan = step.plan.update(forest, pages)
+        packed = step.packed.follow(step.plan, plan)
+        if packed is None:
+            return self.use(plan, pages)
+        return self._follow(plan, pages, packed)
 
     def use(self, plan: Plan, pages: PageTable) -> Plan:
         """Follow a plan that was made elsewhere, as for another spec of the same group and tiles.
@@ -162,9 +171,12 @@ class TreeAttention:
             PlanError: the plan or the pages are others.
         """
         check_plan(self.spec, self.artifact.tiles, plan, pages)
-        packed = pack(plan, not pages.is_contiguous, self.device)
+        return self._follow(plan, pages, Packed.of(plan, not pages.is_contiguous, self.device))
+
+    def _follow(self, plan: Plan, pages: PageTable, packed: Packed) -> Plan:
+        operands = Operands(packed.plan, packed.layout, self._key)
         watch = Watch.wanted(self.spec, plan, pages)
-        self._step = _Step(plan, pages, Operands(*packed, self._key), unpack(*packed), watch)
+        self._step = _Step(plan, pages, packed, operands, watch)
         return plan
 
     def run(
@@ -212,7 +224,7 @@ class TreeAttention:
         self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
-            return attend(self._loaded, step.unpacked, q, kv, out, lse)
+            return attend(self._loaded, step.packed.unpacked, q, kv, out, lse)
         if out is None and lse is None:
             return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *step.operands))
         if out is None:

@@ -76,6 +76,36 @@ def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]
     return whole.to(device), torch.from_numpy(np.array(layout, np.int64))
 
 
+class Packed(NamedTuple):
+    """A plan as `pack` makes it, and the views of it."""
+
+    plan: Tensor
+    layout: Tensor
+    unpacked: Unpacked
+
+    @classmethod
+    def of(cls, plan: Plan, paged: bool, device: torch.device) -> Packed:
+        whole, layout = pack(plan, paged, device)
+        return cls(whole, layout, _divide(whole, *layout.tolist()))
+
+    def follow(self, old: Plan, plan: Plan) -> Packed | None:
+        """The same of `plan`, where only runs and items differ from those of `old`, packed here."""
+        same = plan.dests is old.dests and plan.page_indices is old.page_indices
+        if not same or plan.header is not old.header or self.plan.device.type != "cpu":
+            return None
+        whole = self.plan.numpy().copy()
+        begin = sum(map(len, (plan.header, plan.page_indices, plan.row_order, plan.row_positions)))
+        runs = whole[begin : begin + plan.runs.size].reshape(-1, _COLUMNS)
+        table = whole[len(whole) - plan.items.size :].reshape(-1, _COLUMNS)
+        runs[:], table[:] = plan.runs, plan.items
+        items = list(self.unpacked.items)
+        for tile, first, end in plan.launches:
+            items[tile] = tvm_ffi.from_dlpack(table[first:end])
+        reads = (*self.unpacked.reads[:-1], tvm_ffi.from_dlpack(runs))
+        unpacked = self.unpacked._replace(reads=reads, items=tuple(items))
+        return Packed(torch.from_numpy(whole), self.layout, unpacked)
+
+
 def unpack(plan: Tensor, layout: Tensor) -> Unpacked:
     """The views of a packed plan; those of recent plans are kept.
 

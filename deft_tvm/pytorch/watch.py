@@ -33,7 +33,8 @@ class Watch(NamedTuple):
     def wanted(cls, spec: AttentionSpec, plan: Plan, pages: PageTable) -> Watch | None:
         """As the environment says; None if nothing was asked for. Prints what was planned."""
         timed = env.DEBUG.get() >= 2
-        tell(2, "plan", lambda: f"{plan}\n{traffic(plan, spec)}")
+        if timed or env.DUMP.get() is not None:
+            tell(2, "plan", lambda: f"{plan}\n{traffic(plan, spec)}")
         check = env.CHECK.get()
         return cls(spec, plan, pages, check, timed) if check or timed else None
 

@@ -50,7 +50,8 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     # workspace, from which only TVM's own vector code (with its aliasing facts) is promoted.
     vectors = (1, 2, 3) if paired else (1, 2, 4)
     row_choices = divisors(tile.lane_rows, [lanes * n for n in vectors])
-    deep_choices = (1, 2, 4) if paired else (1, 2, 4, 8, 16)
+    deepest = 16 if not paired else 8 if tile.lane_rows == lanes else 4
+    deep_choices = [deep for deep in (1, 2, 4, 8, 16) if deep <= deepest]
     rows = nearest(row_choices, (3 if paired else 2) * lanes)
     deep = registers(task.features) // 2 * lanes // rows
     score_rows = knobs.pick_parts("score_rows", tile.lane_rows, row_choices, rows)
