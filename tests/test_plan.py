@@ -210,7 +210,7 @@ def test_no_rows_and_no_nodes_make_an_empty_plan() -> None:
 def test_rows_beyond_the_largest_class_are_cut_in_blocks() -> None:
     plan = plan_of(few_shot(640, 100, 1), "node")
     root = plan.items[plan.items[:, 4] == 640]
-    assert sorted(root[:, 1].tolist()) == [4, 32, 32, 32]
+    assert sorted(root[:, 1].tolist()) == [16, 28, 28, 28]
 
 
 def test_blocks_leave_out_what_their_rows_do_not_see() -> None:

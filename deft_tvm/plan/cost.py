@@ -133,6 +133,7 @@ class Prices:
     Attributes:
         capacity: rows that an item of the class may hold.
         kv_tile: tokens a step.
+        row_step: rows that the largest class computes at a time.
         units: of an item.
         step_seconds: by number of rows, both products of one step under all KV heads, by one core.
         fixed_seconds: by number of rows, starts of all units, and their lanes of Q and output, by
@@ -146,6 +147,7 @@ class Prices:
 
     capacity: Ints
     kv_tile: Ints
+    row_step: int
     units: Ints
     step_seconds: Floats
     fixed_seconds: Floats
@@ -246,11 +248,10 @@ def makespan(seconds: Floats, units: Ints, cores: int) -> Floats:
         cores: units that run at a time.
     """
     order = (-seconds).argsort(axis=-1)
-    if seconds.ndim > 1:
-        longest_first = np.take_along_axis(seconds, order, -1)
-        taken = np.take_along_axis(units, order, -1).cumsum(axis=-1)
-    else:
-        longest_first, taken = seconds[order], units[order].cumsum()
+    if seconds.ndim > 1:  # faster than take_along_axis
+        order += np.arange(0, seconds.size, seconds.shape[-1])[:, None]
+    longest_first = seconds.ravel()[order]
+    taken = units.ravel()[order].cumsum(axis=-1)
     waves = -(-taken // cores)
     mean = (seconds * units).sum(axis=-1) / cores
     return np.maximum(mean, (waves * longest_first).max(axis=-1, initial=0.0))
@@ -289,6 +290,7 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
     return Prices(
         capacity=capacity,
         kv_tile=kv_tile,
+        row_step=max(1, int(granule[capacity.argmax(), 0]) // spec.group),
         step_seconds=(2.0 * widths * lanes / rate + loading) * kv_tile[:, None],
         units=units,
         fixed_seconds=fixed_seconds,

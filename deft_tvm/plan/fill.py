@@ -1,4 +1,8 @@
-"""Cut long groups so that every core is busy until the end, and no finer than that pays."""
+"""Cut long groups so that every core is busy until the end, and no finer than that pays.
+
+Tile classes are kernels of their own and run one after another, so that each has an end at which
+cores may wait.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ SLACK = 1.02
 """A plan within this factor of a perfect balance is not cut."""
 
 SHARES = np.array([0.5, 0.75, 0.9, 1.0, 2.0, 3.0, 4.0, 8.0])
-"""Longest units tried, as parts of a perfectly balanced plan. Those below 1 leave some cores idle
-in the last wave but save the wave after it."""
+"""Longest units tried, as parts of their class's perfect balance. Those below 1 leave some cores
+idle in the last wave but save the wave after it."""
 
 
 class Cut(NamedTuple):
@@ -49,7 +53,7 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         given = np.minimum(tokens, chunk)
         return Cut(given, float(_seconds(prices, tokens, given[None], rows)[0]))
     tile, seconds, units = prices.units_of(tokens, rows)
-    balanced = float(seconds @ units) / prices.cores
+    balanced = np.bincount(tile, seconds * units) / prices.cores
     waits = 2 * tokens * prices.token_seconds > seconds * units
     fewest: Ints | int = 1
     if (waits & (tokens > prices.longest)).any():
@@ -57,10 +61,10 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         uncut = _evenly(prices, tokens, fewest)
         whole = Cut(uncut, float(_seconds(prices, tokens, uncut[None], rows)[0]))
     else:
-        whole = Cut(tokens, float(makespan(seconds, units, prices.cores)), (tile, seconds))
-    if whole.seconds <= SLACK * balanced:
+        whole = Cut(tokens, float(_by_class(tile, seconds, units, prices.cores)), (tile, seconds))
+    if whole.seconds <= SLACK * balanced.sum():
         return whole
-    pieces = np.ceil(seconds / (balanced / SHARES[:, None])).astype(np.int64)
+    pieces = np.ceil(seconds / (balanced[tile] / SHARES[:, None])).astype(np.int64)
     tried = _evenly(prices, tokens, np.maximum(pieces, fewest))
     cost = _seconds(prices, tokens, tried, rows)
     best = int(cost.argmin())
@@ -76,6 +80,19 @@ def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
 def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:
     """float[S] for int[S, G] chunks: the makespan, and the partials that cutting adds."""
     pieces, rows = -(-tokens // chunk), np.broadcast_to(rows, chunk.shape)
-    _, seconds, units = prices.units_of(chunk.ravel(), rows.ravel())
-    time = makespan(seconds.reshape(chunk.shape), units.reshape(chunk.shape) * pieces, prices.cores)
+    tile, seconds, units = prices.units_of(chunk.ravel(), rows.ravel())
+    units = units.reshape(chunk.shape) * pieces
+    seconds = seconds.reshape(chunk.shape)
+    time = _by_class(tile.reshape(chunk.shape), seconds, units, prices.cores)
     return time + prices.partial_seconds * ((pieces - 1) * rows).sum(axis=1)
+
+
+def _by_class(tile: Ints, seconds: Floats, units: Ints, cores: int) -> Floats:
+    """float[...], the time of the units of tile classes that run one class after another."""
+    first, *others = set(tile.ravel().tolist())
+    if not others:
+        return makespan(seconds, units, cores)
+    total = makespan(seconds * (tile == first), units, cores)
+    for each in others:
+        total += makespan(seconds * (tile == each), units, cores)
+    return total

@@ -162,7 +162,7 @@ class Recipe:
             )
         walk = Walk.of(forest, self.window)
         grouping, whole, cut = self._choose(walk)
-        groups = cut_rows(walk, cut_tokens(walk, whole, cut.chunk), self.prices.most_rows)
+        groups = self._cut_rows(walk, cut_tokens(walk, whole, cut.chunk))
         groups = cut_window(walk, groups)
         tile, cost = cut.tiles if cut.tiles and groups is whole else self._assign(groups)
         items, launches = lay_out_items(walk, groups, tile, cost, len(self.tiles))
@@ -221,10 +221,15 @@ class Recipe:
     def _groups(self, grouping: str, walk: Walk) -> Groups:
         """The groups of one grouping, with no token that none of their rows sees."""
         if grouping == "packed":
-            groups = cut_rows(walk, packed(walk, self.prices), self.prices.most_rows)
+            groups = self._cut_rows(walk, packed(walk, self.prices))
         else:
             groups = UNPRICED[grouping](walk)
         return cut_window(walk, groups)
+
+    def _cut_rows(self, walk: Walk, groups: Groups) -> Groups:
+        """Groups that a tile class holds; where prices count, in blocks that it fills well."""
+        most = self.prices.most_rows
+        return cut_rows(walk, groups, most, most if self.deterministic else self.prices.row_step)
 
     def _assign(self, groups: Groups) -> tuple[Ints, Floats]:
         """The tile class of each item, and the key by which its class is ordered."""

@@ -267,14 +267,17 @@ def _cut(groups: Groups, chunk: Ints) -> Groups:
     )
 
 
-def cut_rows(walk: Walk, groups: Groups, most: int) -> Groups:
-    """Cut each group into blocks of `most` rows, which read again what they see of its KV."""
+def cut_rows(walk: Walk, groups: Groups, most: int, step: int) -> Groups:
+    """Cut each group into as few blocks of at most `most` rows as do, which read again what they
+    see of its KV. All have as many rows, a multiple of `step`, but for the last."""
     if not (groups.rows > most).any():
         return groups
-    blocks = -(-groups.rows // most)
+    fewest = -(-groups.rows // most)
+    rows = np.minimum(-(-groups.rows // (fewest * step)) * step, most)
+    blocks = -(-groups.rows // rows)
     group, block = ranges(blocks)
-    row_begin = groups.row_begin[group] + block * most
-    row_end = np.minimum(row_begin + most, groups.row_end[group])
+    row_begin = groups.row_begin[group] + block * rows[group]
+    row_end = np.minimum(row_begin + rows[group], groups.row_end[group])
     item, within = ranges(groups.pieces[group])
     piece = groups.indptr[:-1][group][item] + within
     end = _visible_end(walk, groups, piece, row_begin[item], row_end[item])
