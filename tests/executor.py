@@ -43,7 +43,9 @@ def execute(plan, spec, q, buffers) -> Execution:
                 leads = head % plan.tiles[tile].heads == 0
                 _unit(plan, spec, item, head, leads, q, buffers, (partial_out, partial_lse), done)
             steps = -(-item[4] // plan.tiles[tile].kv_tile)
-            pairs = steps * plan.tiles[tile].kv_tile * plan.tiles[tile].lane_rows
+            granule = plan.granules[tile]
+            lanes = -(-item[1] * spec.group // granule) * granule
+            pairs = steps * plan.tiles[tile].kv_tile * lanes
             done.reads["tile_flops"] += (
                 2 * (spec.q_width + spec.v_width) * pairs * spec.num_kv_heads
             )

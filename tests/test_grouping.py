@@ -105,6 +105,40 @@ TREES = {
 }
 
 
+def test_lanes_that_an_item_leaves_of_its_class_cost_nothing_on_a_cpu() -> None:
+    spec = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128)
+    tile = (TileShape(64, 64, "float32"),)
+    cpu = msgspec.structs.replace(profile(), read_bandwidth=1e15)
+    gpu = msgspec.structs.replace(cpu, kind="cuda")
+    tokens = np.array([10**6])
+
+    def seconds(rows: int, device: DeviceProfile) -> float:
+        costs = prices(spec, tile, CostModel.from_profile(device))
+        return float(costs.choose_tile(tokens, np.array([rows]))[1][0])
+
+    lane_rows = [4 * rows for rows in range(1, 17)]
+    products = [seconds(rows, cpu) - seconds(0, cpu) for rows in range(1, 17)]
+    assert np.allclose(products, [products[-1] * -(-lanes // 16) / 4 for lanes in lane_rows])
+    assert len({seconds(rows, gpu) for rows in range(1, 17)}) == 1
+
+
+def test_every_tile_class_keeps_all_cores_busy_to_its_end() -> None:
+    # Ten rows are more than a class of 128 lane rows holds of 16 query heads: the prompt falls into
+    # a few items of one class, and the answers into many of another.
+    spec = AttentionSpec.mla(
+        num_q_heads=16, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128
+    )
+    tiles = default_tiles(spec, "llvm", frozenset(profile(cores=2).features))
+    plan = plan_of(few_shot(1500, 10, 300), "packed", spec, profile=profile(cores=2), tiles=tiles)
+    costs = prices(spec, tiles, CostModel.from_profile(profile(cores=2)))
+    assert len(plan.launches) > 1
+    for _, begin, end in plan.launches:
+        items = plan.items[begin:end]
+        _, seconds = costs.choose_tile(items[:, 4], items[:, 1])
+        ends = makespan(seconds, np.ones(len(items), int), 2)
+        assert ends <= 1.1 * seconds.sum() / 2
+
+
 def test_makespan_counts_waves_and_load() -> None:
     seconds, units = np.array([3.0, 1.0]), np.array([5, 4])
     assert makespan(seconds, units, cores=4) == 6.0  # a core takes two of the five long ones

@@ -133,7 +133,8 @@ class Prices:
     Attributes:
         capacity: rows that an item of the class may hold.
         kv_tile: tokens a step.
-        row_step: rows that the largest class computes at a time.
+        granule: lane rows that it computes at a time.
+        row_step: rows of a granule of the largest class.
         units: of an item.
         step_seconds: by number of rows, both products of one step under all KV heads, by one core.
         fixed_seconds: by number of rows, starts of all units, and their lanes of Q and output, by
@@ -147,6 +148,7 @@ class Prices:
 
     capacity: Ints
     kv_tile: Ints
+    granule: Ints
     row_step: int
     units: Ints
     step_seconds: Floats
@@ -281,8 +283,9 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
     kv_tile = np.array([tile.kv_tile for tile in tiles], np.int64)
     widths = spec.q_width + spec.v_width
     rows = np.arange(capacity.max() + 1)
-    granule = np.array([[model.granule(tile)] for tile in tiles])
-    lanes = spec.num_kv_heads * (-(-rows * spec.group // granule) * granule)
+    granule = np.array([model.granule(tile) for tile in tiles])
+    step = granule[:, None]
+    lanes = spec.num_kv_heads * (-(-rows * spec.group // step) * step)
     fixed_seconds = (units * model.unit_seconds)[:, None] + 4 * widths * lanes / a_core
     fixed_seconds[rows > capacity[:, None]] = np.inf
     rate = np.array([[model.rate(tile)] for tile in tiles])
@@ -290,7 +293,8 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
     return Prices(
         capacity=capacity,
         kv_tile=kv_tile,
-        row_step=max(1, int(granule[capacity.argmax(), 0]) // spec.group),
+        granule=granule,
+        row_step=max(1, int(granule[capacity.argmax()]) // spec.group),
         step_seconds=(2.0 * widths * lanes / rate + loading) * kv_tile[:, None],
         units=units,
         fixed_seconds=fixed_seconds,

@@ -61,6 +61,7 @@ class Plan:
         merge_indptr: [Mr + 1], the partial slots of each; none: output 0 and LSE -inf.
         page_indices: [P], as the page table has them.
         tiles: the tile classes that `launches` counts in.
+        granules: of each tile class the lane rows that its kernel computes at a time.
         window: positions that a row sees, its own included; None for all.
         group: query heads a KV head, by which `tiles` were taken to hold so many rows.
         grouping: how the forest was divided; never ``auto``.
@@ -82,6 +83,7 @@ class Plan:
     merge_indptr: Int32
     page_indices: Int32
     tiles: tuple[TileShape, ...]
+    granules: tuple[int, ...]
     group: int
     window: int | None
     grouping: str

@@ -179,6 +179,7 @@ class Recipe:
             merge_indptr=partials.merge_indptr,
             page_indices=pages.page_indices,
             tiles=self.tiles,
+            granules=tuple(self.prices.granule.tolist()),
             group=self.group,
             window=self.window,
             grouping=grouping,

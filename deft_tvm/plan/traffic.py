@@ -67,7 +67,8 @@ class Traffic:
         tree: bytes of the plan.
         sequence: bytes if every row read its own path.
         flops: both products over the visible (row, token) pairs; sharing does not change them.
-        tile_flops: both products over whole tiles, lanes and steps that hold nothing included.
+        tile_flops: both products as kernels compute them, in whole steps of tokens and of lane
+            rows, those that hold nothing included.
     """
 
     tree: Bytes
@@ -164,10 +165,12 @@ def _run_tokens(plan: Plan) -> Ints:
 
 
 def _tile_pairs(plan: Plan) -> int:
-    """(lane row, token) pairs of all tiles under one KV head."""
+    """(lane row, token) pairs that kernels compute under one KV head."""
     pairs = 0
     for index, begin, end in plan.launches:
         tile = plan.tiles[index]
-        steps = int((-(-plan.items[begin:end, 4] // tile.kv_tile)).sum(dtype=np.int64))
-        pairs += steps * tile.kv_tile * tile.lane_rows
+        granule = plan.granules[index]
+        rows, tokens = plan.items[begin:end, 1].astype(np.int64), plan.items[begin:end, 4]
+        lanes = -(-rows * plan.group // granule) * granule
+        pairs += int(lanes @ -(-tokens // tile.kv_tile)) * tile.kv_tile
     return pairs
