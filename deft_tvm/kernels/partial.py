@@ -59,6 +59,10 @@ from deft_tvm.kernels.tokens import advance, ahead, find_cut, find_scales, find_
 from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, CacheBuffer, TileShape
 
+SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
+"""Buffers each of which is made element by element of another that is not read again: logits of
+scores, exponentials of logits, weights of exponentials, and the new output of the old."""
+
 
 def partial_attention(
     spec: AttentionSpec, tile: TileShape, kind: str = "llvm", name: str = "partial"

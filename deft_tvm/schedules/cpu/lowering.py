@@ -1,8 +1,8 @@
 """From scheduled kernels to machine code of a CPU.
 
 TVM lets a compilation name its lowering pipeline. Ours is TVM's for scheduled TensorIR, without the
-steps that only other targets or features need, and with one of our own between: loops over lane
-rows end where the item's rows do.
+steps that only other targets or features need, and with our own between: loops over lane rows end
+where the item's rows do, and stages write over what they read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tvm.tirx.compilation_pipeline import (
     register_tir_pipeline,
 )
 
+from deft_tvm.schedules.cpu.in_place import write_in_place
 from deft_tvm.schedules.cpu.vector import REGISTERS
 
 PIPELINE = "deft_tvm_cpu"
@@ -58,6 +59,7 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
         simplify(),
         lower.LowerOpaqueBlock(),
         tirx.transform.FlattenBuffer(),
+        write_in_place,
         tirx.transform.BF16ComputeLegalize(),
         tirx.transform.NarrowDataType(32),
         lower.LoopPartition(),
