@@ -7,15 +7,13 @@ import re
 
 import pytest
 import tvm
-import tvm_ffi
 from compiled import Compiled, worst
-from tvm import IRModule, s_tir, tirx
+from tvm import s_tir
 
 from deft_tvm.build import compile_module, tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import PlanError
 from deft_tvm.schedules import KernelTask, apply_rules, schedule
-from deft_tvm.schedules.cpu.lowering import LANE_ROWS, trim_rows
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.workloads import parse, tensors
@@ -123,37 +121,6 @@ def test_compiles_to_the_instructions_of_each_cpu(cpu: str, dtype: str) -> None:
     (many,) = (task for task in tasks if task.tile is not None and task.tile.lane_rows == 64)
     assert len(re.findall(instruction, assembly[many.name])) > 8
     assert many.tile is not None and many.tile.operand == ("bfloat16" if feature else "float32")
-
-
-@pytest.mark.parametrize("name", ["gqa", "mqa-bf16", "shared-state-bf16"])
-def test_loops_over_lane_rows_end_with_the_item(name: str) -> None:
-    spec = SPECS[name]
-    tasks = tasks_for(spec, HERE)
-    (task,) = (t for t in tasks if t.tile is not None and t.tile.lane_rows == 128)
-    module = schedule(task)[0].mod
-    marked = _loops_over_rows(module)
-    assert len(marked) > 15
-    block = max(128 // int(loop.extent) for loop in marked)
-    trimmed = trim_rows(module)
-    assert not _loops_over_rows(trimmed)
-    text = trimmed.script()
-    for loop in marked:
-        assert f"(lanes + {block - 1}) // {block}" in text, loop
-    # Where an item fills its class, every loop is as long as it was.
-    for loop in marked:
-        assert 128 // block * (block // (128 // int(loop.extent))) == int(loop.extent)
-
-
-def _loops_over_rows(module: IRModule) -> list[tirx.For]:
-    found: list[tirx.For] = []
-
-    def look(loop: tirx.For) -> None:
-        if LANE_ROWS in loop.annotations:
-            found.append(loop)
-
-    for function in module.functions.values():
-        tvm_ffi.structural_walk(function.body, [(tirx.For, look)])
-    return found
 
 
 def _profile(cpu: str) -> DeviceProfile:

@@ -53,7 +53,7 @@ def _places(body: tirx.Stmt) -> dict[Any, Any]:
     tvm_ffi.structural_walk(body, [(tirx.AllocBuffer, look)])
     places: dict[Any, Any] = {}
     for names in SUCCESSORS.items():
-        found = [by_name.get(name, ()) for name in names]
+        found = [by_name.get(name, []) for name in names]
         if all(len(buffers) == 1 for buffers in found):
             new, old = found[0][0], found[1][0]
             if _alike(new, old) and _made_of(body, new, old):
