@@ -58,11 +58,12 @@ def _exactness(found: Outcome) -> dict[str, str]:
 
 
 def _latency(found: Outcome) -> dict[str, str]:
-    ratios = found.measurement.speedups()
+    timings, ratios = found.measurement.timings, found.measurement.speedups()
     return {
-        CALLS[name]: f"{1e3 * timing.median:.2f}"
+        call: f"{1e3 * timings[name].median:.2f}"
         + (f" ({ratios[name].median:.1f}×)" if name in ratios else "       ")
-        for name, timing in found.measurement.timings.items()
+        for name, call in CALLS.items()
+        if name in timings
     }
 
 

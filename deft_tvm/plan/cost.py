@@ -95,7 +95,7 @@ class CostModel:
         """Lane rows that the kernel of `tile` computes at a time."""
         if not self.trimmed or tile.lane_rows <= FEW_LANE_ROWS:
             return tile.lane_rows
-        widths = GRANULES[tile.operand]
+        widths = GRANULES.get(tile.operand, GRANULES["float32"])
         return next((width for width in widths if tile.lane_rows % width == 0), tile.lane_rows)
 
     def loading(self, spec: AttentionSpec, tile: TileShape) -> float:
