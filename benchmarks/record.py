@@ -16,7 +16,12 @@ from deft_tvm import DeviceProfile
 ROOT = Path(__file__).parents[1]
 
 
-def record(name: str, folder: Path) -> None:
+def folder() -> Path:
+    """Where the records of this device are."""
+    return ROOT / "logs" / DeviceProfile.detect().slug / "benchmarks"
+
+
+def record(name: str) -> None:
     """Run one benchmark, or the demo of ``make run``, and keep its output."""
     script = ["-m", "deft_tvm.demo"] if name == "demo" else [f"benchmarks/{name}.py"]
     run = subprocess.run(
@@ -30,11 +35,11 @@ def record(name: str, folder: Path) -> None:
     printed = run.stdout
     for place, kind in ((user_data_path, "data"), (user_cache_path, "cache")):
         printed = printed.replace(str(place("deft_tvm", appauthor=False)), f"<user {kind}>")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.txt").write_text(origin + printed, encoding="utf-8")
+    folder().mkdir(parents=True, exist_ok=True)
+    (folder() / f"{name}.txt").write_text(origin + printed, encoding="utf-8")
     print(run.stdout)
 
 
 if __name__ == "__main__":
     for benchmark in sys.argv[1:]:
-        record(benchmark, ROOT / "logs" / DeviceProfile.detect().slug / "benchmarks")
+        record(benchmark)

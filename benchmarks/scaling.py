@@ -1,14 +1,13 @@
-# python benchmarks/scaling.py logs/amd-epyc-avx512bf16-2c/benchmarks/scaling.svg
+# python benchmarks/scaling.py
 """Cost against work: from 1k to 256k tokens, from 1 to 4,096 rows. A straight line is proportional.
 
-Prints the milliseconds of one step, plan and merge included, and draws them.
+Prints the milliseconds of one step, plan and merge included, and draws them beside the records.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
+from record import folder
 
 from deft_tvm import AttentionSpec, TreeAttention
 from deft_tvm.bench import plot
@@ -52,4 +51,4 @@ if __name__ == "__main__":
             for work, time in zip(curve.x, curve.y, strict=True):
                 print(f"{work:8.0f} {unit} {time:10.3f} ms {1e3 * time / work:10.3f} µs each")
     panels = (("tokens in the cache", by_tokens), ("rows over one prompt", by_rows))
-    plot.lines(panels, "milliseconds", sys.argv[1], log=True)
+    plot.lines(panels, "milliseconds", folder() / "scaling.svg", log=True)

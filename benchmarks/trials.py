@@ -1,12 +1,13 @@
-# python benchmarks/trials.py logs/amd-epyc-avx512bf16-2c out.svg
-"""What tuning is worth: the best so far of each kernel against trials, beside its default."""
+# python benchmarks/trials.py
+"""What tuning is worth: the best so far of each kernel in this device's logs, against trials."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from itertools import accumulate
 from pathlib import Path
+
+from record import folder as records
 
 from deft_tvm.bench import plot
 from deft_tvm.tuning.log import TuningLog
@@ -31,7 +32,7 @@ def curves(folder: Path) -> list[plot.Line]:
 
 
 if __name__ == "__main__":
-    logs = sorted(path.parent for path in Path(sys.argv[1]).glob("*/trials.jsonl"))
+    logs = sorted(path.parent for path in records().parent.glob("*/trials.jsonl"))
     panels = []
     for folder in logs:
         lines = curves(folder)
@@ -40,4 +41,4 @@ if __name__ == "__main__":
             print(
                 f"{folder.name}  {line.name:14} {len(line.y):3} trials  {line.y[-1]:.3f} of default"
             )
-    plot.lines(panels, "best so far, in parts of the default", sys.argv[2])
+    plot.lines(panels, "best so far, in parts of the default", records() / "trials.svg")
