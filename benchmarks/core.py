@@ -41,6 +41,8 @@ def document(record: Record, drawing: str) -> str:
         "Milliseconds. Of the peers KV is gathered beforehand and not counted.\n",
         report.markdown(("workload", "attention", *PEERS), report.peers(found, tuple(PEERS))),
         *(f"- {name}: {peer.setting}" for name, peer in PEERS.items()),
+        "\nvLLM's CPU attention and llama.cpp are not among them: neither comes as a package that "
+        "could be called on these tensors.",
     ]
     return "\n".join(parts) + "\n"
 
