@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deft_tvm
 from deft_tvm import env, reference
 from deft_tvm.plan import Plan, make_plan
-from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, merge_states
+from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, eager, merge_states
+from deft_tvm.pytorch import attention as attending
 from deft_tvm.pytorch.loaded import spec_of
 from deft_tvm.pytorch.packing import RECENT, pack, unpack
 from deft_tvm.tree import Forest
@@ -48,6 +50,49 @@ class Layer(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = self.attention(q + 1, (k, v))
         return out * 2, lse
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a mode is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_sees_the_operator_where_it_looks(attention: TreeAttention) -> None:
+    case = planned(attention, "speculative")
+    expected = attention.run(case.q, case.buffers)
+    with Seen() as seen:
+        shown = attention.run(case.q, case.buffers)
+    assert "deft_tvm::tree_attention" in seen.names
+    with torch.profiler.profile() as profiler:
+        profiled = attention.run(case.q, case.buffers)
+    assert any("tree_attention" in event.key for event in profiler.key_averages())
+    for found in (shown, profiled):
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_plain_run_passes_torch_by_unless_it_does_not_tell(
+    attention: TreeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, calls = planned(attention, "speculative"), []
+    operator = attending.TREE_ATTENTION
+    monkeypatch.setattr(
+        attending, "TREE_ATTENTION", lambda *given: [calls.append(given), operator(*given)][1]
+    )
+    expected = attention.run(case.q, case.buffers)
+    assert not calls
+    with torch.inference_mode():
+        attention.run(case.q, case.buffers)
+    assert not calls
+    monkeypatch.setattr(eager, "TELLING", False)
+    assert all(map(torch.equal, attention.run(case.q, case.buffers), expected))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("workload", ["few_shot:prompt=90,branches=5,tokens=7", "speculative"])

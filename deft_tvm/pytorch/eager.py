@@ -14,14 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-_keys_of_thread = torch._C._dispatch_tls_local_include_set
-_profiling = torch.autograd._profiler_enabled
+try:
+    from torch._C import _dispatch_tls_local_include_set as _keys_of_thread
+    from torch.autograd import _profiler_enabled as _profiling
+
+    TELLING = True
+except ImportError:
+    TELLING = False
+"""Whether this torch tells what is on: both names are its own. Where not, no call is plain."""
+
 _PLAIN = (Tensor, Parameter)
 
 
 def _keys_without_modes() -> frozenset[int]:
     """What a thread adds to a call where nothing is on but, maybe, inference mode."""
-    found = set()
+    found: set[int] = set()
+    if not TELLING:
+        return frozenset()
     for mode in (False, True):
         with torch.inference_mode(mode):
             found.add(_keys_of_thread().raw_repr())
@@ -33,7 +42,7 @@ _WITHOUT_MODES = _keys_without_modes()
 
 def is_plain(q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None) -> bool:
     """Whether the dispatcher would hand these to the CPU's implementation just as they are."""
-    if _keys_of_thread().raw_repr() not in _WITHOUT_MODES or _profiling():
+    if not TELLING or _keys_of_thread().raw_repr() not in _WITHOUT_MODES or _profiling():
         return False
     for tensor in (q, *kv, out, lse):
         if tensor is not None and (
