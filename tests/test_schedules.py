@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 import tvm
@@ -121,6 +122,22 @@ def test_compiles_to_the_instructions_of_each_cpu(cpu: str, dtype: str) -> None:
     (many,) = (task for task in tasks if task.tile is not None and task.tile.lane_rows == 64)
     assert len(re.findall(instruction, assembly[many.name])) > 8
     assert many.tile is not None and many.tile.operand == ("bfloat16" if feature else "float32")
+
+
+@pytest.mark.parametrize("name", ["gqa", "gta"])
+def test_register_tiles_stay_in_registers(name: str) -> None:
+    """No product of pairs is followed by a store of its sum: that takes twice the time."""
+    heads = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+    spec = AttentionSpec.gqa(**heads) if name == "gqa" else AttentionSpec.gta(**heads, rope_dim=64)
+    profile = _profile("znver4")
+    tiles = default_tiles(spec, "llvm", frozenset(profile.features))
+    tasks = tasks_for(spec, profile, [t for t in tiles if t.lane_rows in (16, 32, 48)])
+    for task in (task for task in tasks if task.tile is not None):
+        assembly = compile_module(schedule(task)[0].mod, task.target).mod.inspect_source("asm")
+        lines = [line.strip() for line in assembly.splitlines()]
+        sums = [after for line, after in pairwise(lines) if line.startswith("vdpbf16ps")]
+        assert len(sums) > 16, task.name
+        assert not [line for line in sums if re.match(r"vmovups\t%zmm\d+, \S*\(", line)], task.name
 
 
 def _profile(cpu: str) -> DeviceProfile:

@@ -17,6 +17,9 @@ CPU_MANY: dict[Dtype, tuple[int, ...]] = {
 }
 """Lane rows of the classes with rows in the lanes. What an item leaves of a class is not computed,
 in steps of 16 in float32; register tiles of bfloat16 want to be wider, so that 48 has a class."""
+CPU_WITHOUT_ROPE = 48
+"""A class for keys in one piece: with a rope beside them LLVM stores its register tiles at every
+step, which halves the rate (AMD EPYC Zen 4, 2026-11-21)."""
 CPU_FEW_BYTES = 16 << 10
 """With few rows a step is a copy out of memory, which half of the nearest cache shall hold. One
 sequence of 65,536 takes 0.81 of its time with 64 KiB in float32, 0.96 in bfloat16 (AMD EPYC Zen 4,
@@ -42,7 +45,8 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
     few_operand = _few_operand(spec, features)
     few = [(rows, few_operand) for rows in (spec.group, 8) if spec.group <= rows < 16]
     operand = _cpu_operand(spec, features)
-    many = [(rows, operand) for rows in CPU_MANY[operand]]
+    classes = (rows for rows in CPU_MANY[operand] if spec.rope is None or rows != CPU_WITHOUT_ROPE)
+    many = [(rows, operand) for rows in classes]
     fitting = [(rows, operand) for rows, operand in few + many if rows >= spec.group]
     wanted = dict(fitting or [(-(-spec.group // 16) * 16, operand)])
     return tuple(
