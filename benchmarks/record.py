@@ -12,6 +12,7 @@ import torch
 from platformdirs import user_cache_path, user_data_path
 
 from deft_tvm import DeviceProfile
+from deft_tvm.manifest import source_commit
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,11 +28,9 @@ def record(name: str) -> None:
     run = subprocess.run(
         [sys.executable, *script], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    ).stdout.strip()
     when = datetime.now(timezone.utc).isoformat(timespec="minutes")
-    origin = f"# python {' '.join(script)}\n# {when}, commit {commit}, torch {torch.__version__}\n"
+    made_of = f"commit {source_commit()}, torch {torch.__version__}"
+    origin = f"# python {' '.join(script)}\n# {when}, {made_of}\n"
     printed = run.stdout
     for place, kind in ((user_data_path, "data"), (user_cache_path, "cache")):
         printed = printed.replace(str(place("deft_tvm", appauthor=False)), f"<user {kind}>")

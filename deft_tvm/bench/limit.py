@@ -12,7 +12,7 @@ import torch
 
 from deft_tvm.plan.cost import token_bytes
 from deft_tvm.plan.split import Walk
-from deft_tvm.plan.traffic import row_tokens
+from deft_tvm.plan.traffic import row_tokens, visible_flops
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.timing import Summary, Timing
 from deft_tvm.tree import Forest
@@ -41,7 +41,7 @@ class Limit(msgspec.Struct, frozen=True):
         seen = int(row_tokens(forest, spec.window).sum())
         return cls(
             kv_bytes=int(Walk.of(forest, spec.window).length.sum()) * token_bytes(spec),
-            flops=2 * (spec.q_width + spec.v_width) * spec.num_q_heads * seen,
+            flops=visible_flops(spec, seen),
         )
 
     def seconds(self, read: float, product: float) -> float:

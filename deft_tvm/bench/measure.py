@@ -29,7 +29,7 @@ from deft_tvm.bench.step import (
 )
 from deft_tvm.errors import InputError
 from deft_tvm.peers import PEERS, QUICK, Gathered
-from deft_tvm.plan import Traffic
+from deft_tvm.plan import GROUPINGS, Traffic
 from deft_tvm.timing import Summary, Timing
 from deft_tvm.timing import measure as measure_calls
 from deft_tvm.workloads import Case
@@ -42,6 +42,8 @@ LONGEST_CALL = 2.5
 HOPELESS = 8.0
 """A grouping so many times slower than the one that was chosen is measured once."""
 MOST_ROUNDS = 60
+OTHERS = tuple(name for name in GROUPINGS if name != "auto")
+"""Groupings that a choice may be compared with: those of the paper, no sharing, packing by cost."""
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +134,7 @@ def measure(
         peers: names in `PEERS`.
         budget: seconds for the measured rounds; parts, groupings and products take a quarter each.
         cold: before each call empty the caches, as the other layers of a model do.
-        groupings: names in `plan.GROUPINGS` whose runs are timed beside the chosen one's.
+        groupings: names in `OTHERS` whose runs are timed beside the chosen one's.
         between: time the step between two matrix products, too.
         say: told in a few words of each stage before it begins.
 
@@ -152,8 +154,8 @@ def measure(
 
         timings = timed(calls, budget)
         del calls
-        attention.plan(case.forest, case.pages)
-        traffic, chosen = attention.traffic, _chosen(attention)
+        chosen = attention.plan(case.forest, case.pages).grouping
+        traffic = attention.traffic
         say("timing the plan, the partials and the merge alone")
         of_ours = timed(parts(case, attention, *outputs(case)), budget / 4)
         others: dict[str, Timing] = {}
@@ -232,11 +234,6 @@ def _groupings(
         else:
             calls[name] = call
     return {**timed(calls, budget), **hopeless}
-
-
-def _chosen(attention: TreeAttention) -> str:
-    plan = attention.last_plan
-    return attention.grouping if plan is None else plan.grouping
 
 
 def _seconds(call: Callable[[], object]) -> float:

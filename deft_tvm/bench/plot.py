@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 from deft_tvm.bench.measure import Measurement
-from deft_tvm.bench.report import short
+from deft_tvm.bench.report import field, short
 from deft_tvm.manifest import AnyPath
 
 matplotlib.use("Agg")
@@ -29,7 +29,7 @@ def core(found: Sequence[Measurement], path: AnyPath) -> None:
     )
     for place, each in enumerate(cells):
         ratio = next(iter(each.speedups().values()))
-        colour = COLOURS["bf16" if "dtype=bf16" in each.spec else "f32"]
+        colour = COLOURS.get(field(each.spec, "dtype"), GREY)
         speed.barh(place, ratio.median, color=colour, height=0.7)
         speed.plot((ratio.low, ratio.high), (place, place), color="black", linewidth=1)
         share.barh(place, 100 * each.share.median, color=colour, height=0.7)

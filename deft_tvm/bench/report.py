@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from deft_tvm.bench.compare import Change, Verdict
-from deft_tvm.bench.measure import Measurement
+from deft_tvm.bench.measure import OTHERS, Measurement
 from deft_tvm.bench.step import MERGE, OURS, PARTIAL, PLAN, RUN
 from deft_tvm.timing import Summary, Timing
 
@@ -19,7 +19,6 @@ Rows = list[tuple[str, ...]]
 
 SPEED = ("workload", "attention", "ms", "95 %", "of limit", "best peer", "ms", "faster", "95 %")
 PARTS = ("workload", "attention", "plan µs", "partial", "merge", "call", "plan / layers", "between")
-OTHERS = ("node", "node_chunk", "flatten", "sequence", "packed")
 GROUPED = ("workload", "attention", "chosen", "ms", *OTHERS)
 CHANGED = ("workload", "attention", "before", "after", "ratio", "")
 
@@ -53,14 +52,7 @@ def grouped(found: Iterable[Measurement]) -> Rows:
 
 def peers(found: Iterable[Measurement], names: Sequence[str]) -> Rows:
     """Milliseconds of each peer, and a dash where it was left out."""
-    return [
-        (
-            each.workload,
-            short(each.spec),
-            *(f"{1e3 * each.peers[n].median:.2f}" if n in each.peers else "–" for n in names),
-        )
-        for each in found
-    ]
+    return [_peers(each, names) for each in found]
 
 
 def changed(changes: Iterable[Change]) -> Rows:
@@ -86,7 +78,7 @@ def summary(found: Iterable[Measurement]) -> list[str]:
     for each in found:
         if speedups := each.speedups():
             best, ratio = next(iter(speedups.items()))
-            by_dtype.setdefault(_field(each.spec, "dtype"), []).append(ratio.median)
+            by_dtype.setdefault(field(each.spec, "dtype"), []).append(ratio.median)
             if ratio.high < 1:
                 behind.append(f"behind {best}: {each.workload}, {short(each.spec)}")
     for dtype, ratios in by_dtype.items():
@@ -105,41 +97,50 @@ def markdown(columns: Sequence[str], rows: Rows) -> str:
 def short(spec: str) -> str:
     """An attention without what all cells share: ``gqa 32/8 d128 bf16``."""
     kind, _, _ = spec.partition(":")
-    heads = f"{_field(spec, 'hq')}/{_field(spec, 'hkv') or 1}"
-    return f"{kind} {heads} d{_field(spec, 'd')} {_field(spec, 'dtype')}"
+    heads = f"{field(spec, 'hq')}/{field(spec, 'hkv') or 1}"
+    return f"{kind} {heads} d{field(spec, 'd')} {field(spec, 'dtype')}"
 
 
 def _call(found: Measurement, name: str, ratio: Summary | None) -> tuple[str, ...]:
-    own = found.timings[name].summary
-    return (
-        name,
-        f"{1e3 * own.median:.3f}",
-        f"{1e3 * own.low:.3f} to {1e3 * own.high:.3f}",
-        "" if ratio is None else f"{ratio.median:.2f}×",
-        "" if ratio is None else f"{ratio.low:.2f} to {ratio.high:.2f}",
-    )
+    return (name, *_milliseconds(found.timings[name], 3), *_times_faster(ratio))
 
 
 def _speed(found: Measurement) -> tuple[str, ...]:
-    own = found.timings[OURS].summary
     best, ratio = next(iter(found.speedups().items()), ("", None))
     return (
         found.workload,
         short(found.spec),
-        f"{1e3 * own.median:.2f}",
-        f"{1e3 * own.low:.2f} to {1e3 * own.high:.2f}",
+        *_milliseconds(found.timings[OURS], 2),
         percent(found.share),
         best,
-        f"{1e3 * found.timings[best].median:.2f}" if best else "",
-        "" if ratio is None else f"{ratio.median:.2f}×",
-        "" if ratio is None else f"{ratio.low:.2f} to {ratio.high:.2f}",
+        _milliseconds(found.timings[best], 2)[0] if best else "",
+        *_times_faster(ratio),
     )
+
+
+def _milliseconds(timing: Timing, digits: int) -> tuple[str, str]:
+    """The median, and the interval around it."""
+    own = timing.summary
+    median, low, high = (f"{1e3 * each:.{digits}f}" for each in (own.median, own.low, own.high))
+    return median, f"{low} to {high}"
+
+
+def _times_faster(ratio: Summary | None) -> tuple[str, str]:
+    """The same of a ratio; nothing where there is none."""
+    if ratio is None:
+        return "", ""
+    return f"{ratio.median:.2f}×", f"{ratio.low:.2f} to {ratio.high:.2f}"
+
+
+def _peers(found: Measurement, names: Sequence[str]) -> tuple[str, ...]:
+    timings = found.peers
+    medians = (_milliseconds(timings[name], 2)[0] if name in timings else "–" for name in names)
+    return (found.workload, short(found.spec), *medians)
 
 
 def _parts(found: Measurement) -> tuple[str, ...]:
     plan, run, partial, merge = (
-        1e6 * found.parts[part].median if part in found.parts else 0.0
-        for part in (PLAN, RUN, PARTIAL, MERGE)
+        1e6 * found.parts[part].median for part in (PLAN, RUN, PARTIAL, MERGE)
     )
     return (
         found.workload,
@@ -172,6 +173,7 @@ def percent(share: Summary) -> str:
     return f"{100 * share.median:.0f} %"
 
 
-def _field(spec: str, name: str) -> str:
+def field(spec: str, name: str) -> str:
+    """What a spec's string says of one field; nothing where it does not."""
     fields = dict(part.partition("=")[::2] for part in spec.partition(":")[2].split(","))
     return fields.get(name, "")

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from deft_tvm import workloads
 from deft_tvm.bench.core import Cell
 from deft_tvm.bench.limit import Limit
-from deft_tvm.bench.measure import Measurement, measure
+from deft_tvm.bench.measure import OTHERS, Measurement, measure
 from deft_tvm.peers import PEERS
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import tensors
-
-GROUPINGS = ("node", "node_chunk", "flatten", "sequence", "packed")
 
 
 def run(
@@ -48,7 +46,7 @@ def run(
             peers,
             budget=budget,
             cold=Limit.of(case.forest, spec).kv_bytes > attention.profile.l2_bytes,
-            groupings=GROUPINGS,
+            groupings=OTHERS,
             between=True,
             say=tell,
         )

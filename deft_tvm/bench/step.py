@@ -97,5 +97,6 @@ def between_products(case: Case, attention: TreeAttention, cold_bytes: int) -> C
 
 def outputs(case: Case) -> tuple[Tensor, Tensor]:
     """New tensors for one run."""
-    shape = (case.forest.num_rows, case.spec.num_q_heads, case.spec.v_width)
-    return case.q.new_empty(shape), torch.empty(shape[:2], device=case.q.device)
+    from deft_tvm.pytorch.ops import outputs as new_outputs
+
+    return new_outputs(case.q, case.spec.v_width)

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from deft_tvm.commands.common import (
     CHECK_FAILED,
     DEFAULT_SPEC,
+    DEFAULT_WORKLOAD,
     GroupingOption,
     JsonOption,
     ModuleOption,
@@ -41,7 +42,7 @@ def bench(
             help=f"The tree: {WORKLOADS_HELP}; or core, the fixed set of workloads and specs "
             "that releases are judged by.",
         ),
-    ] = "few_shot",
+    ] = DEFAULT_WORKLOAD,
     spec: SpecOption = DEFAULT_SPEC,
     module: ModuleOption = None,
     grouping: GroupingOption = "auto",

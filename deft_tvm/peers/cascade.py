@@ -129,8 +129,7 @@ def _rows(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _lacks(gathered: Gathered) -> str | None:
-    size = gathered.mask.numel() * gathered.case.spec.group * gathered.q.element_size()
-    return no_cap_and_no_sinks(gathered) or too_large("masks may take", size)
+    return no_cap_and_no_sinks(gathered) or too_large("masks may take", gathered.mask_bytes)
 
 
 def _ordered(_: Gathered, out: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from deft_tvm.fp8 import dequantize
 from deft_tvm.reference import dense_mask
 from deft_tvm.workloads import Case
+from deft_tvm.workloads.tensors import token_places
 
 
 @dataclass(frozen=True)
@@ -88,23 +89,35 @@ class Gathered:
         order = torch.from_numpy(self.case.forest.row_order.copy()).long()
         return None if torch.equal(order, torch.arange(len(order))) else order
 
+    def depth_first(self, x: Tensor) -> Tensor:
+        """[rows, ...] in depth-first order, of the caller's order."""
+        return x if self.order is None else x[self.order]
+
+    def callers(self, x: Tensor) -> Tensor:
+        """[rows, ...] in the caller's order, of depth-first order."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+
     @cached_property
     def seen(self) -> Tensor:
         """`mask` with rows in depth-first order."""
-        return self.mask if self.order is None else self.mask[self.order]
+        return self.depth_first(self.mask)
 
     @cached_property
     def folded(self) -> Tensor:
         """[KV heads, rows · group, width], q in depth-first order, heads of a group as rows."""
-        q = self.q if self.order is None else self.q[self.order]
-        q = q.unflatten(1, (self.k.shape[0], -1))
+        q = self.depth_first(self.q).unflatten(1, (self.k.shape[0], -1))
         return q.transpose(0, 1).flatten(1, 2).contiguous()
 
     def unfolded(self, out: Tensor) -> Tensor:
         """[rows, query heads, v_width] in the caller's order, of rows as `folded` has them."""
         spec = self.case.spec
-        x = out.unflatten(1, (-1, spec.group)).transpose(0, 1).flatten(1, 2)[..., : spec.v_width]
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+        x = out.unflatten(1, (-1, spec.group)).transpose(0, 1).flatten(1, 2)
+        return self.callers(x[..., : spec.v_width])
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of a mask of q's type, as many times as large as the group."""
+        return self.mask.numel() * self.case.spec.group * self.q.element_size()
 
     @property
     def sequence_bytes(self) -> int:
@@ -152,14 +165,5 @@ def _by_token(case: Case, buffer: Tensor) -> Tensor:
     """[tokens, heads, width] of a cache tensor, nodes back to back in the caller's order."""
     if case.pages.is_contiguous:
         return buffer
-    table, forest = case.pages, case.forest
-    node = torch.arange(forest.num_nodes).repeat_interleave(torch.from_numpy(forest.lengths.copy()))
-    before = torch.from_numpy(forest.lengths.cumsum() - forest.lengths)
-    indices, indptr, first = (
-        torch.from_numpy(x.copy()).long()
-        for x in (table.page_indices, table.page_indptr, table.first_slot)
-    )
-    x = first[node] + torch.arange(len(node)) - before[node]
-    page = indices[indptr[node] + x // table.page_size]
     in_page = buffer if case.spec.layout == "NHD" else buffer.transpose(1, 2)
-    return in_page[page, x % table.page_size]
+    return in_page[token_places(case.forest, case.pages)]

@@ -64,8 +64,7 @@ def _sequences_lack(gathered: Gathered) -> str | None:
 
 
 def _masked_lacks(gathered: Gathered) -> str | None:
-    size = gathered.mask.numel() * gathered.case.spec.group * gathered.q.element_size()
-    return no_cap_and_no_sinks(gathered) or too_large("mask takes", size)
+    return no_cap_and_no_sinks(gathered) or too_large("mask takes", gathered.mask_bytes)
 
 
 SDPA = {

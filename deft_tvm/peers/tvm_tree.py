@@ -54,7 +54,7 @@ def tvm_tree(gathered: Gathered) -> Call:
     spec, trees = gathered.case.spec, list(_laid_out(gathered))
     dtype = str(gathered.q.dtype).removeprefix("torch.")
     kernel = _compiled(spec.num_kv_heads, spec.num_q_heads, gathered.q.shape[2], dtype)
-    q = gathered.q if gathered.order is None else gathered.q[gathered.order]
+    q = gathered.depth_first(gathered.q)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
     tokens = torch.cat([tree.tokens for tree in trees])
     arguments = (
@@ -153,8 +153,7 @@ def _flop(gathered: Gathered) -> int:
 
 
 def _ordered(gathered: Gathered, out: Tensor) -> Tensor:
-    x = out[..., : gathered.case.spec.v_width]
-    return x if gathered.order is None else torch.empty_like(x).index_copy_(0, gathered.order, x)
+    return gathered.callers(out[..., : gathered.case.spec.v_width])
 
 
 TVM = {

@@ -51,7 +51,8 @@ class CostModel:
         read_bandwidth: bytes/s of all cores together.
         matrix_rate: FLOP/s of all cores together, by operand dtype.
         launch_seconds: one kernel launch.
-        matrix_share: of the matrix rate, by operand, that products with rows in lanes reach.
+        matrix_share: of the matrix rate, by operand, that products with rows in lanes reach;
+            float32's where an operand has none.
         few_share: the same with fewer than 16 lane rows.
         loading_seconds: of a token under one head, beside copying it, with rows in lanes.
         few_loading_seconds: the same, with fewer than 16 lane rows, copying included.
@@ -70,8 +71,8 @@ class CostModel:
     read_bandwidth: float
     matrix_rate: Rates
     launch_seconds: float = 0.0
-    matrix_share: Rates = (("float32", 0.8), ("bfloat16", 0.8), ("float16", 0.8))
-    few_share: Rates = (("float32", 0.4), ("bfloat16", 0.4), ("float16", 0.4))
+    matrix_share: Rates = (("float32", 0.8),)
+    few_share: Rates = (("float32", 0.4),)
     loading_seconds: float = 0.0
     few_loading_seconds: float = 0.0
     copy_rate: float = np.inf

@@ -28,7 +28,7 @@ from deft_tvm.spec import TileShape
 
 if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
-    from deft_tvm.plan.growth import Frame
+    from deft_tvm.plan.frame import Frame
     from deft_tvm.tree import Forest
 
 Int32 = NDArray[np.int32]

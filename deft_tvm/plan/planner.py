@@ -11,7 +11,8 @@ import numpy as np
 from deft_tvm.errors import PlanError
 from deft_tvm.plan.cost import CostModel, Floats, Ints, Prices, prices
 from deft_tvm.plan.fill import Cut, fill
-from deft_tvm.plan.growth import Frame
+from deft_tvm.plan.frame import Frame
+from deft_tvm.plan.growth import follow, frame_of
 from deft_tvm.plan.layout import (
     Partials,
     Plan,
@@ -154,7 +155,7 @@ class Recipe:
         if previous is not None and previous.page_size == pages.page_size:
             frame = self._frame(previous)
             if frame is not None and frame.holds(forest):
-                return frame.follow(previous, forest, pages)
+                return follow(previous, frame, forest, pages)
         if forest.is_part and self.window is not None:
             raise PlanError(
                 f"window is {self.window}; expected None, as positions in a part of a forest are "
@@ -193,7 +194,7 @@ class Recipe:
         """What may stay of a plan's items: nothing if they depend on exact lengths, or windows."""
         if self.chunk is not None or self.deterministic or self.window is not None:
             return None
-        return previous.frame or Frame.of(previous)
+        return previous.frame or frame_of(previous)
 
     def _choose(self, walk: Walk) -> tuple[str, Groups, Cut]:
         """The grouping by name, its groups, and how to cut them."""

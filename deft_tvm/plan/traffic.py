@@ -104,9 +104,14 @@ def traffic(plan: Plan, spec: AttentionSpec) -> Traffic:
     return Traffic(
         tree=_bytes(plan, spec, read, held, partials, _index_words(plan, spec)),
         sequence=_bytes(plan, spec, seen, plan.num_rows, 0, page_reads * spec.num_kv_heads),
-        flops=2 * widths * spec.num_q_heads * seen,
+        flops=visible_flops(spec, seen),
         tile_flops=2 * widths * spec.num_kv_heads * _tile_pairs(plan),
     )
+
+
+def visible_flops(spec: AttentionSpec, pairs: int) -> int:
+    """Both products over so many visible (row, token) pairs."""
+    return 2 * (spec.q_width + spec.v_width) * spec.num_q_heads * pairs
 
 
 def row_tokens(forest: Forest, window: int | None) -> Ints:

@@ -18,7 +18,7 @@ from deft_tvm.plan import Plan, Recipe, Traffic, make_recipe, traffic
 from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.eager import is_plain
 from deft_tvm.pytorch.loaded import make_key, remember
-from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend
+from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend, outputs
 from deft_tvm.pytorch.packing import Packed
 from deft_tvm.pytorch.watch import Watch
 from deft_tvm.spec import AttentionSpec
@@ -227,10 +227,7 @@ class TreeAttention:
             return attend(self._loaded, step.packed.unpacked, q, kv, out, lse)
         if out is None and lse is None:
             return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *step.operands))
-        if out is None:
-            out = q.new_empty((*q.shape[:2], self.spec.v_width))
-        if lse is None:
-            lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out, lse = outputs(q, self.spec.v_width, out, lse)
         TREE_ATTENTION_OUT(q, kv, *step.operands, out, lse)
         return out, lse
 

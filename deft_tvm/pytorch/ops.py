@@ -56,7 +56,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     check_devices(plan.device, q, *kv)
     check_no_gradient(q, kv)
-    return _outputs(q, spec_of(module).v_width)
+    return outputs(q, spec_of(module).v_width)
 
 
 def _tree_attention_out(
@@ -93,10 +93,16 @@ TREE_ATTENTION = torch.ops.deft_tvm.tree_attention.default
 TREE_ATTENTION_OUT = torch.ops.deft_tvm.tree_attention_out.default
 
 
-def _outputs(q: Tensor, v_width: int) -> tuple[Tensor, Tensor]:
-    rows, heads = q.shape[0], q.shape[1]
-    out = q.new_empty((rows, heads, v_width))
-    return out, q.new_empty((rows, heads), dtype=torch.float32)
+def outputs(
+    q: Tensor, v_width: int, out: Tensor | None = None, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`out` and `lse`, new tensors where they are not given."""
+    rows_and_heads = q.shape[:2]
+    if out is None:
+        out = q.new_empty((*rows_and_heads, v_width))
+    if lse is None:
+        lse = q.new_empty(rows_and_heads, dtype=torch.float32)
+    return out, lse
 
 
 def attend(
@@ -113,11 +119,10 @@ def attend(
         InputError: a tensor does not fit the module's spec or the plan.
     """
     check_inputs(loaded, step, q, kv)
-    if out is None:
-        out = q.new_empty((step.rows, *loaded.partial_shape))
-    if lse is None:
-        lse = q.new_empty((step.rows, loaded.partial_shape[0]), dtype=torch.float32)
-    check_outputs(loaded, step, out, lse)
+    given = out is not None or lse is not None
+    out, lse = outputs(q, loaded.spec.v_width, out, lse)
+    if given:
+        check_outputs(loaded, step, out, lse)
     for launch in launches(loaded, step, q, kv, out, lse):
         launch()
     return out, lse

@@ -163,7 +163,7 @@ def shuffled_pages(forest: Forest, spec: AttentionSpec, seed: int = 0) -> PageTa
     return PageTable(order[consecutive(begin, count)], indptr, first % size, page_size=size)
 
 
-def _places(forest: Forest, pages: PageTable) -> tuple[Tensor, Tensor]:
+def token_places(forest: Forest, pages: PageTable) -> tuple[Tensor, Tensor]:
     """int64[tokens] twice: page and slot of every token, node by node."""
     node = np.repeat(np.arange(forest.num_nodes), forest.lengths)
     x = consecutive(pages.first_slot, forest.lengths)
@@ -184,5 +184,5 @@ def _buffer(
         return tokens
     shape = (pages.max_page + 1, spec.page_size, buffer.heads, buffer.width)
     cache = torch.full(shape, torch.nan, dtype=tokens.dtype)
-    cache[_places(forest, pages)] = tokens
+    cache[token_places(forest, pages)] = tokens
     return cache.transpose(1, 2).contiguous() if spec.layout == "HND" else cache

@@ -27,6 +27,7 @@ from tvm.tirx.compilation_pipeline import (
 
 from deft_tvm.schedules.cpu.in_place import write_in_place
 from deft_tvm.schedules.cpu.vector import REGISTERS
+from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cpu"
 LANE_ROWS = "deft_tvm.lane_rows"
@@ -66,12 +67,7 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
         tirx.transform.VectorizeLoop(),
         tirx.transform.StorageRewrite(),
         settle_registers,
-        lower.HoistIfThenElse(),
-        tirx.transform.UnrollLoop(),
-        lower.RenormalizeSplitPattern(),
-        simplify(),
-        tirx.transform.RemoveNoOp(),
-        lower.RewriteUnsafeSelect(),
+        *tidy(),
         tirx.transform.CommonSubexprElim(),
         tirx.transform.FP8ComputeLegalize(),
         tirx.transform.VerifyMemory(),

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
 
 from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside
@@ -66,18 +65,14 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     transpose(sch, spec, paired)
     for product in score_products(spec):
         ahead = asked_beside(spec, product)
-        rows_outer = _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
-        over_rows(sch, rows_outer, tile.lane_rows)
+        _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
     if paired:
         _pair_values(sch)
-    rows_outer = _product(
-        sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold"
-    )
-    over_rows(sch, rows_outer, tile.lane_rows)
+    _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
 
     pass_over_rows(sch, spec, tile.lane_rows, lanes)
     if paired:
-        narrow_in_pairs(sch, tile.lane_rows)
+        narrow_in_pairs(sch)
         import_llvm(sch, "item", BFLOAT16_LLVM)
     else:
         over_rows(sch, vectorize_over(sch, "probabilities", 0, lanes), tile.lane_rows)
@@ -110,17 +105,15 @@ def _product(
     paired: bool,
     ahead: str | None,
     fold: str | None = None,
-) -> LoopRV:
+) -> None:
     """One of the two products on a register tile of `deep` × `rows`, the reduction outside it.
 
     for i, j, k: C[j, i] += …
     → for i/rows, j/deep:  c[deep, rows] = 0;  for k: c += …;  C[…] = c   (or fold, then store)
-
-    Returns:
-        The loop over rows.
     """
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
+    lane_rows = int(sch.get(i).extent)
     j_outer, j_tile = sch.split(j, [deep_parts, None])
     i_outer, i_across, i_lanes = sch.split(i, [row_parts, None, lanes])
     if paired:
@@ -143,7 +136,7 @@ def _product(
         sch.vectorize(i_lanes)
         sch.decompose_reduction(block, k)
     store_tile(sch, result, lanes)
-    return i_outer
+    over_rows(sch, i_outer, lane_rows)
 
 
 def _pair_values(sch: Schedule) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
 
 from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cpu.amx import AMX_LLVM, DEPTH, EDGE
@@ -51,16 +50,13 @@ def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     transpose(sch, spec, paired=True)
     for product in score_products(spec):
-        ahead = asked_beside(spec, product)
-        rows_outer = _product(sch, product, score_tokens, score_rows, ahead)
-        over_rows(sch, rows_outer, tile.lane_rows)
+        _product(sch, product, score_tokens, score_rows, asked_beside(spec, product))
     _transpose_values(sch)
-    rows_outer = _product(sch, "accumulate", out_dims, out_rows, "ahead_v", consumer="fold")
-    over_rows(sch, rows_outer, tile.lane_rows)
+    _product(sch, "accumulate", out_dims, out_rows, "ahead_v", consumer="fold")
     vectorize_over(sch, "fold", 0, lanes)
 
     pass_over_rows(sch, spec, tile.lane_rows, lanes)
-    narrow_in_pairs(sch, tile.lane_rows)
+    narrow_in_pairs(sch)
     for block, intrinsic in (("enter", enter_tiles()), ("leave", leave_tiles())):
         sch.tensorize(sch.get_loops(sch.get_sblock(block))[-1], intrinsic)
     import_llvm(sch, "item", BFLOAT16_LLVM + AMX_LLVM)
@@ -93,17 +89,15 @@ def _product(
     rows: _Block,
     ahead: str | None,
     consumer: str | None = None,
-) -> LoopRV:
+) -> None:
     """One of the two products in blocks of tiles, the reduction outside them.
 
     for i, j, k: C[j, i] += …
     → for i/rows, j/deep:  zeros;  for k/32: products;  C[…] = sums;  what consumes them
-
-    Returns:
-        The loop over rows.
     """
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
+    lane_rows = int(sch.get(i).extent)
     j_outer, j_tile = sch.split(j, [deep.parts, None])
     i_outer, i_tile = sch.split(i, [rows.parts, None])
     k_outer, k_tile = sch.split(k, [None, DEPTH])
@@ -118,7 +112,7 @@ def _product(
     sch.tensorize(sch.get_loops(zeros)[-2], tile_zeros(deep.size, rows.size))
     sch.tensorize(j_tile, tile_products(deep.size, rows.size))
     sch.tensorize(sch.get_loops(sums)[-2], tile_sums(deep.size, rows.size))
-    return i_outer
+    over_rows(sch, i_outer, lane_rows)
 
 
 def _transpose_values(sch: Schedule) -> None:

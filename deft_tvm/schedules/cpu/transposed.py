@@ -80,9 +80,10 @@ def pass_over_rows(sch: Schedule, spec: AttentionSpec, lane_rows: int, lanes: in
         over_rows(sch, loop, lane_rows)
 
 
-def narrow_in_pairs(sch: Schedule, lane_rows: int) -> None:
+def narrow_in_pairs(sch: Schedule) -> None:
     """Probabilities of two tokens rounded and interleaved at once."""
     i, j = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
+    lane_rows = int(sch.get(i).extent)
     j_outer, j_pair = sch.split(j, [None, 2])
     i_outer, i_lanes = sch.split(i, [None, 16])
     sch.reorder(j_outer, i_outer, j_pair, i_lanes)

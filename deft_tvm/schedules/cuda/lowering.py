@@ -31,6 +31,7 @@ from deft_tvm.schedules.cuda.shares import (
     keep_own_share,
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
+from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cuda"
 
@@ -142,12 +143,7 @@ def _threaded() -> list[transform.Pass]:
         tirx.transform.NarrowDataType(32),
         lower.LoopPartition(),
         tirx.transform.VectorizeLoop(),
-        lower.HoistIfThenElse(),
-        tirx.transform.UnrollLoop(),
-        lower.RenormalizeSplitPattern(),
-        simplify(),
-        tirx.transform.RemoveNoOp(),
-        lower.RewriteUnsafeSelect(),
+        *tidy(),
         tirx.transform.VerifyMemory(),
         tirx.transform.AnnotateEntryFunc(),
         lower.ThreadSync("shared"),
