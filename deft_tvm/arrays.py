@@ -52,7 +52,7 @@ def consecutive(begin: NDArray[Any], count: NDArray[Any]) -> NDArray[np.intp]:
 
 
 def read_only(array: NDArray[Any]) -> Int32:
-    array = array.astype(np.int32, copy=False)
+    array = np.ascontiguousarray(array, np.int32)
     array.flags.writeable = False
     return array
 

@@ -36,6 +36,7 @@ from deft_tvm.manifest import (
     read_manifest,
     refuse,
 )
+from deft_tvm.plan.compiled import FUNCTION as PLANNER
 from deft_tvm.spec import AttentionSpec, TileShape
 
 #: Packages that ship modules name here a folder, or a function that returns one.
@@ -95,6 +96,13 @@ class Artifact:
     def merge(self) -> tvm_ffi.Function:
         """The kernel of stage 2."""
         return self._function(self.manifest.merge.function)
+
+    @cached_property
+    def planner(self) -> tvm_ffi.Function | None:
+        """The compiled planner; see `deft_tvm.plan.compiled`."""
+        return (
+            self.module.get_function(PLANNER) if self.module.implements_function(PLANNER) else None
+        )
 
     def _function(self, name: str) -> tvm_ffi.Function:
         if not self.module.implements_function(name):

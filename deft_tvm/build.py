@@ -31,6 +31,7 @@ from deft_tvm.manifest import (
     installed_versions,
     write_artifact,
 )
+from deft_tvm.plan.compiled import compile_planner
 from deft_tvm.schedules import Decision, KernelTask, schedule
 from deft_tvm.schedules.cpu.lowering import compile_cpu
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
@@ -145,9 +146,8 @@ def build(
     )
     with tempfile.TemporaryDirectory() as scratch:
         module_file = os.path.join(scratch, "module.so")
-        executable.export_library(
-            module_file, addons=[compile_torch_pool(scratch)] if on_cpu else None
-        )
+        pool = [compile_torch_pool(scratch)] if on_cpu else []
+        executable.export_library(module_file, addons=[*compile_planner(scratch), *pool])
         return write_artifact(directory, _manifest(spec, device, tasks, decisions), module_file)
 
 

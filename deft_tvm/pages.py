@@ -89,6 +89,10 @@ class PageTable:
         return len(self.first_slot)
 
     @property
+    def num_pages(self) -> int:
+        return len(self.page_indices)
+
+    @property
     def page_shift(self) -> int:
         """log2 of the page size."""
         return self.page_size.bit_length() - 1
@@ -102,8 +106,7 @@ class PageTable:
         if self.is_contiguous:
             return f"PageTable.contiguous(nodes={self.num_nodes})"
         return (
-            f"PageTable(nodes={self.num_nodes}, pages={len(self.page_indices)}, "
-            f"page_size={self.page_size})"
+            f"PageTable(nodes={self.num_nodes}, pages={self.num_pages}, page_size={self.page_size})"
         )
 
     def check(self, forest: Forest) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
 import warnings
 from functools import cache
 from pathlib import Path
 
+from deft_tvm.compiler import compile_c
 from deft_tvm.device import permit_amx
-from deft_tvm.errors import ArtifactError, CompilerMissing
+from deft_tvm.errors import ArtifactError
 
 SOURCE = Path(__file__).with_name("torch_pool.c")
 
@@ -30,21 +29,12 @@ def compile_torch_pool(directory: str | os.PathLike[str], cc: str | None = None)
 
     Args:
         directory: where the object file is written.
-        cc: a C compiler, by default ``$CC``, ``cc``, ``gcc`` or ``clang``; a cross compiler for a
-            module of another processor.
+        cc: as in `deft_tvm.compiler.compile_c`.
 
     Raises:
         CompilerMissing: there is no C compiler, or it fails.
     """
-    out = os.path.join(directory, "torch_pool.o")
-    command = [cc or _c_compiler(), "-std=c11", "-O2", "-fPIC", "-c", str(SOURCE), "-o", out]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise CompilerMissing(f"cc is {command[0]!r}; expected a C compiler") from None
-    except subprocess.CalledProcessError as error:
-        raise CompilerMissing(f"{' '.join(command)} failed: {error.stderr.strip()}") from None
-    return out
+    return compile_c([SOURCE], directory, cc)[0]
 
 
 def adopt_pool(module: str | os.PathLike[str]) -> bool:
@@ -82,11 +72,3 @@ def _torch_pool() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
 
 def _address(library: ctypes.CDLL, symbol: str) -> ctypes.c_void_p:
     return ctypes.cast(getattr(library, symbol), ctypes.c_void_p)
-
-
-def _c_compiler() -> str:
-    names = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        raise CompilerMissing("no C compiler (cc, gcc, clang) on PATH; expected one, or its name")
-    return found

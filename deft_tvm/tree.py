@@ -39,7 +39,7 @@ from deft_tvm.prefixes import padded, shared_prefixes
 from deft_tvm.preorder import check_parents, number_preorder, sums_above
 
 
-@dataclass(frozen=True, eq=False, repr=False, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forest:
     """One or more token trees: who descends from whom, how many tokens, which rows see what.
 

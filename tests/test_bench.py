@@ -57,6 +57,7 @@ def test_the_parts_of_a_run_do_what_the_run_does() -> None:
     assert check(case, attn).holds
     out, lse = attn.run(case.q, case.kv)
     found = outputs(case)
+    found[0].fill_(torch.nan)  # new memory may hold what the run before it left
     calls = parts(case, attn, *found)
     calls[PARTIAL]()
     assert not torch.equal(found[0], out)

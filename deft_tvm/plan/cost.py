@@ -160,6 +160,14 @@ class Prices:
     cores: int
     longest: int
 
+    @property
+    def classes(self) -> int:
+        return len(self.capacity)
+
+    @cached_property
+    def granules(self) -> tuple[int, ...]:
+        return tuple(self.granule.tolist())
+
     @cached_property
     def most_rows(self) -> int:
         return int(self.capacity.max())
@@ -221,7 +229,7 @@ class Prices:
         _, seconds, units = self.units_of(tokens, rows)
         seconds *= tokens > 0
         busy = seconds * units / self.cores
-        balanced = float(busy[:planned].sum()) if balanced is None else balanced
+        balanced = float(running_sum(busy[:planned])) if balanced is None else balanced
         if balanced >= seconds.max(initial=0):
             return busy, balanced
         cuts = np.maximum(seconds / balanced - 1, 0)
@@ -256,8 +264,14 @@ def makespan(seconds: Floats, units: Ints, cores: int) -> Floats:
     longest_first = seconds.ravel()[order]
     taken = units.ravel()[order].cumsum(axis=-1)
     waves = -(-taken // cores)
-    mean = (seconds * units).sum(axis=-1) / cores
+    mean = running_sum(seconds * units) / cores
     return np.maximum(mean, (waves * longest_first).max(axis=-1, initial=0.0))
+
+
+def running_sum(seconds: Floats) -> Any:
+    """float[...], the sum along the last axis, one after another: a loop in C finds the same bits,
+    which numpy's sum in pairs does not."""
+    return seconds.cumsum(axis=-1)[..., -1] if seconds.shape[-1] else seconds.sum(axis=-1)
 
 
 @lru_cache(maxsize=64)

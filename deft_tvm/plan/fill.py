@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deft_tvm.plan.cost import Floats, Ints, Prices, makespan
+from deft_tvm.plan.cost import Floats, Ints, Prices, makespan, running_sum
 
 SLACK = 1.02
 """A plan within this factor of a perfect balance is not cut."""
@@ -62,7 +62,7 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         whole = Cut(uncut, float(_seconds(prices, tokens, uncut[None], rows)[0]))
     else:
         whole = Cut(tokens, float(_by_class(tile, seconds, units, prices.cores)), (tile, seconds))
-    if whole.seconds <= SLACK * balanced.sum():
+    if whole.seconds <= SLACK * running_sum(balanced):
         return whole
     pieces = np.ceil(seconds / (balanced[tile] / SHARES[:, None])).astype(np.int64)
     tried = _evenly(prices, tokens, np.maximum(pieces, fewest))

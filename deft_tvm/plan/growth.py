@@ -68,5 +68,6 @@ def follow(plan: Plan, frame: Frame, forest: Forest, pages: PageTable) -> Plan:
         "forest": forest,
         "groups": groups,
         "frame": frame,
+        "whole": None,
     }
     return Plan(**vars(plan) | changed)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deft_tvm.tree import Forest
 
 Int32 = NDArray[np.int32]
+Launches = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,6 +71,8 @@ class Plan:
         groups: the items before they were ordered, in `Walk` places, for `update`.
         remake: makes the plan of another forest by the same recipe.
         frame: of the plan whose items these are, if they were kept from an earlier step.
+        whole: all arrays but the groups' end to end, as `deft_tvm.pytorch.packing` has them, where
+            they were made so.
     """
 
     header: Int32
@@ -77,7 +80,7 @@ class Plan:
     row_positions: Int32
     runs: Int32
     items: Int32
-    launches: tuple[tuple[int, int, int], ...]
+    launches: Launches
     dests: Int32
     merge_rows: Int32
     merge_indptr: Int32
@@ -92,6 +95,7 @@ class Plan:
     groups: Groups
     remake: Callable[[Forest, PageTable, Plan], Plan]
     frame: Frame | None = None
+    whole: Int32 | None = None
 
     @property
     def num_rows(self) -> int:
@@ -144,6 +148,7 @@ class Plan:
             page_indices=pages.page_indices,
             max_page=pages.max_page,
             forest=forest,
+            whole=None,
         )
 
     def __repr__(self) -> str:
@@ -154,6 +159,22 @@ class Plan:
             f"Plan({self.grouping}: {self.num_items} items ({classes}), {len(self.runs)} runs, "
             f"{self.num_rows} rows, {self.num_partials} partials)"
         )
+
+
+class Laid(NamedTuple):
+    """What a plan's groups came to: attributes of `Plan` with the same names."""
+
+    grouping: str
+    header: Int32
+    row_positions: Int32
+    runs: Int32
+    items: Int32
+    launches: Launches
+    dests: Int32
+    merge_rows: Int32
+    merge_indptr: Int32
+    groups: Groups
+    whole: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,7 +236,7 @@ def locate(runs: Int32, node: Ints, begin: Ints, pages: PageTable) -> None:
 
 def lay_out_items(
     walk: Walk, groups: Groups, tile: Ints, cost: Floats, num_tiles: int
-) -> tuple[Int32, tuple[tuple[int, int, int], ...]]:
+) -> tuple[Int32, Launches]:
     """int32[I, 7] and the launches: see `Plan.items`."""
     rows = groups.rows
     items = np.zeros((len(rows), 7), np.int32)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deft_tvm.errors import PlanError
+from deft_tvm.plan.compiled import Compiled
 from deft_tvm.plan.cost import CostModel, Floats, Ints, Prices, prices
 from deft_tvm.plan.fill import Cut, fill
 from deft_tvm.plan.frame import Frame
 from deft_tvm.plan.growth import follow, frame_of
 from deft_tvm.plan.layout import (
+    Laid,
     Partials,
     Plan,
     lay_out_header,
@@ -35,6 +38,8 @@ from deft_tvm.plan.split import (
 from deft_tvm.spec import AttentionSpec, TileShape
 
 if TYPE_CHECKING:
+    import tvm_ffi
+
     from deft_tvm.device import DeviceProfile
     from deft_tvm.pages import PageTable
     from deft_tvm.tree import Forest
@@ -94,8 +99,9 @@ def make_recipe(
     grouping: str = "auto",
     chunk: int | None = None,
     deterministic: bool = False,
+    planner: tvm_ffi.Function | None = None,
 ) -> Recipe:
-    """What makes plans of any forest and pages; see `make_plan`.
+    """What makes plans of any forest and pages; see `make_plan`, and `Recipe` for `planner`.
 
     Raises:
         PlanError: an unknown grouping, a chunk that is not positive or not wanted, or no usable
@@ -117,10 +123,11 @@ def make_recipe(
         grouping=grouping,
         chunk=chunk,
         deterministic=deterministic,
+        planner=planner,
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """What a plan was asked for, so that `Plan.update` can ask for it again.
 
@@ -133,6 +140,7 @@ class Recipe:
         grouping: one of `GROUPINGS`.
         chunk: tokens at which groups are cut; None: to fill the machine.
         deterministic: nothing may depend on `prices`.
+        planner: a module's compiled planner, which is faster; see `deft_tvm.plan.compiled`.
     """
 
     prices: Prices
@@ -143,6 +151,7 @@ class Recipe:
     grouping: str
     chunk: int | None
     deterministic: bool
+    planner: tvm_ffi.Function | None = None
 
     def __call__(self, forest: Forest, pages: PageTable, previous: Plan | None = None) -> Plan:
         """The plan of `forest`; what `previous` numbered alike is taken from it."""
@@ -161,6 +170,48 @@ class Recipe:
                 f"window is {self.window}; expected None, as positions in a part of a forest are "
                 f"not known"
             )
+        if self._compiled is not None:
+            laid = self._compiled(forest, pages)
+        else:
+            laid = self._lay_out(forest, pages, previous)
+        return Plan(
+            header=laid.header,
+            row_order=forest.row_order,
+            row_positions=laid.row_positions,
+            runs=laid.runs,
+            items=laid.items,
+            launches=laid.launches,
+            dests=laid.dests,
+            merge_rows=laid.merge_rows,
+            merge_indptr=laid.merge_indptr,
+            page_indices=pages.page_indices,
+            tiles=self.tiles,
+            granules=self.prices.granules,
+            group=self.group,
+            window=self.window,
+            grouping=laid.grouping,
+            max_page=pages.max_page,
+            forest=forest,
+            groups=laid.groups,
+            remake=self if laid.grouping == self.grouping else self._settled[laid.grouping],
+            whole=laid.whole,
+        )
+
+    @cached_property
+    def _compiled(self) -> Compiled | None:
+        """The compiled planner, if there is one and it makes such plans."""
+        plain = self.window is None and self.chunk is None and not self.deterministic
+        if self.planner is None or not plain or self.grouping not in ("auto", "packed"):
+            return None
+        return Compiled(self.planner, self.prices, may_repeat=self.grouping == "auto")
+
+    @cached_property
+    def _settled(self) -> dict[str, Recipe]:
+        """The same with either of the groupings among which ``auto`` chooses."""
+        return {name: replace(self, grouping=name) for name in ("packed", "sequence")}
+
+    def _lay_out(self, forest: Forest, pages: PageTable, previous: Plan | None) -> Laid:
+        """What the compiled planner writes, by array operations."""
         walk = Walk.of(forest, self.window)
         grouping, whole, cut = self._choose(walk)
         groups = self._cut_rows(walk, cut_tokens(walk, whole, cut.chunk))
@@ -168,9 +219,9 @@ class Recipe:
         tile, cost = cut.tiles if cut.tiles and groups is whole else self._assign(groups)
         items, launches = lay_out_items(walk, groups, tile, cost, len(self.tiles))
         partials = _reused(previous, groups) or number_partials(groups, forest.row_order)
-        return Plan(
+        return Laid(
+            grouping=grouping,
             header=lay_out_header(groups, pages),
-            row_order=forest.row_order,
             row_positions=walk.positions,
             runs=lay_out_runs(walk, groups, pages),
             items=items,
@@ -178,16 +229,7 @@ class Recipe:
             dests=partials.dests,
             merge_rows=partials.merge_rows,
             merge_indptr=partials.merge_indptr,
-            page_indices=pages.page_indices,
-            tiles=self.tiles,
-            granules=tuple(self.prices.granule.tolist()),
-            group=self.group,
-            window=self.window,
-            grouping=grouping,
-            max_page=pages.max_page,
-            forest=forest,
             groups=groups if self.window is None else groups.moved(walk.skip),
-            remake=self if grouping == self.grouping else replace(self, grouping=grouping),
         )
 
     def _frame(self, previous: Plan) -> Frame | None:

@@ -121,6 +121,7 @@ class TreeAttention:
                 self.profile,
                 grouping=self.grouping,
                 deterministic=self.deterministic,
+                planner=self.artifact.planner,
             )
         return self._recipes[asked]
 

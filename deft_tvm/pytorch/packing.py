@@ -72,7 +72,10 @@ def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]
     needed = plan.max_page + 1 if paged else plan.forest.num_tokens
     layout = [paged, needed, plan.num_partials, *map(len, arrays)]
     layout += [counts.get(tile, 0) for tile in range(len(plan.tiles))]
-    whole = torch.from_numpy(np.concatenate([array.reshape(-1) for array in packed]))
+    if plan.whole is None:
+        whole = torch.from_numpy(np.concatenate([array.reshape(-1) for array in packed]))
+    else:
+        whole = torch.from_numpy(plan.whole)
     return whole.to(device), torch.from_numpy(np.array(layout, np.int64))
 
 

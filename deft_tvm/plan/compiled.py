@@ -1,0 +1,174 @@
+"""The planner that every module brings along, compiled from `native`.
+
+In Python a plan takes some six hundred calls, whose code and objects have left the caches whenever
+a model has run in between: a millisecond and more, where a small step's attention takes half of
+one. Compiled it takes microseconds. It makes the plans by which most decode, those of the groupings
+``packed`` and ``auto``, bit for bit as `deft_tvm.plan.planner` does, which makes all others and is
+its oracle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from deft_tvm.compiler import compile_c
+from deft_tvm.plan.cost import Prices
+from deft_tvm.plan.layout import Int32, Laid
+from deft_tvm.plan.split import Groups
+
+if TYPE_CHECKING:
+    import tvm_ffi
+
+    from deft_tvm.pages import PageTable
+    from deft_tvm.tree import Forest
+
+SOURCES = sorted(Path(__file__).with_name("native").glob("*.c"))
+FUNCTION = "plan"
+"""Its name in a module."""
+
+_HEADER = 8
+_COLUMNS = 7
+
+
+class _Struct(ctypes.Structure):
+    """As `native/native.h` has it: integers, then arrays, then seconds."""
+
+    numbers: ClassVar[list[str]]
+    arrays: ClassVar[list[str]]
+
+    @classmethod
+    def of(cls, source: object) -> _Struct:
+        """The fields of `source`, which must outlive it; its arrays are contiguous and of the
+        types that the header names."""
+        made = cls()
+        for name in cls.numbers:
+            setattr(made, name, getattr(source, name))
+        for name in cls.arrays:
+            setattr(made, name, getattr(source, name).__array_interface__["data"][0])
+        return made
+
+
+def _struct(integers: str, arrays: str, seconds: str = "") -> type[_Struct]:
+    kinds = (ctypes.c_int64, integers), (ctypes.c_void_p, arrays), (ctypes.c_double, seconds)
+    fields = [(name, kind) for kind, names in kinds for name in names.split()]
+    numbers = f"{integers} {seconds}".split()
+    return type(
+        "_Struct", (_Struct,), {"numbers": numbers, "arrays": arrays.split(), "_fields_": fields}
+    )
+
+
+_FOREST = _struct(
+    "num_nodes num_rows",
+    "parents lengths rows preorder position subtree_end row_begin row_end row_order start diagonal",
+)
+_PAGES = _struct("page_shift num_pages", "page_indices page_indptr first_slot")
+_PRICES = _struct(
+    "classes cores most_rows row_step longest_step longest",
+    "kv_tile units step_seconds fixed_seconds",
+    "token_seconds partial_seconds launch_seconds",
+)
+
+
+def compile_planner(directory: str | os.PathLike[str], cc: str | None = None) -> list[str]:
+    """Compile the planner; object files for ``export_library(..., addons=...)``.
+
+    Raises:
+        CompilerMissing: there is no C compiler, or it fails.
+    """
+    import tvm_ffi
+
+    return compile_c(SOURCES, directory, cc, include=tvm_ffi.libinfo.include_paths())
+
+
+class Compiled:
+    """The planner of one module, for one spec's prices."""
+
+    def __init__(self, function: tvm_ffi.Function, prices: Prices, may_repeat: bool) -> None:
+        """Takes a module's function named `FUNCTION`, what items cost, and whether paths may be
+        read one by one: for ``auto``, not for ``packed``."""
+        self._function = function
+        self._prices = _PRICES.of(prices)
+        self._address = ctypes.addressof(self._prices)
+        self._may_repeat = may_repeat
+        self._sizes = ctypes.c_int64 * (4 + prices.classes)
+        self._room = 1 << 12
+
+    def __call__(self, forest: Forest, pages: PageTable) -> Laid:
+        """The arrays of a plan.
+
+        Args:
+            forest: no part of another, or without a window.
+            pages: that hold its tokens.
+
+        Raises:
+            MemoryError: there is no room for the plan's working arrays.
+        """
+        sizes = self._sizes()
+        while True:
+            out = np.empty(self._room, np.int32)
+            needed = self._function(
+                _address_of(forest, _FOREST),
+                _address_of(pages, _PAGES),
+                self._address,
+                self._may_repeat,
+                out.ctypes.data,
+                self._room,
+                ctypes.addressof(sizes),
+            )
+            if not needed:
+                return _laid(out, forest, pages, *sizes)
+            if needed < 0:
+                raise MemoryError("no memory is left to plan in")
+            self._room = needed + needed // 4
+
+
+def _laid(
+    out: Int32,
+    forest: Forest,
+    pages: PageTable,
+    by_path: int,
+    runs: int,
+    dests: int,
+    merged: int,
+    *items_of: int,
+) -> Laid:
+    """Views of what the planner wrote; the groups stand behind what kernels read."""
+    items = sum(items_of)
+    before_runs = _HEADER + len(pages.page_indices) + forest.num_rows
+    sizes = (runs * _COLUMNS, dests, merged, merged + 1, items * _COLUMNS)
+    of_groups = (runs, runs, runs, items + 1, items, items)
+    ends = [*accumulate((*sizes, *of_groups), initial=before_runs)]
+    parts = [out[begin:end] for begin, end in pairwise(ends)]
+    bounds = pairwise(accumulate(items_of, initial=0))
+    return Laid(
+        grouping="sequence" if by_path else "packed",
+        header=out[:_HEADER],
+        row_positions=out[:0],
+        runs=parts[0].reshape(-1, _COLUMNS),
+        items=parts[4].reshape(-1, _COLUMNS),
+        launches=tuple((tile, *bound) for tile, bound in enumerate(bounds) if items_of[tile]),
+        dests=parts[1],
+        merge_rows=parts[2],
+        merge_indptr=parts[3],
+        groups=Groups(*parts[5:]),
+        whole=out[: ends[len(sizes)]],
+    )
+
+
+_structs: WeakKeyDictionary[object, tuple[_Struct, int]] = WeakKeyDictionary()
+
+
+def _address_of(source: Forest | PageTable, struct: type[_Struct]) -> int:
+    """Of the structure by which C sees `source`; made once for each."""
+    found = _structs.get(source)
+    if found is None:
+        made = struct.of(source)
+        found = _structs[source] = made, ctypes.addressof(made)
+    return found[1]

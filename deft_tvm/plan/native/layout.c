@@ -1,0 +1,155 @@
+/* The arrays of ../layout.py end to end, as ../../pytorch/packing.py packs them. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+
+enum { HEADER = 8, COLUMNS = 7 };
+
+typedef struct {
+  int32_t group, tile;
+  double cost;
+} Item;
+
+static int by_tile_dearest_first(const void *one, const void *other) {
+  const Item *a = one, *b = other;
+  if (a->tile != b->tile) return a->tile < b->tile ? -1 : 1;
+  if (a->cost != b->cost) return a->cost > b->cost ? -1 : 1;
+  return a->group < b->group ? -1 : 1;
+}
+
+static int32_t bit_length(uint32_t value) {
+  int32_t bits = 0;
+  for (; value; value >>= 1) ++bits;
+  return bits;
+}
+
+static int32_t *copy(int32_t *to, const int32_t *from, int64_t count) {
+  memcpy(to, from, (size_t)count * sizeof(int32_t));
+  return to + count;
+}
+
+static int32_t *narrow(int32_t *to, const int64_t *from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = (int32_t)from[i];
+  return to + count;
+}
+
+static int32_t *lay_out_runs(int32_t *run, const Walk *walk, const Groups *groups,
+                             const Pages *pages) {
+  int64_t mask = ((int64_t)1 << pages->page_shift) - 1;
+  for (int32_t g = 0; g < groups->count; ++g) {
+    int64_t first = 0;
+    for (int32_t p = groups->indptr[g]; p < groups->indptr[g + 1]; ++p, run += COLUMNS) {
+      int32_t place = groups->node[p], node = walk->node[place];
+      int64_t begin = groups->begin[p], slot = pages->first_slot[node] + begin;
+      int64_t common = walk->diagonal[place] - begin, seen_by_all = larger(0, common);
+      run[0] = (int32_t)first;
+      run[1] = (int32_t)(pages->page_indptr[node] + (slot >> pages->page_shift));
+      run[2] = (int32_t)(slot & mask);
+      run[3] = (int32_t)(walk->row_begin[place] + (seen_by_all - common));
+      run[4] = walk->row_end[place];
+      run[5] = (int32_t)seen_by_all;
+      run[6] = (int32_t)(walk->start[place] + begin);
+      first += groups->end[p] - begin;
+    }
+  }
+  return run;
+}
+
+static int32_t *lay_out_items(Arena *arena, int32_t *item, const Groups *groups,
+                              const Prices *prices, int64_t *items_of) {
+  Item *order = TAKE(arena, Item, groups->count);
+  int32_t *dest = TAKE(arena, int32_t, groups->count), dests = 0;
+  int sorted = 1;
+  for (int32_t g = 0; g < groups->count; ++g) {
+    int32_t rows = groups->row_end[g] - groups->row_begin[g];
+    Price price = choose_tile(prices, groups->tokens[g], rows);
+    order[g] = (Item){g, price.tile, price.seconds};
+    dest[g] = dests;
+    dests += rows;
+    ++items_of[price.tile];
+    sorted = sorted && (!g || by_tile_dearest_first(&order[g - 1], &order[g]) < 0);
+  }
+  if (!sorted) qsort(order, (size_t)groups->count, sizeof *order, by_tile_dearest_first);
+  for (int32_t i = 0; i < groups->count; ++i, item += COLUMNS) {
+    int32_t g = order[i].group;
+    item[0] = groups->row_begin[g];
+    item[1] = groups->row_end[g] - groups->row_begin[g];
+    item[2] = groups->indptr[g];
+    item[3] = groups->indptr[g + 1];
+    item[4] = (int32_t)groups->tokens[g];
+    item[5] = dest[g];
+    item[6] = 0;
+  }
+  return item;
+}
+
+typedef struct {
+  int32_t *counts; /* [rows], items that each is in */
+  int64_t dests, merged;
+} Partials;
+
+static Partials count_partials(Arena *arena, const Walk *walk, const Groups *groups) {
+  Partials found = {.counts = TAKE(arena, int32_t, walk->num_rows + 1)};
+  memset(found.counts, 0, ((size_t)walk->num_rows + 1) * sizeof(int32_t));
+  for (int32_t g = 0; g < groups->count; ++g) {
+    ++found.counts[groups->row_begin[g]];
+    --found.counts[groups->row_end[g]];
+    found.dests += groups->row_end[g] - groups->row_begin[g];
+  }
+  for (int32_t row = 0, covers = 0; row < walk->num_rows; ++row) {
+    found.counts[row] = covers += found.counts[row];
+    found.merged += covers != 1;
+  }
+  return found;
+}
+
+static void number_partials(Arena *arena, const Walk *walk, const Groups *groups,
+                            const int32_t *row_order, Partials partials, int32_t *dests,
+                            int32_t *merge_rows, int32_t *merge_indptr) {
+  int32_t *next = TAKE(arena, int32_t, walk->num_rows), slot = 0;
+  *merge_indptr++ = 0;
+  for (int32_t row = 0; row < walk->num_rows; ++row) {
+    next[row] = slot;
+    if (partials.counts[row] == 1) continue;
+    *merge_rows++ = row_order[row];
+    *merge_indptr++ = slot += partials.counts[row];
+  }
+  for (int32_t g = 0; g < groups->count; ++g)
+    for (int32_t row = groups->row_begin[g]; row < groups->row_end[g]; ++row)
+      *dests++ = partials.counts[row] == 1 ? ~row_order[row] : next[row]++;
+}
+
+int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Forest *forest,
+                const Pages *pages, const Prices *prices, int32_t *out, int64_t room,
+                int64_t *sizes) {
+  Partials partials = count_partials(arena, walk, groups);
+  int64_t rows = forest->num_rows, runs = groups->pieces, items = groups->count;
+  int64_t size = HEADER + pages->num_pages + rows + runs * COLUMNS + partials.dests +
+                 2 * partials.merged + 1 + items * COLUMNS;
+  size += 3 * runs + 3 * items + 1; /* the groups */
+  if (size > room) return size;
+  int32_t most_runs = 1;
+  for (int32_t g = 0; g < groups->count; ++g)
+    most_runs = (int32_t)larger(most_runs, groups->indptr[g + 1] - groups->indptr[g]);
+  int32_t header[HEADER] = {(int32_t)pages->page_shift, bit_length((uint32_t)most_runs - 1)};
+  int32_t *to = copy(out, header, HEADER);
+  to = copy(to, pages->page_indices, pages->num_pages);
+  to = copy(to, forest->row_order, rows);
+  to = lay_out_runs(to, walk, groups, pages);
+  int32_t *merge_rows = to + partials.dests, *merge_indptr = merge_rows + partials.merged;
+  number_partials(arena, walk, groups, forest->row_order, partials, to, merge_rows, merge_indptr);
+  int64_t *items_of = sizes + 4;
+  memset(items_of, 0, (size_t)prices->classes * sizeof(int64_t));
+  to = lay_out_items(arena, merge_indptr + partials.merged + 1, groups, prices, items_of);
+  to = copy(to, groups->node, runs);
+  to = narrow(to, groups->begin, runs);
+  to = narrow(to, groups->end, runs);
+  to = copy(to, groups->indptr, items + 1);
+  to = copy(to, groups->row_begin, items);
+  copy(to, groups->row_end, items);
+  sizes[1] = runs;
+  sizes[2] = partials.dests;
+  sizes[3] = partials.merged;
+  return 0;
+}

@@ -1,0 +1,141 @@
+"""The compiled planner: the plans of the one in Python, bit for bit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import msgspec
+import numpy as np
+import pytest
+from built import SMALL, artifact
+from cases import ARRAYS, SPEC, TILES, WIDE, assert_same, cases, plain, profile, profiles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deft_tvm.artifact import Artifact
+from deft_tvm.pages import PageTable
+from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
+from deft_tvm.plan.cost import CostModel
+from deft_tvm.spec import AttentionSpec
+from deft_tvm.tree import Forest
+
+GROUPS = ("node", "begin", "end", "indptr", "row_begin", "row_end")
+
+
+@cache
+def planner():
+    return Artifact.load(artifact(SMALL)).planner
+
+
+def recipe(spec: AttentionSpec, tiles, device, grouping: str = "auto", **how) -> Recipe:
+    return make_recipe(spec, tiles, device, grouping, planner=planner(), **how)
+
+
+def in_python(recipe: Recipe) -> Recipe:
+    return replace(recipe, planner=None)
+
+
+def assert_equal(made: Plan, oracle: Plan) -> None:
+    assert made.whole is not None and oracle.whole is None
+    assert_same(made, oracle)
+    for name in ARRAYS:
+        assert getattr(made, name).dtype == np.int32
+    for name in GROUPS:
+        np.testing.assert_array_equal(getattr(made.groups, name), getattr(oracle.groups, name))
+    assert (made.granules, made.group, made.max_page) == (
+        oracle.granules,
+        oracle.group,
+        oracle.max_page,
+    )
+
+
+def large(seed: int, nodes: int, deepest: int) -> Forest:
+    """A forest whose nodes hang anywhere below one of the last `deepest`."""
+    random = np.random.default_rng(seed)
+    place = np.arange(nodes)
+    parents = np.maximum(-1, place - random.integers(1, deepest + 1, nodes))
+    lengths = random.choice((0, 1, 1, 3, 17, 64, 500), nodes)
+    rows = np.minimum(random.integers(0, 3, nodes), np.where(lengths, lengths, 2))
+    return Forest.from_parents(parents, lengths, rows)
+
+
+@settings(max_examples=600, deadline=None)
+@given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(("auto", "packed")))
+def test_random_forests_get_the_same_plan(case, device, tiles, grouping) -> None:
+    made = recipe(case.spec, tiles, device, grouping)
+    plan, oracle = made(case.forest, case.pages), in_python(made)(case.forest, case.pages)
+    if case.spec.window is None:
+        assert_equal(plan, oracle)
+    else:
+        assert plan.whole is None
+        assert_same(plan, oracle)
+
+
+@pytest.mark.parametrize("grouping", ("auto", "packed"))
+@pytest.mark.parametrize("deepest", (1, 3, 40, 3000))
+@pytest.mark.parametrize("kind", ("cpu", "cuda"))
+def test_thousands_of_nodes(grouping: str, deepest: int, kind: str) -> None:
+    for seed, nodes in enumerate((1, 2, 60, 700, 3000)):
+        forest = large(seed, nodes, deepest)
+        for cores in (1, 2, 132):
+            made = recipe(SPEC, WIDE, msgspec.structs.replace(profile(cores), kind=kind), grouping)
+            pages = PageTable.contiguous(forest)
+            assert_equal(made(forest, pages), in_python(made)(forest, pages))
+
+
+def test_an_update_is_that_of_the_plan_in_python() -> None:
+    forest = large(7, 200, 5)
+    made = recipe(SPEC, WIDE, profile())
+    one, other = (each(forest, PageTable.contiguous(forest)) for each in (made, in_python(made)))
+    for step in range(1, 40):
+        grown = forest.with_lengths(forest.lengths + step * (forest.lengths > 0))
+        pages = PageTable.contiguous(grown)
+        one, other = one.update(grown, pages), other.update(grown, pages)
+        assert_same(one, other)
+
+
+def test_room_is_found_for_plans_of_any_size() -> None:
+    made = recipe(SPEC, WIDE, profile())
+    small, huge = large(1, 3, 1), large(2, 20000, 9)
+    for forest in (small, huge, small, huge):
+        pages = PageTable.contiguous(forest)
+        plan = made(forest, pages)
+        assert plan.whole is not None and plan.whole.size > (20000 if forest is huge else 0)
+        assert_same(plan, in_python(made)(forest, pages))
+
+
+def test_what_it_does_not_plan_is_planned_in_python() -> None:
+    forest = large(3, 50, 4)
+    pages = PageTable.contiguous(forest)
+    for grouping in ("node", "node_chunk", "flatten", "sequence"):
+        assert recipe(SPEC, WIDE, profile(), grouping)(forest, pages).whole is None
+    assert recipe(SPEC, WIDE, profile(), chunk=64)(forest, pages).whole is None
+    assert recipe(SPEC, WIDE, profile(), deterministic=True)(forest, pages).whole is None
+    windowed = replace(plain(16), window=8)
+    plan = recipe(windowed, TILES[0], profile())(forest, pages)
+    assert plan.whole is None and len(plan.row_positions) == forest.num_rows
+
+
+def test_structures_are_those_of_the_header() -> None:
+    header = (compiled.SOURCES[0].parent / "native.h").read_text()
+    for name, struct in (
+        ("Forest", compiled._FOREST),
+        ("Pages", compiled._PAGES),
+        ("Prices", compiled._PRICES),
+    ):
+        body = re.search(r"typedef struct \{ /\*[^*]*\*/([^}]*)\} " + name, header)
+        assert body is not None
+        assert re.findall(r"\*?(\w+)[,;]", body[1]) == [field for field, _ in struct._fields_]
+
+
+def test_arrays_are_what_the_structures_say() -> None:
+    forest = large(4, 30, 3)
+    for name in compiled._FOREST.arrays:
+        assert getattr(forest, name).dtype == np.int32 and getattr(forest, name).flags.c_contiguous
+    priced = recipe(SPEC, WIDE, profile()).prices
+    for name in compiled._PRICES.arrays:
+        wanted = np.float64 if name.endswith("seconds") else np.int64
+        assert getattr(priced, name).dtype == wanted and getattr(priced, name).flags.c_contiguous
+    assert CostModel.from_profile(profile()).cores == priced.cores
