@@ -98,11 +98,15 @@ class Artifact:
         return self._function(self.manifest.merge.function)
 
     @cached_property
-    def planner(self) -> tvm_ffi.Function | None:
+    def run(self) -> tvm_ffi.Function:
+        """All kernels by one packed plan; see `deft_tvm/native/run.c`."""
+        partials = map(self.partial, range(len(self.tiles)))
+        return self._function("runner")(self.spec.sinks, self.merge, *partials)
+
+    @cached_property
+    def planner(self) -> tvm_ffi.Function:
         """The compiled planner; see `deft_tvm.plan.compiled`."""
-        return (
-            self.module.get_function(PLANNER) if self.module.implements_function(PLANNER) else None
-        )
+        return self._function(PLANNER)
 
     def _function(self, name: str) -> tvm_ffi.Function:
         if not self.module.implements_function(name):

@@ -31,13 +31,12 @@ from deft_tvm.manifest import (
     installed_versions,
     write_artifact,
 )
-from deft_tvm.plan.compiled import compile_planner
+from deft_tvm.native import PLANNER, RUN, TORCH_POOL, compile_c
 from deft_tvm.schedules import Decision, KernelTask, schedule
 from deft_tvm.schedules.cpu.lowering import compile_cpu
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
-from deft_tvm.threads import compile_torch_pool
 from deft_tvm.tuning.defaults import default_for
 from deft_tvm.tuning.log import best, find_log
 
@@ -146,8 +145,8 @@ def build(
     )
     with tempfile.TemporaryDirectory() as scratch:
         module_file = os.path.join(scratch, "module.so")
-        pool = [compile_torch_pool(scratch)] if on_cpu else []
-        executable.export_library(module_file, addons=[*compile_planner(scratch), *pool])
+        sources = (*PLANNER, *RUN, *(TORCH_POOL if on_cpu else ()))
+        executable.export_library(module_file, addons=compile_c(sources, scratch))
         return write_artifact(directory, _manifest(spec, device, tasks, decisions), module_file)
 
 

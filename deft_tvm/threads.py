@@ -1,8 +1,8 @@
 """Exported CPU modules run on torch's own OpenMP pool, and no compiler is needed to load them.
 
 A second pool beside torch's would spin on the same cores: between two torch operators a kernel then
-takes two to three times as long. So `torch_pool.c` is linked into every exported module, and the
-loader hands it torch's own entry into OpenMP. ``torch.set_num_threads`` governs both.
+takes two to three times as long. So `native/torch_pool.c` is linked into every exported module, and
+the loader hands it torch's own entry into OpenMP. ``torch.set_num_threads`` governs both.
 """
 
 from __future__ import annotations
@@ -11,30 +11,13 @@ import ctypes
 import os
 import warnings
 from functools import cache
-from pathlib import Path
 
-from deft_tvm.compiler import compile_c
 from deft_tvm.device import permit_amx
 from deft_tvm.errors import ArtifactError
-
-SOURCE = Path(__file__).with_name("torch_pool.c")
 
 # at::get_num_threads(): unlike omp_get_max_threads() it applies torch.set_num_threads also in a
 # thread that has run no torch operator yet.
 _COUNT_THREADS = "_ZN2at15get_num_threadsEv"
-
-
-def compile_torch_pool(directory: str | os.PathLike[str], cc: str | None = None) -> str:
-    """Compile the launcher; the object file's path, for ``export_library(..., addons=[path])``.
-
-    Args:
-        directory: where the object file is written.
-        cc: as in `deft_tvm.compiler.compile_c`.
-
-    Raises:
-        CompilerMissing: there is no C compiler, or it fails.
-    """
-    return compile_c([SOURCE], directory, cc)[0]
 
 
 def adopt_pool(module: str | os.PathLike[str]) -> bool:

@@ -20,9 +20,9 @@ from tvm.runtime import load_module
 
 from deft_tvm.build import compile_module, tasks_for
 from deft_tvm.device import DeviceProfile
+from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
-from deft_tvm.threads import compile_torch_pool
 from deft_tvm.workloads import parse, tensors
 
 HERE = DeviceProfile.detect()
@@ -64,7 +64,7 @@ class Emulated(Compiled):
         source = str(Path(__file__).with_name("amx.c"))
         subprocess.run(["gcc", "-O2", "-fPIC", "-c", source, "-o", emulation], check=True)
         library = str(path / "module.so")
-        executable.export_library(library, addons=[emulation, compile_torch_pool(path)])
+        executable.export_library(library, addons=[emulation, *compile_c(TORCH_POOL, path)])
         self.executable = load_module(library)
         self.functions = [self.executable[task.symbol] for task in tasks]
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft_tvm.artifact import Artifact
+from deft_tvm.native import PLANNER
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
 from deft_tvm.plan.cost import CostModel
@@ -119,7 +120,7 @@ def test_what_it_does_not_plan_is_planned_in_python() -> None:
 
 
 def test_structures_are_those_of_the_header() -> None:
-    header = (compiled.SOURCES[0].parent / "native.h").read_text()
+    header = (PLANNER[0].parent / "native.h").read_text()
     for name, struct in (
         ("Forest", compiled._FOREST),
         ("Pages", compiled._PAGES),

@@ -27,14 +27,14 @@ CORRIDOR = (
     ("kernels",),
     ("schedules",),
     ("tuning.log", "tuning.defaults"),
-    ("manifest", "threads"),
+    ("manifest", "threads", "native"),
     ("build",),
     ("artifact",),
     ("fp8", "layer"),
     ("pytorch",),
     ("integrations",),
 )
-COMPILER = {"kernels", "schedules", "tuning.defaults", "build"}
+COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "show", "reference"} | {
     *("check", "peers", "bench", "cli", "commands", "demo"),

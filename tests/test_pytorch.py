@@ -21,8 +21,9 @@ from deft_tvm import env, reference
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, eager, merge_states
 from deft_tvm.pytorch import attention as attending
-from deft_tvm.pytorch.loaded import spec_of
-from deft_tvm.pytorch.packing import RECENT, pack, unpack
+from deft_tvm.pytorch.loaded import FIRST_STAGE, SECOND_STAGE, resolve, spec_of
+from deft_tvm.pytorch.ops import arguments
+from deft_tvm.pytorch.packing import Packed, pack
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, parse, tensors
 
@@ -257,30 +258,36 @@ def plan_of(workload: str) -> Plan:
 @pytest.mark.parametrize("workload", ["few_shot", "speculative", "sequences"])
 def test_packing_loses_nothing(workload: str) -> None:
     plan = plan_of(workload)
-    found = unpack(*pack(plan, True, CPU))
-    names = ("header", "page_indices", "row_order", "row_positions", "runs")
-    reads = dict(zip(names, found.reads, strict=True)) | {"dests": found.dests}
-    reads |= zip(("merge_indptr", "merge_rows"), found.merges, strict=True)
-    for name, array in reads.items():
-        assert torch.equal(torch.from_dlpack(array), torch.tensor(getattr(plan, name))), name
-    items = {tile: plan.items[begin:end].tolist() for tile, begin, end in plan.launches}
-    parts = [None if part is None else torch.from_dlpack(part).tolist() for part in found.items]
-    assert parts == [items.get(0), items.get(1)]
-    assert (found.rows, found.merged) == (plan.num_rows, len(plan.merge_rows))
-    assert (found.partials, found.needed, found.paged) == (
-        plan.num_partials,
-        plan.max_page + 1,
-        True,
+    whole, layout = pack(plan, True, CPU)
+    *scalars, pages, rows, positions, runs, dests, merged, first, second = layout.tolist()
+    assert scalars == [1, plan.max_page + 1, plan.num_partials]
+    sizes = {"header": 8, "page_indices": pages, "row_order": rows, "row_positions": positions}
+    sizes |= {"runs": 7 * runs, "dests": dests, "merge_rows": merged, "merge_indptr": merged + 1}
+    sizes |= {"items": 7 * (first + second)}
+    for (name, _), part in zip(sizes.items(), whole.split([*sizes.values()]), strict=True):
+        assert part.tolist() == getattr(plan, name).reshape(-1).tolist(), name
+    items = {tile: end - begin for tile, begin, end in plan.launches}
+    assert (items.get(0, 0), items.get(1, 0)) == (first, second)
+    packed = Packed.of_tensors(whole, layout, num_tiles=2)
+    assert packed[2:] == Packed.of(plan, True, CPU)[2:]
+    assert (packed.rows, packed.partials) == (plan.num_rows, plan.num_partials)
+
+
+def test_one_stage_alone_or_both() -> None:
+    attention = deft_tvm.load(artifact(SMALL), grouping="node")
+    case = planned(attention, "few_shot:prompt=900,branches=5,tokens=7")
+    out, lse = attention.run(case.q, case.buffers)
+    step, loaded = (
+        Packed.of(attention.last_plan, True, CPU),
+        resolve(attention.operands.module, "cpu"),
     )
-
-
-def test_recent_plans_are_kept_and_old_ones_are_not() -> None:
-    packed = [pack(plan_of("speculative"), True, CPU) for _ in range(RECENT + 1)]
-    first = unpack(*packed[0])
-    assert unpack(*packed[0]) is first
-    for pair in packed[1:]:
-        unpack(*pair)
-    assert unpack(*packed[0]) is not first
+    again, its_lse = torch.full_like(out, torch.nan), torch.full_like(lse, torch.nan)
+    given = arguments(loaded, step, case.q, case.buffers, again, its_lse)
+    assert len(attention.last_plan.merge_rows) == case.forest.num_rows
+    loaded.run(FIRST_STAGE, *given)
+    assert again.isnan().all()
+    loaded.run(SECOND_STAGE, *given)
+    assert torch.equal(again, out) and torch.equal(its_lse, lse)
 
 
 def test_what_follows_a_plan_is_packed_as_a_new_one(attention: TreeAttention) -> None:

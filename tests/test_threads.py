@@ -17,6 +17,7 @@ import tvm_ffi
 
 from deft_tvm import threads
 from deft_tvm.errors import ArtifactError, CompilerMissing
+from deft_tvm.native import TORCH_POOL, compile_c
 
 
 @pytest.fixture(scope="module")
@@ -266,10 +267,10 @@ def test_a_module_without_the_launcher_is_refused() -> None:
 
 def test_missing_or_failing_c_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompilerMissing, match="cc is 'no-such-cc'; expected a C compiler"):
-        threads.compile_torch_pool(tmp_path, cc="no-such-cc")
+        compile_c(TORCH_POOL, tmp_path, cc="no-such-cc")
     with pytest.raises(CompilerMissing, match=r"false .*torch_pool.c.* failed"):
-        threads.compile_torch_pool(tmp_path, cc="false")
+        compile_c(TORCH_POOL, tmp_path, cc="false")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(CompilerMissing, match="no C compiler"):
-        threads.compile_torch_pool(tmp_path)
+        compile_c(TORCH_POOL, tmp_path)

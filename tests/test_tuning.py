@@ -23,10 +23,10 @@ from tvm.s_tir import meta_schedule as ms
 from deft_tvm.build import tasks_for
 from deft_tvm.device import FEATURES, DeviceProfile
 from deft_tvm.errors import TuningError, WorkloadError
+from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.schedules import schedule
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region
-from deft_tvm.threads import compile_torch_pool
 from deft_tvm.tuning.budget import allot
 from deft_tvm.tuning.database import FILES, Database
 from deft_tvm.tuning.defaults import default_decision, default_for
@@ -290,7 +290,7 @@ def library(tmp_path: Path, source: str) -> str:
     entry = "int __tvm_ffi_kernel(void* a, void* b, int n, void* r) { deft_test(); return 0; }"
     path = tmp_path / "bad.c"
     path.write_text(f"{source}\n{entry}\n")
-    pool = compile_torch_pool(tmp_path)
+    (pool,) = compile_c(TORCH_POOL, tmp_path)
     out = str(path.with_suffix(".so"))
     undefined = "-Wl,--unresolved-symbols=ignore-all"
     subprocess.run(["cc", "-shared", "-fPIC", undefined, str(path), pool, "-o", out], check=True)

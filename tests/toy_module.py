@@ -7,7 +7,7 @@ from pathlib import Path
 import tvm
 from tvm.script import tirx as T
 
-from deft_tvm.threads import compile_torch_pool
+from deft_tvm.native import TORCH_POOL, compile_c
 
 
 @T.prim_func(s_tir=True)
@@ -41,5 +41,5 @@ def export(directory: Path, target: dict[str, object]) -> Path:
     named = {name: f.with_attr("global_symbol", name) for name, f in functions.items()}
     executable = tvm.compile(tvm.IRModule(named), target=tvm.target.Target(target))
     path = directory / "module.so"
-    executable.export_library(str(path), addons=[compile_torch_pool(directory)])
+    executable.export_library(str(path), addons=compile_c(TORCH_POOL, directory))
     return path

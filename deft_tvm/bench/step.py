@@ -56,19 +56,18 @@ def parts(case: Case, attention: TreeAttention, out: Tensor, lse: Tensor) -> Cal
     What a run takes beyond them is the call: checks, arguments, the start of threads. The kernels
     write to `out` and `lse`.
     """
-    from deft_tvm.pytorch.loaded import resolve
-    from deft_tvm.pytorch.ops import launches
-    from deft_tvm.pytorch.packing import unpack
+    from deft_tvm.pytorch.loaded import FIRST_STAGE, SECOND_STAGE, resolve
+    from deft_tvm.pytorch.ops import arguments
+    from deft_tvm.pytorch.packing import Packed
 
     plan, layout, module = attention.operands
     loaded = resolve(module, case.q.device.type)
-    found = launches(loaded, unpack(plan, layout), case.q, case.layer, out, lse)
-    partials = [launch for launch in found if launch.kernel is not loaded.merge]
-    merges = found[len(partials) :]
+    packed = Packed.of_tensors(plan, layout, loaded.num_tiles)
+    given = arguments(loaded, packed, case.q, case.layer, out, lse)
     return {
         RUN: running(case, attention),
-        PARTIAL: lambda: [launch() for launch in partials],
-        MERGE: lambda: [launch() for launch in merges],
+        PARTIAL: lambda: loaded.run(FIRST_STAGE, *given),
+        MERGE: lambda: loaded.run(SECOND_STAGE, *given),
         PLAN: planning(case, attention),
     }
 

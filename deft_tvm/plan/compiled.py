@@ -1,4 +1,4 @@
-"""The planner that every module brings along, compiled from `native`.
+"""The planner that every module brings along, compiled from `deft_tvm/native/planner`.
 
 In Python a plan takes some six hundred calls, whose code and objects have left the caches whenever
 a model has run in between: a millisecond and more, where a small step's attention takes half of
@@ -10,15 +10,12 @@ its oracle.
 from __future__ import annotations
 
 import ctypes
-import os
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from deft_tvm.compiler import compile_c
 from deft_tvm.plan.cost import Prices
 from deft_tvm.plan.layout import Int32, Laid
 from deft_tvm.plan.split import Groups
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
     from deft_tvm.tree import Forest
 
-SOURCES = sorted(Path(__file__).with_name("native").glob("*.c"))
 FUNCTION = "plan"
 """Its name in a module."""
 
@@ -38,7 +34,7 @@ _COLUMNS = 7
 
 
 class _Struct(ctypes.Structure):
-    """As `native/native.h` has it: integers, then arrays, then seconds."""
+    """As `planner/native.h` has it: integers, then arrays, then seconds."""
 
     numbers: ClassVar[list[str]]
     arrays: ClassVar[list[str]]
@@ -74,17 +70,6 @@ _PRICES = _struct(
     "kv_tile units step_seconds fixed_seconds",
     "token_seconds partial_seconds launch_seconds",
 )
-
-
-def compile_planner(directory: str | os.PathLike[str], cc: str | None = None) -> list[str]:
-    """Compile the planner; object files for ``export_library(..., addons=...)``.
-
-    Raises:
-        CompilerMissing: there is no C compiler, or it fails.
-    """
-    import tvm_ffi
-
-    return compile_c(SOURCES, directory, cc, include=tvm_ffi.libinfo.include_paths())
 
 
 class Compiled:

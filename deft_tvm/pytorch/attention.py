@@ -225,7 +225,7 @@ class TreeAttention:
         self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
-            return attend(self._loaded, step.packed.unpacked, q, kv, out, lse)
+            return attend(self._loaded, step.packed, q, kv, out, lse)
         if out is None and lse is None:
             return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *step.operands))
         out, lse = outputs(q, self.spec.v_width, out, lse)

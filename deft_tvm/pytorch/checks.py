@@ -16,7 +16,7 @@ from deft_tvm.errors import InputError, PlanError
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan
 from deft_tvm.pytorch.loaded import Loaded
-from deft_tvm.pytorch.packing import Unpacked
+from deft_tvm.pytorch.packing import Packed
 from deft_tvm.spec import AttentionSpec, TileShape
 
 
@@ -72,7 +72,7 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
         _refuse_number(_cache_names(spec), kv)
 
 
-def check_inputs(loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor]) -> None:
+def check_inputs(loaded: Loaded, step: Packed, q: Tensor, kv: Sequence[Tensor]) -> None:
     """Refuse q or a cache buffer that does not fit the module's spec or the plan.
 
     Raises:
@@ -124,7 +124,7 @@ def _refuse_number(names: Sequence[str], kv: Sequence[Tensor]) -> NoReturn:
     raise InputError(f"kv has {len(kv)} tensors; expected {len(names)}: {', '.join(names)}")
 
 
-def check_outputs(loaded: Loaded, step: Unpacked, out: Tensor, lse: Tensor) -> None:
+def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> None:
     """Refuse outputs that kernels cannot write to, or whose gradient would silently be lost.
 
     Raises:
@@ -173,9 +173,7 @@ def check_devices(device: torch.device, *tensors: Tensor) -> None:
             )
 
 
-def _refuse_cache(
-    loaded: Loaded, step: Unpacked, kv: Sequence[Tensor], device: torch.device
-) -> None:
+def _refuse_cache(loaded: Loaded, step: Packed, kv: Sequence[Tensor], device: torch.device) -> None:
     """Find the buffer that does not fit, and say why."""
     unit = "pages" if step.paged else "tokens"
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes

@@ -19,6 +19,9 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError
 from deft_tvm.spec import AttentionSpec, TileShape
 
+FIRST_STAGE, SECOND_STAGE = 1, 2
+BOTH = FIRST_STAGE | SECOND_STAGE
+
 
 class Loaded:
     """What a call needs of an artifact, looked up once.
@@ -26,8 +29,9 @@ class Loaded:
     Attributes:
         artifact: the module and its manifest.
         spec: the attention.
-        partials: kernels of stage 1, one for each tile class.
-        merge: the kernel of stage 2.
+        num_tiles: how many tile classes it has kernels for.
+        run: both stages by one packed plan, or one of them: ``run(stages, *arguments)``, with
+            `FIRST_STAGE`, `SECOND_STAGE` or `BOTH`, and `deft_tvm.pytorch.ops.arguments`.
         caches: how many of a layer's tensors are cache buffers.
         tensors: how many there are.
         scaled: the places of scales among the layer's tensors, and which buffer each is for.
@@ -43,10 +47,8 @@ class Loaded:
         spec = artifact.spec
         self.artifact = artifact
         self.spec = spec
-        self.partials: tuple[tvm_ffi.Function, ...] = tuple(
-            artifact.partial(tile) for tile in range(len(artifact.tiles))
-        )
-        self.merge: tvm_ffi.Function = artifact.merge
+        self.num_tiles = len(artifact.tiles)
+        self.run: tvm_ffi.Function = artifact.run
         self.caches = len(spec.buffers)
         self.scaled = tuple(enumerate(spec.scaled, self.caches))
         self.tensors = self.caches + len(self.scaled) + spec.sinks

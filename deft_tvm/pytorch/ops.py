@@ -9,10 +9,9 @@ its module in whatever process it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import tvm_ffi
 from torch import Tensor
 
 from deft_tvm.layer import kernel_operands
@@ -22,8 +21,8 @@ from deft_tvm.pytorch.checks import (
     check_no_gradient,
     check_outputs,
 )
-from deft_tvm.pytorch.loaded import Loaded, resolve, spec_of
-from deft_tvm.pytorch.packing import Unpacked, unpack
+from deft_tvm.pytorch.loaded import BOTH, Loaded, resolve, spec_of
+from deft_tvm.pytorch.packing import Packed
 from deft_tvm.pytorch.workspace import workspace
 
 _INPUTS = "Tensor q, Tensor[] kv, Tensor plan, Tensor layout, str module"
@@ -47,7 +46,8 @@ class Operands(NamedTuple):
 def _tree_attention(
     q: Tensor, kv: Sequence[Tensor], plan: Tensor, layout: Tensor, module: str
 ) -> tuple[Tensor, Tensor]:
-    return attend(resolve(module, q.device.type), unpack(plan, layout), q, kv)
+    loaded = resolve(module, q.device.type)
+    return attend(loaded, Packed.of_tensors(plan, layout, loaded.num_tiles), q, kv)
 
 
 @torch.library.register_fake("deft_tvm::tree_attention", lib=_library)
@@ -68,7 +68,8 @@ def _tree_attention_out(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    attend(resolve(module, q.device.type), unpack(plan, layout), q, kv, out, lse)
+    loaded = resolve(module, q.device.type)
+    attend(loaded, Packed.of_tensors(plan, layout, loaded.num_tiles), q, kv, out, lse)
 
 
 @torch.library.register_fake("deft_tvm::tree_attention_out", lib=_library)
@@ -107,7 +108,7 @@ def outputs(
 
 def attend(
     loaded: Loaded,
-    step: Unpacked,
+    step: Packed,
     q: Tensor,
     kv: Sequence[Tensor],
     out: Tensor | None = None,
@@ -123,39 +124,19 @@ def attend(
     out, lse = outputs(q, loaded.spec.v_width, out, lse)
     if given:
         check_outputs(loaded, step, out, lse)
-    for launch in launches(loaded, step, q, kv, out, lse):
-        launch()
+    loaded.run(BOTH, *arguments(loaded, step, q, kv, out, lse))
     return out, lse
 
 
-class Launch(NamedTuple):
-    """A kernel and its arguments; stage 2 is the module's ``merge``."""
-
-    kernel: tvm_ffi.Function
-    arguments: tuple[Any, ...]
-
-    def __call__(self) -> None:
-        self.kernel(*self.arguments)
-
-
-def launches(
-    loaded: Loaded, step: Unpacked, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor
-) -> list[Launch]:
-    """Stage 1 for each tile class that has items, then stage 2 where it has rows."""
+def arguments(
+    loaded: Loaded, step: Packed, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    """What `Loaded.run` takes after the stages."""
     if not step.paged:
         kv = [*_one_page(loaded, kv[: loaded.caches]), *kv[loaded.caches :]]
-    layer = kernel_operands(loaded.spec, kv)
-    inputs = (q, *layer, *step.reads)
     partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
-    found = [
-        Launch(kernel, (*inputs, items, step.dests, out, lse, *partials))
-        for kernel, items in zip(loaded.partials, step.items, strict=True)
-        if items is not None
-    ]
-    if step.merged:
-        sinks = layer[-1:] if loaded.spec.sinks else []
-        found.append(Launch(loaded.merge, (*partials, *sinks, *step.merges, out, lse)))
-    return found
+    operands = kernel_operands(loaded.spec, kv)
+    return (step.plan, step.layout, *partials, out, lse, q, *operands)
 
 
 def _one_page(loaded: Loaded, kv: Sequence[Tensor]) -> list[Tensor]:

@@ -7,55 +7,19 @@ stays on the CPU, where reading it waits for nothing.
 
 from __future__ import annotations
 
-import threading
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import tvm_ffi
 from torch import Tensor
 
 from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan
 
-RECENT = 8
-"""Plans that a thread keeps unpacked: those that the layers of a model alternate between."""
-
 _COLUMNS = 7
 _HEADER = 8
 _SCALARS = 3
 _ARRAYS = 6
-
-
-class Unpacked(NamedTuple):
-    """The arrays of `deft_tvm.plan.Plan` on the device, as views.
-
-    They are tensors of the kernels' own kind, which kernels take faster than torch's.
-
-    Attributes:
-        reads: header, page_indices, row_order, row_positions, and runs.
-        dests: where each row of each item goes.
-        items: of each tile class; None if it has none.
-        merges: merge_indptr and merge_rows.
-        rows: how many the plan has.
-        merged: how many rows stage 2 has.
-        partials: slots that the workspace must hold.
-        needed: pages, or tokens, that every cache buffer must have.
-        paged: whether it has pages.
-        device: where the arrays are.
-    """
-
-    reads: tuple[tvm_ffi.Tensor, ...]
-    dests: tvm_ffi.Tensor
-    items: tuple[tvm_ffi.Tensor | None, ...]
-    merges: tuple[tvm_ffi.Tensor, tvm_ffi.Tensor]
-    rows: int
-    merged: int
-    partials: int
-    needed: int
-    paged: bool
-    device: torch.device
 
 
 def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,16 +44,46 @@ def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 class Packed(NamedTuple):
-    """A plan as `pack` makes it, and the views of it."""
+    """A plan as kernels take it, and what of the layout is asked for in every call.
+
+    Attributes:
+        plan: see `pack`.
+        layout: see `pack`.
+        paged: whether there are pages.
+        needed: pages, or tokens, that every cache buffer must have.
+        partials: slots that the workspace must hold.
+        rows: how many the plan has.
+    """
 
     plan: Tensor
     layout: Tensor
-    unpacked: Unpacked
+    paged: bool
+    needed: int
+    partials: int
+    rows: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.plan.device
 
     @classmethod
     def of(cls, plan: Plan, paged: bool, device: torch.device) -> Packed:
         whole, layout = pack(plan, paged, device)
-        return cls(whole, layout, _divide(whole, *layout.tolist()))
+        needed = plan.max_page + 1 if paged else plan.forest.num_tokens
+        return cls(whole, layout, paged, needed, plan.num_partials, plan.num_rows)
+
+    @classmethod
+    def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> Packed:
+        """
+        Raises:
+            InputError: `plan` and `layout` are not what `pack` makes for so many tile classes.
+        """
+        if layout.dtype is not torch.int64 or layout.dim() != 1:
+            raise InputError(f"layout is {_what(layout)}; expected int64[N]")
+        numbers = layout.tolist()
+        _check(plan, numbers, num_tiles)
+        paged, needed, partials, _, rows, *_ = numbers
+        return cls(plan, layout, bool(paged), needed, partials, rows)
 
     def follow(self, old: Plan, plan: Plan) -> Packed | None:
         """The same of `plan`, where only runs and items differ from those of `old`, packed here."""
@@ -98,83 +92,23 @@ class Packed(NamedTuple):
             return None
         whole = self.plan.numpy().copy()
         begin = sum(map(len, (plan.header, plan.page_indices, plan.row_order, plan.row_positions)))
-        runs = whole[begin : begin + plan.runs.size].reshape(-1, _COLUMNS)
-        table = whole[len(whole) - plan.items.size :].reshape(-1, _COLUMNS)
-        runs[:], table[:] = plan.runs, plan.items
-        items = list(self.unpacked.items)
-        for tile, first, end in plan.launches:
-            items[tile] = tvm_ffi.from_dlpack(table[first:end])
-        reads = (*self.unpacked.reads[:-1], tvm_ffi.from_dlpack(runs))
-        unpacked = self.unpacked._replace(reads=reads, items=tuple(items))
-        return Packed(torch.from_numpy(whole), self.layout, unpacked)
+        whole[begin : begin + plan.runs.size] = plan.runs.reshape(-1)
+        whole[len(whole) - plan.items.size :] = plan.items.reshape(-1)
+        return self._replace(plan=torch.from_numpy(whole))
 
 
-def unpack(plan: Tensor, layout: Tensor) -> Unpacked:
-    """The views of a packed plan; those of recent plans are kept.
-
-    Raises:
-        InputError: `plan` and `layout` are not what `pack` makes.
-    """
-    if layout.dtype is not torch.int64 or layout.dim() != 1:
-        raise InputError(f"layout is {_what(layout)}; expected int64[N]")
-    # A kept view keeps its storage, so no other plan can come to lie at the same address.
-    key = (plan.data_ptr(), *layout.tolist())
-    found = _recent.plans.get(key)
-    if found is None:
-        _check(plan, key[1:])
-        while len(_recent.plans) >= RECENT:
-            del _recent.plans[next(iter(_recent.plans))]
-        found = _recent.plans[key] = _divide(plan, *key[1:])
-    return found
-
-
-class _Recent(threading.local):
-    def __init__(self) -> None:
-        self.plans: dict[tuple[int, ...], Unpacked] = {}
-
-
-_recent = _Recent()
-
-
-def _divide(plan: Tensor, paged: int, needed: int, partials: int, *lengths: int) -> Unpacked:
-    # Views of numpy's arrays are made in a third of the time of torch's.
-    whole = plan.numpy() if plan.device.type == "cpu" else plan
-    ends = [*accumulate(_sizes(lengths), initial=0)]
-    parts = [whole[begin:end] for begin, end in pairwise(ends)]
-    runs, items = parts[4].reshape(-1, _COLUMNS), parts[8].reshape(-1, _COLUMNS)
-    bounds = pairwise(accumulate(lengths[_ARRAYS:], initial=0))
-    header, page_indices, row_order, row_positions = map(tvm_ffi.from_dlpack, parts[:4])
-    dests, merge_rows, merge_indptr = map(tvm_ffi.from_dlpack, parts[5:8])
-    return Unpacked(
-        reads=(header, page_indices, row_order, row_positions, tvm_ffi.from_dlpack(runs)),
-        dests=dests,
-        items=tuple(
-            tvm_ffi.from_dlpack(items[begin:end]) if end > begin else None for begin, end in bounds
-        ),
-        merges=(merge_indptr, merge_rows),
-        rows=lengths[1],
-        merged=lengths[5],
-        partials=partials,
-        needed=needed,
-        paged=bool(paged),
-        device=plan.device,
-    )
-
-
-def _sizes(lengths: tuple[int, ...]) -> list[int]:
+def _sizes(lengths: list[int]) -> list[int]:
     """Elements of each part of a plan, in order."""
     pages, rows, positions, runs, dests, merged, *items = lengths
     sizes = [_HEADER, pages, rows, positions, runs * _COLUMNS, dests, merged, merged + 1]
     return [*sizes, sum(items) * _COLUMNS]
 
 
-def _check(plan: Tensor, layout: tuple[int, ...]) -> None:
+def _check(plan: Tensor, layout: list[int], num_tiles: int) -> None:
     """Refuse a plan that cannot be divided as `layout` says."""
-    if len(layout) <= _SCALARS + _ARRAYS or min(layout) < 0:
-        raise InputError(
-            f"layout is {list(layout)}; expected {_SCALARS + _ARRAYS + 1} or more numbers, "
-            f"none below zero"
-        )
+    wanted = _SCALARS + _ARRAYS + num_tiles
+    if len(layout) != wanted or min(layout) < 0:
+        raise InputError(f"layout is {layout}; expected {wanted} numbers, none below zero")
     size = sum(_sizes(layout[_SCALARS:]))
     if plan.dtype is not torch.int32 or plan.shape != (size,):
         raise InputError(f"plan is {_what(plan)}; expected int32[{size}], as layout says")

@@ -22,6 +22,7 @@ import tvm_ffi
 
 from deft_tvm import threads
 from deft_tvm.device import DeviceProfile
+from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.timing import measure
 from deft_tvm.tuning.expected import Expected, expected
 from deft_tvm.tuning.messages import (
@@ -82,14 +83,14 @@ def _build(request: Build) -> Built:
     begin = time.perf_counter()
     executable = compile_module(module, request.target)
     on_cpu = request.target["kind"] == "llvm"
-    addons = [_torch_pool(os.path.dirname(request.path))] if on_cpu else None
+    addons = _torch_pool(os.path.dirname(request.path)) if on_cpu else None
     executable.export_library(request.path, addons=addons)
     return Built(time.perf_counter() - begin)
 
 
 @cache
-def _torch_pool(directory: str) -> str:
-    return threads.compile_torch_pool(directory)
+def _torch_pool(directory: str) -> list[str]:
+    return compile_c(TORCH_POOL, directory)
 
 
 def _time(request: Time) -> Timed:

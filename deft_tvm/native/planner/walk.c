@@ -1,4 +1,4 @@
-/* Walk of ../split.py. */
+/* Walk of deft_tvm/plan/split.py. */
 #include "native.h"
 
 Walk walk_of(Arena *arena, const Forest *forest) {

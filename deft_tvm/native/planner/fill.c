@@ -1,4 +1,4 @@
-/* fill of ../fill.py: where to cut each group, and the seconds of what is so cut. */
+/* fill of deft_tvm/plan/fill.py: where to cut each group, and the seconds of what is so cut. */
 #include <string.h>
 
 #include "native.h"

@@ -1,4 +1,4 @@
-/* packed and merge_neighbours of ../packed.py. */
+/* packed and merge_neighbours of deft_tvm/plan/packed.py. */
 #include "native.h"
 
 static const double MERGE_GAIN = 0.02;

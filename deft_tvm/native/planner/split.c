@@ -1,4 +1,4 @@
-/* Groups of ../split.py, the grouping "sequence", and how groups are cut. */
+/* Groups of deft_tvm/plan/split.py, the grouping "sequence", and how groups are cut. */
 #include "native.h"
 
 Groups take_groups(Arena *arena, int64_t count, int64_t pieces) {

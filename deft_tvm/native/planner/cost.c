@@ -1,4 +1,4 @@
-/* Prices and makespan of ../cost.py. */
+/* Prices and makespan of deft_tvm/plan/cost.py. */
 #include "native.h"
 
 Price choose_tile(const Prices *prices, int64_t tokens, int64_t rows) {

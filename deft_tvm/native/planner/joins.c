@@ -1,4 +1,4 @@
-/* hand_down and by_cluster of ../joins.py. */
+/* hand_down and by_cluster of deft_tvm/plan/joins.py. */
 #include <string.h>
 
 #include "native.h"

@@ -1,4 +1,4 @@
-/* Recipe of ../planner.py for the groupings "packed" and "auto": from a forest to packed arrays. */
+/* Recipe of deft_tvm/plan/planner.py for the groupings "packed" and "auto": from a forest to packed arrays. */
 #include <string.h>
 #include <tvm/ffi/c_api.h>
 

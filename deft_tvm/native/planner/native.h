@@ -1,4 +1,4 @@
-/* The planner of ../planner.py, compiled: the grouping "packed", or the cheaper of it and
+/* The planner of deft_tvm/plan/planner.py, compiled: the grouping "packed", or the cheaper of it and
  * "sequence", without a window. Each file is named after the Python file that it repeats; there
  * every step is explained, and tests hold both to the same plans, bit for bit.
  *
@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The three structures that Python fills; ../compiled.py has the same fields. */
+/* The three structures that Python fills; deft_tvm/plan/compiled.py has the same fields. */
 
 typedef struct { /* Forest: one entry a node in the caller's order, row_order one a row */
   int64_t num_nodes, num_rows;

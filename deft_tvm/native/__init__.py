@@ -1,4 +1,9 @@
-"""The C compiler, for the sources that a module brings along beside its kernels."""
+"""What every module brings along beside its kernels, in C, and the compiler that it takes.
+
+torch_pool.c  lets a CPU's kernels run on torch's own threads, see `deft_tvm.threads`
+planner/      makes the plans of decoding, see `deft_tvm.plan.compiled`
+run.c         runs the kernels by a packed plan, see `deft_tvm.pytorch.ops`
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,22 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from tvm_ffi import libinfo
+
 from deft_tvm.errors import CompilerMissing
 
 # No product may be fused into a sum: what is planned would depend on the compiler.
 _FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 
 
+_HERE = Path(__file__).parent
+TORCH_POOL = (_HERE / "torch_pool.c",)
+PLANNER = tuple(sorted(_HERE.glob("planner/*.c")))
+RUN = (_HERE / "run.c",)
+
+
 def compile_c(
-    sources: Sequence[Path],
-    directory: str | os.PathLike[str],
-    cc: str | None = None,
-    include: Sequence[str] = (),
+    sources: Sequence[Path], directory: str | os.PathLike[str], cc: str | None = None
 ) -> list[str]:
     """Compile C sources; the object files' paths, for ``export_library(..., addons=...)``.
 
@@ -27,12 +37,11 @@ def compile_c(
         directory: where the object files are written.
         cc: a C compiler, by default ``$CC``, ``cc``, ``gcc`` or ``clang``; a cross compiler for a
             module of another processor.
-        include: folders of headers.
 
     Raises:
         CompilerMissing: there is no C compiler, or it fails.
     """
-    folders = (f"-I{folder}" for folder in include)
+    folders = (f"-I{folder}" for folder in libinfo.include_paths())
     command = [cc or _c_compiler(), *_FLAGS, *folders, "-c", *map(str, sources)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, cwd=directory)

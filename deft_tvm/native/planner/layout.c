@@ -1,4 +1,4 @@
-/* The arrays of ../layout.py end to end, as ../../pytorch/packing.py packs them. */
+/* The arrays of deft_tvm/plan/layout.py end to end, as deft_tvm/pytorch/packing.py packs them. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,4 +1,4 @@
-/* contract of ../clusters.py. */
+/* contract of deft_tvm/plan/clusters.py. */
 #include <string.h>
 
 #include "native.h"
