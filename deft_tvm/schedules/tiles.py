@@ -24,6 +24,11 @@ CPU_FEW_BYTES = 16 << 10
 """With few rows a step is a copy out of memory, which half of the nearest cache shall hold. One
 sequence of 65,536 takes 0.81 of its time with 64 KiB in float32, 0.96 in bfloat16 (AMD EPYC Zen 4,
 2026-11-21)."""
+CPU_ONE_TOKENS = 8
+"""With one row a step is memory alone. Tokens of many heads lie in memory pages of their own, of
+which K, V and both of the next step touch four times as many: beyond some 16 tokens more than the
+nearest table of pages holds. 16 × 1,024 tokens of 32 heads take 0.80 of their time with 16 tokens
+in float32, 0.85 in bfloat16 (AMD EPYC Zen 4, 2026-11-22)."""
 CPU_STATE_BYTES = 64 << 10
 """Queries and outputs of the heads that a unit takes at a time lie in the second nearest cache."""
 CUDA_KV_TILE = 64
@@ -53,14 +58,17 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
         TileShape(rows, CPU_KV_TILE, wanted[rows])
         if rows >= 16
         else TileShape(
-            rows, _few_tokens(spec, wanted[rows]), wanted[rows], heads=_few_heads(spec, rows)
+            rows, _few_tokens(spec, rows, wanted[rows]), wanted[rows], heads=_few_heads(spec, rows)
         )
         for rows in sorted(wanted)
     )
 
 
-def _few_tokens(spec: AttentionSpec, operand: Dtype) -> int:
-    """Tokens of a step with few rows: as many as `CPU_FEW_BYTES` hold, 16 to 64."""
+def _few_tokens(spec: AttentionSpec, lane_rows: int, operand: Dtype) -> int:
+    """Tokens of a step with few rows: as many as `CPU_FEW_BYTES` hold, 16 to 64; of one row
+    `CPU_ONE_TOKENS`."""
+    if lane_rows == 1:
+        return CPU_ONE_TOKENS
     width = spec.v_width + spec.rope_width + (0 if spec.tied else spec.k_width)
     fitting = max(1, CPU_FEW_BYTES // (width * DTYPE_BYTES[operand]))
     return max(16, min(CPU_KV_TILE, 1 << (fitting.bit_length() - 1)))

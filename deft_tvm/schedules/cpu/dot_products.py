@@ -16,7 +16,7 @@ from itertools import product
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import storage, widen
-from deft_tvm.schedules.cpu.instructions import DPBF16PS, register
+from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM, LANES, register
 from deft_tvm.schedules.verbs import power_of_two_in
 
 LANES_OF_BLOCK = 4
@@ -26,7 +26,7 @@ LANES_OF_BLOCK = 4
 def lanes_of(width: int, operand: str, float_lanes: int) -> int:
     """Lanes that each product gathers in: what divides its width, bfloat16 in pairs."""
     if operand == "bfloat16":
-        return power_of_two_in(width // 2, 16)
+        return power_of_two_in(width // 2, float_lanes)
     return power_of_two_in(width, float_lanes)
 
 
@@ -36,8 +36,8 @@ def tokens_of(lane_rows: int, lanes: int) -> int:
     return lanes // power_of_two_in(lane_rows, squarish)
 
 
-def dots_name(width: int, operand: str, rows: int, tokens: int) -> str:
-    return f"deft_dots_{width}_{operand}_{rows}x{tokens}"
+def dots_name(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
+    return f"deft_dots_{width}_{operand}_{rows}x{tokens}_by_{lanes}"
 
 
 def dots_llvm(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
@@ -50,7 +50,7 @@ def dots_llvm(width: int, operand: str, rows: int, tokens: int, lanes: int) -> s
     lines = (line for first in steps for line in _step(width, operand, first, tokens, lanes))
     body = "\n  ".join(lines)
     return f"""
-define i32 @{dots_name(width, operand, rows, tokens)}(
+define i32 @{dots_name(width, operand, rows, tokens, lanes)}(
   ptr %c, ptr %a, ptr %b, i64 %c_row, i64 %a_row, i64 %b_row) alwaysinline {{
   {body}
   ret i32 0
@@ -75,7 +75,7 @@ def _step(width: int, operand: str, first: int, tokens: int, lanes: int) -> Iter
             so_far = f"%s{i}_{j}_{n - 1}" if n else "zeroinitializer"
             a, b = (f"<{step} x {element}> %{x}{first}_{r}_{n}" for x, r in (("a", i), ("b", j)))
             yield f"%s{i}_{j}_{n} = call {vector} " + (
-                f"@llvm.x86.avx512bf16.dpbf16ps.512({vector} {so_far}, {a}, {b})"
+                f"@llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}({vector} {so_far}, {a}, {b})"
                 if paired
                 else f"@llvm.fma.v{lanes}f32({a}, {b}, {vector} {so_far})"
             )
@@ -115,9 +115,13 @@ def _shuffle(vector: str, x: str, y: str, lanes: Sequence[int]) -> str:
 
 def declarations(operand: str, lanes: Sequence[int]) -> str:
     """What functions of `dots_llvm` call, once for a module."""
-    if operand == "bfloat16":
-        return DPBF16PS
     vectors = ((n, f"<{n} x float>") for n in sorted(set(lanes)))
+    if operand == "bfloat16":
+        narrow = ((n, v, f"<{2 * n} x bfloat>") for n, v in vectors if n < LANES)
+        return BFLOAT16_LLVM + "".join(
+            f"declare {v} @llvm.x86.avx512bf16.dpbf16ps.{32 * n}({v}, {pairs}, {pairs})\n"
+            for n, v, pairs in narrow
+        )
     return "".join(f"declare {v} @llvm.fma.v{n}f32({v}, {v}, {v})\n" for n, v in vectors)
 
 
@@ -151,9 +155,9 @@ def _order(lanes: int) -> list[int]:
 
 
 @cache
-def dots(width: int, operand: str, rows: int, tokens: int) -> str:
+def dots(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
     """Intrinsic: `rows` by `tokens` scalar products of `width` elements, added to float32."""
-    function = dots_name(width, operand, rows, tokens)
+    function = dots_name(width, operand, rows, tokens, lanes)
     TILE = storage(operand)
 
     @T.prim_func(s_tir=True)

@@ -22,10 +22,6 @@ LANES = 16
 
 _INTERLEAVE = ", ".join(f"i32 {i}, i32 {i + LANES}" for i in range(LANES))
 
-DPBF16PS = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-"""
-
 BFLOAT16_LLVM = f"""
 define i32 @deft_dot_pairs(ptr %c, ptr %b, ptr %a) alwaysinline {{
   %acc = load <16 x float>, ptr %c, align 4
@@ -39,7 +35,8 @@ define i32 @deft_dot_pairs(ptr %c, ptr %b, ptr %a) alwaysinline {{
   store <16 x float> %sum, ptr %c, align 4
   ret i32 0
 }}
-{DPBF16PS}
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+
 define i32 @deft_interleave(ptr %o, ptr %x, ptr %y) alwaysinline {{
   %even = load <16 x i16>, ptr %x, align 2
   %odd = load <16 x i16>, ptr %y, align 2
@@ -62,8 +59,15 @@ declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x
 
 
 @cache
-def dot_pairs() -> str:
-    """Intrinsic: 16 rows times one pair of bfloat16, added to 16 float32 (``vdpbf16ps``)."""
+def dot_pairs(pair_first: bool = False) -> str:
+    """Intrinsic: 16 pairs times one pair of bfloat16, added to 16 float32 (``vdpbf16ps``).
+
+    `pair_first` is the order of the factors in the block that is replaced: it must be met.
+    """
+
+    def times(one: Expr, other: Expr) -> Expr:
+        one, other = widen(one, "bfloat16"), widen(other, "bfloat16")
+        return other * one if pair_first else one * other
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
@@ -71,12 +75,15 @@ def dot_pairs() -> str:
         B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
         C = T.match_buffer(c, (16,), "float32", offset_factor=1, scope=REGISTERS)
         with T.sblock("root"):
-            T.reads(C[0:16], A[0:16, 0:2], B[0:2])
+            if pair_first:
+                T.reads(C[0:16], B[0:2], A[0:16, 0:2])
+            else:
+                T.reads(C[0:16], A[0:16, 0:2], B[0:2])
             T.writes(C[0:16])
             for i, r in T.grid(16, 2):
                 with T.sblock("pair"):
                     vi, vr = T.axis.remap("SR", [i, r])
-                    C[vi] = C[vi] + widen(A[vi, vr], "bfloat16") * widen(B[vr], "bfloat16")
+                    C[vi] = C[vi] + times(A[vi, vr], B[vr])
 
     @T.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
@@ -84,7 +91,10 @@ def dot_pairs() -> str:
         B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
         C = T.match_buffer(c, (16,), "float32", offset_factor=1, scope=REGISTERS)
         with T.sblock("root"):
-            T.reads(C[0:16], A[0:16, 0:2], B[0:2])
+            if pair_first:
+                T.reads(C[0:16], B[0:2], A[0:16, 0:2])
+            else:
+                T.reads(C[0:16], A[0:16, 0:2], B[0:2])
             T.writes(C[0:16])
             T.evaluate(
                 T.call_extern(
@@ -96,7 +106,8 @@ def dot_pairs() -> str:
                 )
             )
 
-    return register("deft_dot_pairs", description, implementation)
+    name = "deft_dot_pair_first" if pair_first else "deft_dot_pairs"
+    return register(name, description, implementation)
 
 
 @cache

@@ -21,9 +21,9 @@ from deft_tvm.schedules.cpu.blocks import asked_beside
 from deft_tvm.schedules.cpu.instructions import (
     BFLOAT16_LLVM,
     dot_pairs,
-    interleave,
 )
 from deft_tvm.schedules.cpu.lowering import over_rows
+from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
@@ -67,7 +67,7 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         ahead = asked_beside(spec, product)
         _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
     if paired:
-        _pair_values(sch)
+        pair_values(sch)
     _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
 
     pass_over_rows(sch, spec, tile.lane_rows, lanes)
@@ -89,11 +89,6 @@ def _paired(task: KernelTask) -> bool:
         and even
         and tile.kv_tile % 2 == 0
     )
-
-
-def pairs_of_first(j: Any, d: Any) -> tuple[Any, Any, Any]:
-    """[token, d] → [token / 2, d, token % 2]."""
-    return j // 2, d, j % 2
 
 
 def _product(
@@ -137,14 +132,3 @@ def _product(
         sch.decompose_reduction(block, k)
     store_tile(sch, result, lanes)
     over_rows(sch, i_outer, lane_rows)
-
-
-def _pair_values(sch: Schedule) -> None:
-    """A copy of V with each two tokens interleaved, which the output product reads in pairs."""
-    copy = sch.cache_read(sch.get_sblock("accumulate"), 1, "global")
-    sch.transform_layout(copy, ("write", 0), pairs_of_first)
-    j, d = sch.get_loops(copy)[-2:]
-    j_outer, j_pair = sch.split(j, [None, 2])
-    d_outer, d_lanes = sch.split(d, [None, 16])
-    sch.reorder(j_outer, d_outer, j_pair, d_lanes)
-    sch.tensorize(j_pair, interleave())

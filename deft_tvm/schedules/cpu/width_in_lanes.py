@@ -4,7 +4,8 @@ With fewer lane rows than a vector has lanes the work is bound by reading the KV
 natural layout:
 
     scores        products of a few rows and tokens at a time, see `dot_products`
-    accumulate    rows × a part of the width in registers, walking down the tile's tokens
+    accumulate    rows × a part of the width in registers, walking down the tile's tokens, by two
+                  where bfloat16 is multiplied in pairs
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tvm.s_tir import Schedule
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
 from deft_tvm.schedules.cpu.dot_products import declarations, dots, dots_llvm, lanes_of, tokens_of
+from deft_tvm.schedules.cpu.instructions import dot_pairs
+from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
@@ -39,13 +42,16 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     if task.tile is None or not _accepts(task):
         return False
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
-    v_lanes = power_of_two_in(spec.v_width, lanes)
+    v_lanes, paired = power_of_two_in(spec.v_width, lanes), _paired(task)
     products = {block: _Dots(width, tile, lanes) for block, width in score_products(spec).items()}
-    most = max(made.tokens for made in products.values())
-    token_choices = divisors(tile.kv_tile, [most * n for n in (1, 2, 4)])
+    widest = max(made.tokens for made in products.values())
+    token_choices = divisors(tile.kv_tile, [widest * n for n in (1, 2, 4)])
     score_tokens = knobs.pick_parts("score_tokens", tile.kv_tile, token_choices, token_choices[0])
     part_choices = divisors(spec.v_width, [v_lanes * n for n in (1, 2, 4, 8)])
-    fits = registers(task.features) // 2 * v_lanes // tile.lane_rows
+    # From 1 KiB on a tile is a workspace on the heap, to which LLVM stores at every step whatever
+    # is no vector code of TVM's own.
+    most = registers(task.features) // (4 if paired else 2)
+    fits = most * v_lanes // tile.lane_rows
     out_dims = knobs.pick_parts("out_dims", spec.v_width, part_choices, nearest(part_choices, fits))
 
     for block, made in products.items():
@@ -53,7 +59,7 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     functions = "".join(sorted({made.llvm for made in products.values()}))
     used = declarations(tile.operand, [made.lanes for made in products.values()])
     import_llvm(sch, "item", functions + used)
-    _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH)
+    _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH, paired)
 
     for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
@@ -64,6 +70,21 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     for block in passes:
         vectorize_last(sch, block, token_lanes)
     return True
+
+
+def _paired(task: KernelTask) -> bool:
+    """Whether the output's product takes tokens in pairs.
+
+    One row is not worth interleaving V for.
+    """
+    spec, tile = task.spec, task.tile
+    return (
+        tile is not None
+        and tile.operand == "bfloat16"
+        and tile.lane_rows > 1
+        and spec.v_width % 16 == 0
+        and tile.kv_tile % (2 * STRETCH) == 0
+    )
 
 
 def _accepts(task: KernelTask) -> bool:
@@ -80,10 +101,10 @@ class _Dots:
     """How many tokens of one product are multiplied with all rows at a time."""
 
     def __init__(self, width: int, tile: TileShape, float_lanes: int) -> None:
-        self.lanes = lanes_of(width, tile.operand, float_lanes)
+        self.lanes = lanes_of(width, tile.operand, min(float_lanes, tile.kv_tile))
         self.rows, self.tokens = tile.lane_rows, tokens_of(tile.lane_rows, self.lanes)
-        shape = (width, tile.operand, self.rows, self.tokens)
-        self.llvm, self.intrinsic = dots_llvm(*shape, self.lanes), dots(*shape)
+        shape = (width, tile.operand, self.rows, self.tokens, self.lanes)
+        self.llvm, self.intrinsic = dots_llvm(*shape), dots(*shape)
 
 
 def _dot_products(
@@ -102,22 +123,29 @@ def _dot_products(
     sch.tensorize(whole, made.intrinsic)
 
 
-def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int) -> None:
+def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int, paired: bool) -> None:
     """for d/out_dims: for j: U[:, d : d + out_dims] += P[:, j] V[j, d : d + out_dims].
 
-    V is asked for ahead between stretches of tokens: beside each token, LLVM would store the
-    register tile every time.
+    `paired`: two tokens at a time. V is asked for ahead between stretches of tokens: beside each
+    token, LLVM would store the register tile every time.
     """
+    if paired:
+        pair_values(sch)
     block = sch.get_sblock("accumulate")
     i, d, j = sch.get_loops(block)[-3:]
     d_outer, d_across, d_lanes = sch.split(d, [parts, None, lanes])
-    stretch, j = sch.split(j, [stretches, None])
-    sch.reorder(d_outer, stretch, j, i, d_across, d_lanes)
+    stretch, *tokens = sch.split(j, [stretches, None, 2] if paired else [stretches, None])
+    sch.reorder(d_outer, stretch, tokens[0], i, d_across, d_lanes, *tokens[1:])
     d_outer, stretch = spread(sch, "ahead_v", (d_outer, stretch), (parts, stretches))
     result = sch.cache_write(block, 0, REGISTERS)
     sch.reverse_compute_at(result, d_outer)
     sch.reverse_compute_inline(sch.get_sblock("fold"))
     unroll_all(sch, (i, d_across))
-    sch.vectorize(d_lanes)
-    sch.decompose_reduction(block, stretch)
+    if paired:
+        zero = sch.decompose_reduction(block, stretch)
+        sch.tensorize(d_lanes, dot_pairs(pair_first=True))
+        sch.vectorize(sch.get_loops(zero)[-1])
+    else:
+        sch.vectorize(d_lanes)
+        sch.decompose_reduction(block, stretch)
     store_tile(sch, result, lanes)
