@@ -97,11 +97,14 @@ class Artifact:
         """The kernel of stage 2."""
         return self._function(self.manifest.merge.function)
 
-    @cached_property
-    def run(self) -> tvm_ffi.Function:
-        """All kernels by one packed plan; see `deft_tvm/native/run.c`."""
+    def runner(self, wanted: int) -> tvm_ffi.Function:
+        """All kernels by one packed plan, see `deft_tvm/native/run.c`.
+
+        Args:
+            wanted: address of what tensors must be, which outlives the function.
+        """
         partials = map(self.partial, range(len(self.tiles)))
-        return self._function("runner")(self.spec.sinks, self.merge, *partials)
+        return self._function("runner")(wanted, self.spec.sinks, self.merge, *partials)
 
     @cached_property
     def planner(self) -> tvm_ffi.Function:

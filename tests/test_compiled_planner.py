@@ -9,6 +9,7 @@ from functools import cache
 import msgspec
 import numpy as np
 import pytest
+import torch
 from built import SMALL, artifact
 from cases import ARRAYS, SPEC, TILES, WIDE, assert_same, cases, plain, profile, profiles
 from hypothesis import given, settings
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 
 from deft_tvm.artifact import Artifact
 from deft_tvm.native import PLANNER
-from deft_tvm.pages import PageTable
+from deft_tvm.pages import CONTIGUOUS_SIZE, PageTable
 from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
+from deft_tvm.plan.compiled import Piece
 from deft_tvm.plan.cost import CostModel
+from deft_tvm.pytorch.packing import pack
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
+CPU = torch.device("cpu")
 GROUPS = ("node", "begin", "end", "indptr", "row_begin", "row_end")
 
 
@@ -38,9 +42,16 @@ def in_python(recipe: Recipe) -> Recipe:
     return replace(recipe, planner=None)
 
 
+def in_one_piece(plan: Plan) -> bool:
+    return isinstance(plan.laid, Piece)
+
+
 def assert_equal(made: Plan, oracle: Plan) -> None:
-    assert made.whole is not None and oracle.whole is None
+    assert in_one_piece(made) and not in_one_piece(oracle)
     assert_same(made, oracle)
+    paged = made.page_size < CONTIGUOUS_SIZE
+    for part, wanted in zip(pack(made, paged, CPU), pack(oracle, paged, CPU), strict=True):
+        assert torch.equal(part, wanted) and part.dtype is wanted.dtype
     for name in ARRAYS:
         assert getattr(made, name).dtype == np.int32
     for name in GROUPS:
@@ -70,7 +81,7 @@ def test_random_forests_get_the_same_plan(case, device, tiles, grouping) -> None
     if case.spec.window is None:
         assert_equal(plan, oracle)
     else:
-        assert plan.whole is None
+        assert not in_one_piece(plan)
         assert_same(plan, oracle)
 
 
@@ -103,7 +114,7 @@ def test_room_is_found_for_plans_of_any_size() -> None:
     for forest in (small, huge, small, huge):
         pages = PageTable.contiguous(forest)
         plan = made(forest, pages)
-        assert plan.whole is not None and plan.whole.size > (20000 if forest is huge else 0)
+        assert in_one_piece(plan) and (plan.laid.packed[0].size > 20000) == (forest is huge)
         assert_same(plan, in_python(made)(forest, pages))
 
 
@@ -111,12 +122,12 @@ def test_what_it_does_not_plan_is_planned_in_python() -> None:
     forest = large(3, 50, 4)
     pages = PageTable.contiguous(forest)
     for grouping in ("node", "node_chunk", "flatten", "sequence"):
-        assert recipe(SPEC, WIDE, profile(), grouping)(forest, pages).whole is None
-    assert recipe(SPEC, WIDE, profile(), chunk=64)(forest, pages).whole is None
-    assert recipe(SPEC, WIDE, profile(), deterministic=True)(forest, pages).whole is None
+        assert not in_one_piece(recipe(SPEC, WIDE, profile(), grouping)(forest, pages))
+    assert not in_one_piece(recipe(SPEC, WIDE, profile(), chunk=64)(forest, pages))
+    assert not in_one_piece(recipe(SPEC, WIDE, profile(), deterministic=True)(forest, pages))
     windowed = replace(plain(16), window=8)
     plan = recipe(windowed, TILES[0], profile())(forest, pages)
-    assert plan.whole is None and len(plan.row_positions) == forest.num_rows
+    assert not in_one_piece(plan) and len(plan.row_positions) == forest.num_rows
 
 
 def test_structures_are_those_of_the_header() -> None:

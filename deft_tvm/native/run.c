@@ -4,7 +4,7 @@
 #include <string.h>
 #include <tvm/ffi/c_api.h>
 
-enum { HEADER = 8, COLUMNS = 7, FIRST_STAGE = 1, SECOND_STAGE = 2 };
+enum { HEADER = 8, COLUMNS = 7, FIRST_STAGE = 1, SECOND_STAGE = 2, CHECKED = 4 };
 
 /* The layout of a packed plan, int64. */
 enum { PAGED, NEEDED, PARTIALS, PAGES, ROWS, POSITIONS, RUNS, DESTS, MERGED, ITEMS };
@@ -12,7 +12,14 @@ enum { PAGED, NEEDED, PARTIALS, PAGES, ROWS, POSITIONS, RUNS, DESTS, MERGED, ITE
 /* Arguments of run, before q and what else the kernels take of a layer. */
 enum { STAGES, PLAN, LAYOUT, PARTIAL_OUT, PARTIAL_LSE, OUT, LSE, Q };
 
+/* What a tensor must be: a number of dimensions of those sizes, or of what stands for a size. */
 typedef struct {
+  int64_t code, bits, whole, ndim, shape[4];
+} Wanted;
+enum { ANY_ROWS = -1, NEEDED_OR_MORE = -2 };
+
+typedef struct {
+  const Wanted *wanted; /* of out, lse, q and the operands; the caller's, as long as the module */
   int sinks;
   int32_t num_tiles;
   TVMFFIObjectHandle merge;
@@ -58,14 +65,51 @@ static int call(TVMFFIObjectHandle kernel, TVMFFIAny *args, int32_t num_args) {
   return TVMFFIFunctionCall(kernel, args, num_args, &result);
 }
 
-/* run(stages, plan, layout, partial_out, partial_lse, out, lse, q, operands...) */
+static int is_whole(const DLTensor *tensor) {
+  int64_t size = 1;
+  for (int32_t i = tensor->ndim; tensor->strides && i-- > 0; size *= tensor->shape[i])
+    if (tensor->shape[i] != 1 && tensor->strides[i] != size) return size == 0;
+  return 1;
+}
+
+static int fits(const DLTensor *tensor, const Wanted *wanted, DLDevice device,
+                const int64_t *layout) {
+  DLDataType dtype = tensor->dtype;
+  if (dtype.code != wanted->code || dtype.bits != wanted->bits || dtype.lanes != 1) return 0;
+  if (tensor->device.device_type != device.device_type) return 0;
+  if (tensor->device.device_id != device.device_id || tensor->ndim != wanted->ndim) return 0;
+  for (int32_t i = 0; i < tensor->ndim; ++i) {
+    int64_t size = tensor->shape[i], right = wanted->shape[i];
+    if (right == ANY_ROWS ? size != layout[ROWS]
+                          : right == NEEDED_OR_MORE ? size < layout[NEEDED] : size != right)
+      return 0;
+  }
+  if (wanted->whole) return is_whole(tensor);
+  return !tensor->strides || tensor->strides[tensor->ndim - 1] == 1;
+}
+
+static int all_fit(const Kernels *kernels, const TVMFFIAny *args, int32_t num_args) {
+  const int64_t *layout = data_of(tensor_of(&args[LAYOUT]));
+  DLDevice device = tensor_of(&args[PLAN])->device;
+  for (int32_t i = OUT; i < num_args; ++i)
+    if (!fits(tensor_of(&args[i]), &kernels->wanted[i - OUT], device, layout)) return 0;
+  return 1;
+}
+
+/* run(stages, plan, layout, partial_out, partial_lse, out, lse, q, operands...): whether it ran.
+ * With CHECKED it does not where a tensor does not fit. */
 static int run(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
   enum { READS = 5, WRITES = 5, MOST_LAYER = 16 };
   const Kernels *kernels = self;
   const int64_t *layout = data_of(tensor_of(&args[LAYOUT]));
   const int64_t *items = layout + ITEMS, stages = args[STAGES].v_int64;
   int32_t layer = num_args - Q; /* q and the operands */
-  result->type_index = kTVMFFINone;
+  result->type_index = kTVMFFIBool;
+  result->v_int64 = 1;
+  if (stages & CHECKED && !all_fit(kernels, args, num_args)) {
+    result->v_int64 = 0;
+    return 0;
+  }
   if (layer > MOST_LAYER) {
     TVMFFIErrorSetRaisedFromCStr("ValueError", "a layer has too many tensors");
     return -1;
@@ -114,21 +158,24 @@ static void release(void *self) {
   free(kernels);
 }
 
-/* runner(sinks, merge, partials...): the function run for the kernels of a module. */
+/* runner(wanted, sinks, merge, partials...): the function run for the kernels of a module. */
 __attribute__((visibility("default"))) int __tvm_ffi_runner(void *self, const TVMFFIAny *args,
                                                             int32_t num_args, TVMFFIAny *result) {
   (void)self;
-  int32_t num_tiles = num_args - 2;
+  enum { WANTED, SINKS, MERGE, FIRST_PARTIAL };
+  int32_t num_tiles = num_args - FIRST_PARTIAL;
   Kernels *kernels = malloc(sizeof *kernels + (size_t)num_tiles * sizeof(TVMFFIObjectHandle));
   if (!kernels) {
     TVMFFIErrorSetRaisedFromCStr("MemoryError", "no memory is left for a module's kernels");
     return -1;
   }
-  kernels->sinks = args[0].v_int64 != 0;
+  kernels->wanted = (const Wanted *)args[WANTED].v_int64;
+  kernels->sinks = args[SINKS].v_int64 != 0;
   kernels->num_tiles = num_tiles;
-  kernels->merge = args[1].v_obj;
-  for (int32_t tile = 0; tile < num_tiles; ++tile) kernels->partials[tile] = args[2 + tile].v_obj;
-  for (int32_t i = 1; i < num_args; ++i) TVMFFIObjectIncRef(args[i].v_obj);
+  kernels->merge = args[MERGE].v_obj;
+  for (int32_t i = MERGE; i < num_args; ++i) TVMFFIObjectIncRef(args[i].v_obj);
+  for (int32_t tile = 0; tile < num_tiles; ++tile)
+    kernels->partials[tile] = args[FIRST_PARTIAL + tile].v_obj;
   TVMFFIObjectHandle made = NULL;
   int failed = TVMFFIFunctionCreate(kernels, run, release, &made);
   if (failed) {

@@ -10,6 +10,8 @@ its oracle.
 from __future__ import annotations
 
 import ctypes
+import threading
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
@@ -31,6 +33,9 @@ FUNCTION = "plan"
 
 _HEADER = 8
 _COLUMNS = 7
+_SIZES = 3 + 9
+"""Whether it is ``sequence``, the size of what kernels read, that of all; the layout but for the
+tile classes."""
 
 
 class _Struct(ctypes.Structure):
@@ -64,7 +69,7 @@ _FOREST = _struct(
     "num_nodes num_rows",
     "parents lengths rows preorder position subtree_end row_begin row_end row_order start diagonal",
 )
-_PAGES = _struct("page_shift num_pages", "page_indices page_indptr first_slot")
+_PAGES = _struct("page_shift num_pages max_page", "page_indices page_indptr first_slot")
 _PRICES = _struct(
     "classes cores most_rows row_step longest_step longest",
     "kv_tile units step_seconds fixed_seconds",
@@ -82,10 +87,9 @@ class Compiled:
         self._prices = _PRICES.of(prices)
         self._address = ctypes.addressof(self._prices)
         self._may_repeat = may_repeat
-        self._sizes = ctypes.c_int64 * (4 + prices.classes)
-        self._room = 1 << 12
+        self._scratch = _Scratch(prices.classes)
 
-    def __call__(self, forest: Forest, pages: PageTable) -> Laid:
+    def __call__(self, forest: Forest, pages: PageTable) -> Piece:
         """The arrays of a plan.
 
         Args:
@@ -95,56 +99,70 @@ class Compiled:
         Raises:
             MemoryError: there is no room for the plan's working arrays.
         """
-        sizes = self._sizes()
+        scratch = self._scratch
         while True:
-            out = np.empty(self._room, np.int32)
             needed = self._function(
                 _address_of(forest, _FOREST),
                 _address_of(pages, _PAGES),
                 self._address,
                 self._may_repeat,
-                out.ctypes.data,
-                self._room,
-                ctypes.addressof(sizes),
+                scratch.address,
+                scratch.room,
+                scratch.address_of_sizes,
             )
             if not needed:
-                return _laid(out, forest, pages, *sizes)
+                by_path, size, total, *layout = scratch.sizes
+                return Piece(scratch.out[:total].copy(), size, layout, by_path)
             if needed < 0:
                 raise MemoryError("no memory is left to plan in")
-            self._room = needed + needed // 4
+            scratch.grow(needed + needed // 4)
 
 
-def _laid(
-    out: Int32,
-    forest: Forest,
-    pages: PageTable,
-    by_path: int,
-    runs: int,
-    dests: int,
-    merged: int,
-    *items_of: int,
-) -> Laid:
-    """Views of what the planner wrote; the groups stand behind what kernels read."""
-    items = sum(items_of)
-    before_runs = _HEADER + len(pages.page_indices) + forest.num_rows
-    sizes = (runs * _COLUMNS, dests, merged, merged + 1, items * _COLUMNS)
-    of_groups = (runs, runs, runs, items + 1, items, items)
-    ends = [*accumulate((*sizes, *of_groups), initial=before_runs)]
-    parts = [out[begin:end] for begin, end in pairwise(ends)]
-    bounds = pairwise(accumulate(items_of, initial=0))
-    return Laid(
-        grouping="sequence" if by_path else "packed",
-        header=out[:_HEADER],
-        row_positions=out[:0],
-        runs=parts[0].reshape(-1, _COLUMNS),
-        items=parts[4].reshape(-1, _COLUMNS),
-        launches=tuple((tile, *bound) for tile, bound in enumerate(bounds) if items_of[tile]),
-        dests=parts[1],
-        merge_rows=parts[2],
-        merge_indptr=parts[3],
-        groups=Groups(*parts[5:]),
-        whole=out[: ends[len(sizes)]],
-    )
+class _Scratch(threading.local):
+    """What the planner writes to, kept since finding an address takes longer than a copy; each
+    thread its own, since two may plan at once."""
+
+    def __init__(self, classes: int) -> None:
+        self.sizes = (ctypes.c_int64 * (_SIZES + classes))()
+        self.address_of_sizes = ctypes.addressof(self.sizes)
+        self.grow(1 << 12)
+
+    def grow(self, room: int) -> None:
+        self.room, self.out = room, np.empty(room, np.int32)
+        self.address = self.out.ctypes.data
+
+
+class Piece:
+    """The arrays of a plan in one piece, the groups behind what kernels read; cut out when they
+    are asked for, which decoding never does."""
+
+    def __init__(self, whole: Int32, size: int, layout: list[int], by_path: int) -> None:
+        self.grouping = "sequence" if by_path else "packed"
+        self.packed = whole[:size], layout
+        self._whole = whole
+
+    @cached_property
+    def cut(self) -> Laid:
+        """The arrays as views."""
+        _, _, _, pages, rows, _, runs, dests, merged, *items_of = self.packed[1]
+        items = sum(items_of)
+        sizes = (_HEADER, pages + rows, runs * _COLUMNS, dests, merged, merged + 1)
+        of_groups = (runs, runs, runs, items + 1, items, items)
+        ends = accumulate((*sizes, items * _COLUMNS, *of_groups), initial=0)
+        parts = [self._whole[begin:end] for begin, end in pairwise(ends)]
+        bounds = pairwise(accumulate(items_of, initial=0))
+        return Laid(
+            grouping=self.grouping,
+            header=parts[0],
+            row_positions=parts[0][:0],
+            runs=parts[2].reshape(-1, _COLUMNS),
+            items=parts[6].reshape(-1, _COLUMNS),
+            launches=tuple((tile, *bound) for tile, bound in enumerate(bounds) if items_of[tile]),
+            dests=parts[3],
+            merge_rows=parts[4],
+            merge_indptr=parts[5],
+            groups=Groups(*parts[7:]),
+        )
 
 
 _structs: WeakKeyDictionary[object, tuple[_Struct, int]] = WeakKeyDictionary()

@@ -61,13 +61,10 @@ def follow(plan: Plan, frame: Frame, forest: Forest, pages: PageTable) -> Plan:
     if pages.page_indices is not plan.page_indices:
         locate(runs, frame.node, old.begin, pages)
     changed = {
-        "runs": runs,
-        "items": items,
+        "laid": plan.arrays._replace(runs=runs, items=items, groups=groups),
         "page_indices": pages.page_indices,
         "max_page": pages.max_page,
         "forest": forest,
-        "groups": groups,
         "frame": frame,
-        "whole": None,
     }
     return Plan(**vars(plan) | changed)

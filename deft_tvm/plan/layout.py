@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,42 @@ if TYPE_CHECKING:
 
 Int32 = NDArray[np.int32]
 Launches = tuple[tuple[int, int, int], ...]
+
+
+class Laid(NamedTuple):
+    """What a plan's groups came to: attributes of `Plan` with the same names."""
+
+    grouping: str
+    header: Int32
+    row_positions: Int32
+    runs: Int32
+    items: Int32
+    launches: Launches
+    dests: Int32
+    merge_rows: Int32
+    merge_indptr: Int32
+    groups: Groups
+
+
+class Written(Protocol):
+    """The same in one piece, as a compiled planner writes it."""
+
+    @property
+    def grouping(self) -> str: ...
+
+    @property
+    def packed(self) -> tuple[Int32, list[int]]:
+        """All arrays that kernels read and their layout, as `deft_tvm.pytorch.packing` has them."""
+        ...
+
+    @property
+    def cut(self) -> Laid:
+        """The arrays, cut out when they are first asked for."""
+        ...
+
+
+def _array(name: str) -> Any:
+    return property(lambda plan: getattr(plan.arrays, name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,35 +107,39 @@ class Plan:
         groups: the items before they were ordered, in `Walk` places, for `update`.
         remake: makes the plan of another forest by the same recipe.
         frame: of the plan whose items these are, if they were kept from an earlier step.
-        whole: all arrays but the groups' end to end, as `deft_tvm.pytorch.packing` has them, where
-            they were made so.
+        laid: the arrays, or what they are cut out of when they are asked for.
     """
 
-    header: Int32
-    row_order: Int32
-    row_positions: Int32
-    runs: Int32
-    items: Int32
-    launches: Launches
-    dests: Int32
-    merge_rows: Int32
-    merge_indptr: Int32
+    laid: Laid | Written
     page_indices: Int32
     tiles: tuple[TileShape, ...]
     granules: tuple[int, ...]
     group: int
     window: int | None
-    grouping: str
     max_page: int
     forest: Forest
-    groups: Groups
     remake: Callable[[Forest, PageTable, Plan], Plan]
     frame: Frame | None = None
-    whole: Int32 | None = None
+
+    @property
+    def arrays(self) -> Laid:
+        return self.laid if isinstance(self.laid, Laid) else self.laid.cut
+
+    header, runs, items, launches = map(_array, ("header", "runs", "items", "launches"))
+    dests, merge_rows, merge_indptr = map(_array, ("dests", "merge_rows", "merge_indptr"))
+    groups, row_positions = map(_array, ("groups", "row_positions"))
+
+    @property
+    def grouping(self) -> str:
+        return self.laid.grouping
+
+    @property
+    def row_order(self) -> Int32:
+        return self.forest.row_order
 
     @property
     def num_rows(self) -> int:
-        return len(self.row_order)
+        return self.forest.num_rows
 
     @property
     def num_items(self) -> int:
@@ -143,12 +183,10 @@ class Plan:
         locate(runs, forest.preorder[self.groups.node], self.groups.begin, pages)
         return replace(
             self,
-            header=lay_out_header(self.groups, pages),
-            runs=runs,
+            laid=self.arrays._replace(header=lay_out_header(self.groups, pages), runs=runs),
             page_indices=pages.page_indices,
             max_page=pages.max_page,
             forest=forest,
-            whole=None,
         )
 
     def __repr__(self) -> str:
@@ -159,22 +197,6 @@ class Plan:
             f"Plan({self.grouping}: {self.num_items} items ({classes}), {len(self.runs)} runs, "
             f"{self.num_rows} rows, {self.num_partials} partials)"
         )
-
-
-class Laid(NamedTuple):
-    """What a plan's groups came to: attributes of `Plan` with the same names."""
-
-    grouping: str
-    header: Int32
-    row_positions: Int32
-    runs: Int32
-    items: Int32
-    launches: Launches
-    dests: Int32
-    merge_rows: Int32
-    merge_indptr: Int32
-    groups: Groups
-    whole: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

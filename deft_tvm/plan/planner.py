@@ -19,6 +19,7 @@ from deft_tvm.plan.layout import (
     Laid,
     Partials,
     Plan,
+    Written,
     lay_out_header,
     lay_out_items,
     lay_out_runs,
@@ -170,31 +171,21 @@ class Recipe:
                 f"window is {self.window}; expected None, as positions in a part of a forest are "
                 f"not known"
             )
+        laid: Laid | Written
         if self._compiled is not None:
             laid = self._compiled(forest, pages)
         else:
             laid = self._lay_out(forest, pages, previous)
         return Plan(
-            header=laid.header,
-            row_order=forest.row_order,
-            row_positions=laid.row_positions,
-            runs=laid.runs,
-            items=laid.items,
-            launches=laid.launches,
-            dests=laid.dests,
-            merge_rows=laid.merge_rows,
-            merge_indptr=laid.merge_indptr,
+            laid=laid,
             page_indices=pages.page_indices,
             tiles=self.tiles,
             granules=self.prices.granules,
             group=self.group,
             window=self.window,
-            grouping=laid.grouping,
             max_page=pages.max_page,
             forest=forest,
-            groups=laid.groups,
             remake=self if laid.grouping == self.grouping else self._settled[laid.grouping],
-            whole=laid.whole,
         )
 
     @cached_property

@@ -109,7 +109,8 @@ class TreeAttention:
             PlanError: the grouping does not fit.
         """
         pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        return self.use(self._recipe()(forest, pages), pages)
+        plan = self._recipe()(forest, pages)
+        return self._follow(plan, pages, Packed.of(plan, not pages.is_contiguous, self.device))
 
     def _recipe(self) -> Recipe:
         """Of plans as the attributes say now."""

@@ -78,7 +78,6 @@ def check_inputs(loaded: Loaded, step: Packed, q: Tensor, kv: Sequence[Tensor]) 
     Raises:
         InputError: names the tensor, what it is and what was expected.
     """
-    check_no_gradient(q, kv)
     device, wanted = step.device, (step.rows, *loaded.q_shape)
     if not (
         q.shape == wanted and q.dtype is loaded.dtype and q.device == device and q.stride()[-1] == 1
@@ -139,11 +138,9 @@ def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> Non
             _refuse(name, tensor, dtype, expected, step.device)
         if not tensor.is_contiguous():
             raise InputError(f"{name} has strides {tensor.stride()}; expected it contiguous")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            _refuse_gradient(name)
 
 
-def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor) -> None:
+def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor | None) -> None:
     """Refuse tensors whose gradient would silently be lost.
 
     Raises:
@@ -154,8 +151,8 @@ def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor) -> Non
     for i, tensor in enumerate((q, *kv)):
         if tensor.requires_grad:
             _refuse_gradient(_name(i))
-    for name, tensor in outputs.items():
-        if tensor.requires_grad:
+    for name, output in outputs.items():
+        if output is not None and output.requires_grad:
             _refuse_gradient(name)
 
 

@@ -7,12 +7,15 @@ to it since plan arrays are made for them.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
 import tvm_ffi
+from numpy.typing import NDArray
 
 from deft_tvm.artifact import Artifact, find
 from deft_tvm.device import DeviceProfile
@@ -21,6 +24,11 @@ from deft_tvm.spec import AttentionSpec, TileShape
 
 FIRST_STAGE, SECOND_STAGE = 1, 2
 BOTH = FIRST_STAGE | SECOND_STAGE
+CHECKED = 4
+
+_ROWS, _NEEDED = -1, -2
+_DTYPE_CODES = {"float": 2, "bfloat": 4}
+"""DLPack's, by the word in a dtype's name."""
 
 
 class Loaded:
@@ -31,7 +39,9 @@ class Loaded:
         spec: the attention.
         num_tiles: how many tile classes it has kernels for.
         run: both stages by one packed plan, or one of them: ``run(stages, *arguments)``, with
-            `FIRST_STAGE`, `SECOND_STAGE` or `BOTH`, and `deft_tvm.pytorch.ops.arguments`.
+            `FIRST_STAGE`, `SECOND_STAGE` or `BOTH`, and `deft_tvm.pytorch.ops.arguments`. With
+            `CHECKED`, for caches with pages that are not in 8 bits, it answers False and does
+            nothing where `deft_tvm.pytorch.checks` would refuse a tensor.
         caches: how many of a layer's tensors are cache buffers.
         tensors: how many there are.
         scaled: the places of scales among the layer's tensors, and which buffer each is for.
@@ -48,7 +58,6 @@ class Loaded:
         self.artifact = artifact
         self.spec = spec
         self.num_tiles = len(artifact.tiles)
-        self.run: tvm_ffi.Function = artifact.run
         self.caches = len(spec.buffers)
         self.scaled = tuple(enumerate(spec.scaled, self.caches))
         self.tensors = self.caches + len(self.scaled) + spec.sinks
@@ -65,6 +74,32 @@ class Loaded:
             for b in spec.buffers
         )
         self.token_shapes = tuple((buffer.heads, buffer.width) for buffer in spec.buffers)
+        self._wanted = _wanted(self)
+        self.run: tvm_ffi.Function = artifact.runner(self._wanted.ctypes.data)
+
+
+def _wanted(loaded: Loaded) -> NDArray[np.int64]:
+    """int64[tensors, 8], of out, lse, q and the operands: code and bits of the dtype, whether it
+    has to be contiguous, the number of dimensions, and their sizes or what stands for them."""
+    spec = loaded.spec
+    out = (spec.dtype, True, (_ROWS, *loaded.partial_shape))
+    lse = ("float32", True, (_ROWS, spec.num_q_heads))
+    q = (spec.dtype, False, (_ROWS, *loaded.q_shape))
+    layer: list[tuple[str, bool, tuple[int, ...]]] = [
+        (buffer.dtype, False, (_NEEDED, *shape))
+        for buffer, shape in zip(spec.buffers, loaded.page_shapes, strict=True)
+    ]
+    # Scales have shapes of two kinds, and are checked in Python alone.
+    layer += [("float32", False, (_NEEDED, 1))] * len(spec.scaled)
+    layer += [("float32", True, (spec.num_q_heads,))] * spec.sinks
+    tensors = (out, lse, q, *(layer[number] for number in spec.operands))
+    return np.array([_entry(*tensor) for tensor in tensors], np.int64)
+
+
+def _entry(dtype: str, whole: bool, shape: tuple[int, ...]) -> list[int]:
+    word, bits = re.match(r"([a-z]+)(\d+)", dtype).groups()  # type: ignore[union-attr]
+    sizes = [*shape, *[0] * (4 - len(shape))]
+    return [_DTYPE_CODES[word], int(bits), whole, len(shape), *sizes]
 
 
 def make_key(spec: AttentionSpec, tiles: tuple[TileShape, ...], directory: Path | None) -> str:

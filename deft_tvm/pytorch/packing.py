@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan
+from deft_tvm.plan.layout import Int32, Laid
 
 _COLUMNS = 7
 _HEADER = 8
@@ -29,18 +30,22 @@ def pack(plan: Plan, paged: bool, device: torch.device) -> tuple[Tensor, Tensor]
     the lengths of page_indices, row_order, row_positions, runs, dests and merge_rows; then the
     items of each tile class.
     """
+    whole, numbers = _numbers(plan, paged)
+    return torch.from_numpy(whole).to(device), torch.from_numpy(np.array(numbers, np.int64))
+
+
+def _numbers(plan: Plan, paged: bool) -> tuple[Int32, list[int]]:
+    """The same in numpy; the layout as a list."""
+    if not isinstance(plan.laid, Laid):
+        return plan.laid.packed
     rows = (plan.row_order, plan.row_positions)
     arrays = (plan.page_indices, *rows, plan.runs, plan.dests, plan.merge_rows)
     packed = (plan.header, *arrays, plan.merge_indptr, plan.items)
     counts = {tile: end - begin for tile, begin, end in plan.launches}
     needed = plan.max_page + 1 if paged else plan.forest.num_tokens
-    layout = [paged, needed, plan.num_partials, *map(len, arrays)]
+    layout = [int(paged), needed, plan.num_partials, *map(len, arrays)]
     layout += [counts.get(tile, 0) for tile in range(len(plan.tiles))]
-    if plan.whole is None:
-        whole = torch.from_numpy(np.concatenate([array.reshape(-1) for array in packed]))
-    else:
-        whole = torch.from_numpy(plan.whole)
-    return whole.to(device), torch.from_numpy(np.array(layout, np.int64))
+    return np.concatenate([array.reshape(-1) for array in packed]), layout
 
 
 class Packed(NamedTuple):
@@ -68,9 +73,9 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, paged: bool, device: torch.device) -> Packed:
-        whole, layout = pack(plan, paged, device)
-        needed = plan.max_page + 1 if paged else plan.forest.num_tokens
-        return cls(whole, layout, paged, needed, plan.num_partials, plan.num_rows)
+        whole, numbers = _numbers(plan, paged)
+        layout = torch.from_numpy(np.array(numbers, np.int64))
+        return cls.divided(torch.from_numpy(whole).to(device), layout, numbers)
 
     @classmethod
     def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> Packed:
@@ -82,6 +87,11 @@ class Packed(NamedTuple):
             raise InputError(f"layout is {_what(layout)}; expected int64[N]")
         numbers = layout.tolist()
         _check(plan, numbers, num_tiles)
+        return cls.divided(plan, layout, numbers)
+
+    @classmethod
+    def divided(cls, plan: Tensor, layout: Tensor, numbers: list[int]) -> Packed:
+        """As `layout` says, whose `numbers` are given."""
         paged, needed, partials, _, rows, *_ = numbers
         return cls(plan, layout, bool(paged), needed, partials, rows)
 

@@ -4,7 +4,7 @@
 
 #include "native.h"
 
-enum { HEADER = 8, COLUMNS = 7 };
+enum { HEADER = 8, COLUMNS = 7, CONTIGUOUS_SHIFT = 30 };
 
 typedef struct {
   int32_t group, tile;
@@ -86,7 +86,7 @@ static int32_t *lay_out_items(Arena *arena, int32_t *item, const Groups *groups,
 
 typedef struct {
   int32_t *counts; /* [rows], items that each is in */
-  int64_t dests, merged;
+  int64_t dests, merged, slots;
 } Partials;
 
 static Partials count_partials(Arena *arena, const Walk *walk, const Groups *groups) {
@@ -99,7 +99,9 @@ static Partials count_partials(Arena *arena, const Walk *walk, const Groups *gro
   }
   for (int32_t row = 0, covers = 0; row < walk->num_rows; ++row) {
     found.counts[row] = covers += found.counts[row];
-    found.merged += covers != 1;
+    if (covers == 1) continue;
+    ++found.merged;
+    found.slots += covers;
   }
   return found;
 }
@@ -120,6 +122,14 @@ static void number_partials(Arena *arena, const Walk *walk, const Groups *groups
       *dests++ = partials.counts[row] == 1 ? ~row_order[row] : next[row]++;
 }
 
+static int64_t num_tokens(const Forest *forest) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < forest->num_nodes; ++i) total += forest->lengths[i];
+  return total;
+}
+
+/* Writes the plan, and to sizes[1…] the size of what kernels read, that of all and the layout.
+ * Returns 0, or the room that is needed. */
 int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Forest *forest,
                 const Pages *pages, const Prices *prices, int32_t *out, int64_t room,
                 int64_t *sizes) {
@@ -127,8 +137,8 @@ int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Fore
   int64_t rows = forest->num_rows, runs = groups->pieces, items = groups->count;
   int64_t size = HEADER + pages->num_pages + rows + runs * COLUMNS + partials.dests +
                  2 * partials.merged + 1 + items * COLUMNS;
-  size += 3 * runs + 3 * items + 1; /* the groups */
-  if (size > room) return size;
+  int64_t total = size + 3 * runs + 3 * items + 1; /* the groups */
+  if (total > room) return total;
   int32_t most_runs = 1;
   for (int32_t g = 0; g < groups->count; ++g)
     most_runs = (int32_t)larger(most_runs, groups->indptr[g + 1] - groups->indptr[g]);
@@ -139,7 +149,7 @@ int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Fore
   to = lay_out_runs(to, walk, groups, pages);
   int32_t *merge_rows = to + partials.dests, *merge_indptr = merge_rows + partials.merged;
   number_partials(arena, walk, groups, forest->row_order, partials, to, merge_rows, merge_indptr);
-  int64_t *items_of = sizes + 4;
+  int64_t *layout = sizes + 3, *items_of = layout + 9;
   memset(items_of, 0, (size_t)prices->classes * sizeof(int64_t));
   to = lay_out_items(arena, merge_indptr + partials.merged + 1, groups, prices, items_of);
   to = copy(to, groups->node, runs);
@@ -148,8 +158,17 @@ int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Fore
   to = copy(to, groups->indptr, items + 1);
   to = copy(to, groups->row_begin, items);
   copy(to, groups->row_end, items);
-  sizes[1] = runs;
-  sizes[2] = partials.dests;
-  sizes[3] = partials.merged;
+  int paged = pages->page_shift < CONTIGUOUS_SHIFT;
+  sizes[1] = size;
+  sizes[2] = total;
+  layout[0] = paged;
+  layout[1] = paged ? pages->max_page + 1 : num_tokens(forest);
+  layout[2] = partials.slots;
+  layout[3] = pages->num_pages;
+  layout[4] = rows;
+  layout[5] = 0; /* row_positions */
+  layout[6] = runs;
+  layout[7] = partials.dests;
+  layout[8] = partials.merged;
   return 0;
 }

@@ -19,7 +19,7 @@ typedef struct { /* Forest: one entry a node in the caller's order, row_order on
 } Forest;
 
 typedef struct { /* PageTable */
-  int64_t page_shift, num_pages;
+  int64_t page_shift, num_pages, max_page;
   const int32_t *page_indices, *page_indptr, *first_slot;
 } Pages;
 

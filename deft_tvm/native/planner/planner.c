@@ -42,7 +42,7 @@ typedef struct {
   int may_repeat; /* "auto": paths may be read one by one, where that is cheaper */
   int32_t *out;
   int64_t room;
-  int64_t *sizes; /* whether it is "sequence", runs, dests, merge_rows, items of each class */
+  int64_t *sizes; /* whether it is "sequence", then see lay_out */
 } Call;
 
 static int64_t make_plan(Call *call) {
@@ -77,7 +77,7 @@ static int64_t unless_out_of_memory(Call *call) {
 }
 
 /* plan(forest, pages, prices, may_repeat, out, room, sizes): the addresses of three structures, of
- * int32[room] and of int64[4 + classes]. Returns 0, or the room that is needed, or -1 where memory
+ * int32[room] and of int64[12 + classes]. Returns 0, or the room that is needed, or -1 where memory
  * ran out. */
 __attribute__((visibility("default"))) int __tvm_ffi_plan(void *self, const TVMFFIAny *args,
                                                           int32_t num_args, TVMFFIAny *result) {
