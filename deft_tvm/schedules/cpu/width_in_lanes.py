@@ -19,6 +19,7 @@ from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
 from deft_tvm.schedules.cpu.dot_products import declarations, dots, dots_llvm, lanes_of, tokens_of
 from deft_tvm.schedules.cpu.instructions import dot_pairs
 from deft_tvm.schedules.cpu.pairs import pair_values
+from deft_tvm.schedules.cpu.reductions import reduce_rows, reductions_llvm
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
@@ -58,7 +59,8 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         _dot_products(sch, block, made, score_tokens, asked_beside(spec, block))
     functions = "".join(sorted({made.llvm for made in products.values()}))
     used = declarations(tile.operand, [made.lanes for made in products.values()])
-    import_llvm(sch, "item", functions + used)
+    import_llvm(sch, "item", functions + used + reductions_llvm(tile.kv_tile))
+    reduce_rows(sch, tile.kv_tile)
     _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH, paired)
 
     for block in ("init_out", "keep_out", "write_out"):
