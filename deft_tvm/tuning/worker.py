@@ -83,14 +83,15 @@ def _build(request: Build) -> Built:
     begin = time.perf_counter()
     executable = compile_module(module, request.target)
     on_cpu = request.target["kind"] == "llvm"
-    addons = _torch_pool(os.path.dirname(request.path)) if on_cpu else None
+    # A list of its own: export_library adds to it.
+    addons = [*_torch_pool(os.path.dirname(request.path))] if on_cpu else None
     executable.export_library(request.path, addons=addons)
     return Built(time.perf_counter() - begin)
 
 
 @cache
-def _torch_pool(directory: str) -> list[str]:
-    return compile_c(TORCH_POOL, directory)
+def _torch_pool(directory: str) -> tuple[str, ...]:
+    return tuple(compile_c(TORCH_POOL, directory))
 
 
 def _time(request: Time) -> Timed:

@@ -36,7 +36,8 @@ def _function(name: str, length: int) -> str:
         for part, first in (("low", 0), ("high", half)):
             mask = ", ".join(f"i32 {i}" for i in range(first, first + half))
             lines.append(
-                f"%{part}{half} = shufflevector {wide} {row}, {wide} poison, <{half} x i32> <{mask}>"
+                f"%{part}{half} = shufflevector {wide} {row}, {wide} poison, "
+                f"<{half} x i32> <{mask}>"
             )
         lines += _combined(name, f"%x{half}", narrow, f"%low{half}", f"%high{half}")
         row, half = f"%x{half}", half // 2
