@@ -61,7 +61,7 @@ show(
 case = tensors(Forest.from_parents([-1], [1]), spec)
 attention.plan(case.forest, case.pages)
 out, lse = attention.run(case.q, case.kv)
-q, kv, loaded, step = case.q, case.kv, attention._loaded, attention._planned("run").packed.unpacked
+q, kv, loaded, step = case.q, case.kv, attention._loaded, attention._planned("run").packed
 with torch.inference_mode():
     show(
         "a run of one row over one token",

@@ -74,7 +74,7 @@ def large(seed: int, nodes: int, deepest: int) -> Forest:
 
 
 @settings(max_examples=600, deadline=None)
-@given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(("auto", "packed")))
+@given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(compiled.GROUPINGS))
 def test_random_forests_get_the_same_plan(case, device, tiles, grouping) -> None:
     made = recipe(case.spec, tiles, device, grouping)
     plan, oracle = made(case.forest, case.pages), in_python(made)(case.forest, case.pages)
@@ -85,7 +85,7 @@ def test_random_forests_get_the_same_plan(case, device, tiles, grouping) -> None
         assert_same(plan, oracle)
 
 
-@pytest.mark.parametrize("grouping", ("auto", "packed"))
+@pytest.mark.parametrize("grouping", compiled.GROUPINGS)
 @pytest.mark.parametrize("deepest", (1, 3, 40, 3000))
 @pytest.mark.parametrize("kind", ("cpu", "cuda"))
 def test_thousands_of_nodes(grouping: str, deepest: int, kind: str) -> None:
@@ -121,7 +121,7 @@ def test_room_is_found_for_plans_of_any_size() -> None:
 def test_what_it_does_not_plan_is_planned_in_python() -> None:
     forest = large(3, 50, 4)
     pages = PageTable.contiguous(forest)
-    for grouping in ("node", "node_chunk", "flatten", "sequence"):
+    for grouping in ("node", "node_chunk", "flatten"):
         assert not in_one_piece(recipe(SPEC, WIDE, profile(), grouping)(forest, pages))
     assert not in_one_piece(recipe(SPEC, WIDE, profile(), chunk=64)(forest, pages))
     assert not in_one_piece(recipe(SPEC, WIDE, profile(), deterministic=True)(forest, pages))

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from deft_tvm.errors import PageError, PlanError
 from deft_tvm.pages import PageTable
-from deft_tvm.plan import GROUPINGS, Plan, growth, make_plan
+from deft_tvm.plan import GROUPINGS, Plan, make_plan
 from deft_tvm.plan import packed as packed_module
 from deft_tvm.spec import TileShape
 from deft_tvm.tree import Forest
@@ -74,7 +74,6 @@ def test_any_joins_and_merges_are_exact(case, device, tiles, random) -> None:
 @settings(max_examples=60, deadline=None)
 @given(forests(), profiles(), st.sampled_from(GROUPINGS), st.data())
 def test_update_is_a_plan_made_afresh(forest, device, grouping, data) -> None:
-    """But for items chosen by cost, which may be kept."""
     number = forest.num_nodes
     more = data.draw(st.lists(st.integers(0, 20), min_size=number, max_size=number))
     grown = forest.with_lengths(np.where(forest.lengths > 0, forest.lengths + more, 0))
@@ -82,43 +81,8 @@ def test_update_is_a_plan_made_afresh(forest, device, grouping, data) -> None:
     plan = make_plan(forest, before.pages, before.spec, TILES[0], device, grouping)
     updated = plan.update(grown, after.pages)
     fresh = make_plan(grown, after.pages, after.spec, TILES[0], device, plan.grouping)
-    if updated.frame is None:
-        assert_same(updated, fresh)
+    assert_same(updated, fresh)
     assert_exact(after, updated)
-
-
-@settings(max_examples=100, deadline=None)
-@given(forests(), profiles(), st.sampled_from(TILES), st.sampled_from(("auto", "node")), st.data())
-def test_kept_items_follow_their_nodes(forest, device, tiles, grouping, data) -> None:
-    """Up and down, step after step, with as much growth as the test likes."""
-    number = forest.num_nodes
-    steps = st.lists(st.integers(0, 20), min_size=number, max_size=number)
-    with mock.patch.object(growth, "KEPT", 1e9):
-        case = fill_cache(forest, paged(forest, 4, True, 1), plain(4), 1)
-        plan = chosen = make_plan(forest, case.pages, case.spec, tiles, device, grouping)
-        for more in data.draw(st.lists(steps, min_size=1, max_size=3)):
-            grown = forest.with_lengths(np.where(forest.lengths > 0, forest.lengths + more, 0))
-            case = fill_cache(grown, paged(grown, 4, True, 1), plain(4), 1)
-            plan = plan.update(grown, case.pages)
-            assert_exact(case, plan)
-            if plan.frame is None:
-                chosen = plan  # items that could not be kept were chosen anew
-            assert plan.dests is chosen.dests
-            np.testing.assert_array_equal(plan.items[:, :4], chosen.items[:, :4])
-
-
-def test_items_are_kept_until_the_forest_has_grown_by_a_sixteenth() -> None:
-    def grown(plan: Plan, tokens: int) -> Plan:
-        forest = few_shot(4000 + tokens)
-        return plan.update(forest, PageTable.contiguous(forest))
-
-    plan = plan_of(few_shot(4000))
-    kept = grown(plan, 50)
-    assert kept.frame is not None and grown(kept, 378).frame is kept.frame  # of 6,048 tokens
-    assert_same(grown(kept, 379), plan_of(few_shot(4379)))
-    assert grown(kept, -1).frame is None
-    for how in ({"deterministic": True}, {"grouping": "flatten"}):
-        assert grown(plan_of(few_shot(4000), **{"grouping": "auto", **how}), 1).frame is None
 
 
 def test_a_node_that_gets_its_first_tokens_gets_items() -> None:

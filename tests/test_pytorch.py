@@ -290,16 +290,16 @@ def test_one_stage_alone_or_both() -> None:
     assert torch.equal(again, out) and torch.equal(its_lse, lse)
 
 
-def test_what_follows_a_plan_is_packed_as_a_new_one(attention: TreeAttention) -> None:
+def test_an_update_is_the_plan_made_afresh(attention: TreeAttention) -> None:
     case = planned(attention, "few_shot:prompt=900,branches=5,tokens=7")
     before = attention.operands
     grown = case.forest.with_lengths(case.forest.lengths + (case.forest.rows > 0))
-    plan = attention.update(grown)
-    assert plan.frame is not None
-    for found, fresh in zip(attention.operands[:2], pack(plan, True, CPU), strict=True):
+    attention.update(grown)
+    updated = attention.operands
+    assert not torch.equal(updated.plan, before.plan)
+    attention.plan(grown, case.pages)
+    for found, fresh in zip(updated[:2], attention.operands[:2], strict=True):
         assert torch.equal(found, fresh)
-    assert attention.operands.layout is before.layout
-    assert not torch.equal(attention.operands.plan, before.plan)
 
 
 def test_what_torch_has_to_see_goes_through_the_operator(attention: TreeAttention) -> None:

@@ -2,9 +2,9 @@
 
 In Python a plan takes some six hundred calls, whose code and objects have left the caches whenever
 a model has run in between: a millisecond and more, where a small step's attention takes half of
-one. Compiled it takes microseconds. It makes the plans by which most decode, those of the groupings
-``packed`` and ``auto``, bit for bit as `deft_tvm.plan.planner` does, which makes all others and is
-its oracle.
+one. Compiled it takes microseconds. It makes the plans by which most decode, those of `GROUPINGS`
+without a window, bit for bit as `deft_tvm.plan.planner` does, which makes all others and is its
+oracle.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
     from deft_tvm.tree import Forest
 
+GROUPINGS = ("packed", "sequence", "auto")
+"""Those that it makes, numbered as in `planner.c`."""
 FUNCTION = "plan"
 """Its name in a module."""
 
 _HEADER = 8
 _COLUMNS = 7
 _SIZES = 3 + 9
-"""Whether it is ``sequence``, the size of what kernels read, that of all; the layout but for the
+"""The grouping, the size of what kernels read, that of all; the layout but for the
 tile classes."""
 
 
@@ -80,13 +82,12 @@ _PRICES = _struct(
 class Compiled:
     """The planner of one module, for one spec's prices."""
 
-    def __init__(self, function: tvm_ffi.Function, prices: Prices, may_repeat: bool) -> None:
-        """Takes a module's function named `FUNCTION`, what items cost, and whether paths may be
-        read one by one: for ``auto``, not for ``packed``."""
+    def __init__(self, function: tvm_ffi.Function, prices: Prices, grouping: str) -> None:
+        """Takes a module's function named `FUNCTION`, what items cost, and one of `GROUPINGS`."""
         self._function = function
         self._prices = _PRICES.of(prices)
         self._address = ctypes.addressof(self._prices)
-        self._may_repeat = may_repeat
+        self._grouping = GROUPINGS.index(grouping)
         self._scratch = _Scratch(prices.classes)
 
     def __call__(self, forest: Forest, pages: PageTable) -> Piece:
@@ -105,14 +106,14 @@ class Compiled:
                 _address_of(forest, _FOREST),
                 _address_of(pages, _PAGES),
                 self._address,
-                self._may_repeat,
+                self._grouping,
                 scratch.address,
                 scratch.room,
                 scratch.address_of_sizes,
             )
             if not needed:
-                by_path, size, total, *layout = scratch.sizes
-                return Piece(scratch.out[:total].copy(), size, layout, by_path)
+                grouping, size, total, *layout = scratch.sizes
+                return Piece(scratch.out[:total].copy(), size, layout, grouping)
             if needed < 0:
                 raise MemoryError("no memory is left to plan in")
             scratch.grow(needed + needed // 4)
@@ -136,8 +137,8 @@ class Piece:
     """The arrays of a plan in one piece, the groups behind what kernels read; cut out when they
     are asked for, which decoding never does."""
 
-    def __init__(self, whole: Int32, size: int, layout: list[int], by_path: int) -> None:
-        self.grouping = "sequence" if by_path else "packed"
+    def __init__(self, whole: Int32, size: int, layout: list[int], grouping: int) -> None:
+        self.grouping = GROUPINGS[grouping]
         self.packed = whole[:size], layout
         self._whole = whole
 

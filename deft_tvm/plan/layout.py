@@ -28,7 +28,6 @@ from deft_tvm.spec import TileShape
 
 if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
-    from deft_tvm.plan.frame import Frame
     from deft_tvm.tree import Forest
 
 Int32 = NDArray[np.int32]
@@ -106,7 +105,6 @@ class Plan:
         forest: what was planned.
         groups: the items before they were ordered, in `Walk` places, for `update`.
         remake: makes the plan of another forest by the same recipe.
-        frame: of the plan whose items these are, if they were kept from an earlier step.
         laid: the arrays, or what they are cut out of when they are asked for.
     """
 
@@ -119,7 +117,6 @@ class Plan:
     max_page: int
     forest: Forest
     remake: Callable[[Forest, PageTable, Plan], Plan]
-    frame: Frame | None = None
 
     @property
     def arrays(self) -> Laid:
@@ -158,11 +155,9 @@ class Plan:
     def update(self, forest: Forest, pages: PageTable) -> Plan:
         """The plan after KV was added or moved: the same tree and rows, other lengths or pages.
 
-        Costs less than a plan made afresh. With equal lengths only pages are looked up again.
-        Items that were chosen by cost are kept until the forest has grown by a sixteenth since
-        (`deft_tvm.plan.growth`). Otherwise the plan is equal to one made afresh with this plan's
-        grouping; that is not chosen again, and the partials keep their numbers while every item
-        keeps its rows.
+        The plan is equal to one made afresh with this plan's grouping, which is not chosen again.
+        What stays is not made again where that costs more than to look: with equal lengths all but
+        the pages, and while every item keeps its rows the numbers of the partials.
 
         Raises:
             PlanError: `forest` has other parents or rows.
@@ -173,7 +168,8 @@ class Plan:
                 f"forest is {forest}, whose parents or rows are not those of the plan's; "
                 f"expected other lengths or pages alone, else a new plan"
             )
-        if self.frame is None and np.array_equal(self.forest.lengths, forest.lengths):
+        laid = isinstance(self.laid, Laid)
+        if laid and np.array_equal(self.forest.lengths, forest.lengths):
             return self._moved(forest, pages)
         return self.remake(forest, pages, self)
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deft_tvm.errors import PlanError
+from deft_tvm.plan.compiled import GROUPINGS as COMPILED
 from deft_tvm.plan.compiled import Compiled
 from deft_tvm.plan.cost import CostModel, Floats, Ints, Prices, prices
 from deft_tvm.plan.fill import Cut, fill
-from deft_tvm.plan.frame import Frame
-from deft_tvm.plan.growth import follow, frame_of
 from deft_tvm.plan.layout import (
     Laid,
     Partials,
@@ -162,10 +161,6 @@ class Recipe:
                 f"{self.page_size}, or PageTable.contiguous"
             )
         pages.check(forest)
-        if previous is not None and previous.page_size == pages.page_size:
-            frame = self._frame(previous)
-            if frame is not None and frame.holds(forest):
-                return follow(previous, frame, forest, pages)
         if forest.is_part and self.window is not None:
             raise PlanError(
                 f"window is {self.window}; expected None, as positions in a part of a forest are "
@@ -192,9 +187,9 @@ class Recipe:
     def _compiled(self) -> Compiled | None:
         """The compiled planner, if there is one and it makes such plans."""
         plain = self.window is None and self.chunk is None and not self.deterministic
-        if self.planner is None or not plain or self.grouping not in ("auto", "packed"):
+        if self.planner is None or not plain or self.grouping not in COMPILED:
             return None
-        return Compiled(self.planner, self.prices, may_repeat=self.grouping == "auto")
+        return Compiled(self.planner, self.prices, self.grouping)
 
     @cached_property
     def _settled(self) -> dict[str, Recipe]:
@@ -222,12 +217,6 @@ class Recipe:
             merge_indptr=partials.merge_indptr,
             groups=groups if self.window is None else groups.moved(walk.skip),
         )
-
-    def _frame(self, previous: Plan) -> Frame | None:
-        """What may stay of a plan's items: nothing if they depend on exact lengths, or windows."""
-        if self.chunk is not None or self.deterministic or self.window is not None:
-            return None
-        return previous.frame or frame_of(previous)
 
     def _choose(self, walk: Walk) -> tuple[str, Groups, Cut]:
         """The grouping by name, its groups, and how to cut them."""

@@ -109,8 +109,7 @@ class TreeAttention:
             PlanError: the grouping does not fit.
         """
         pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        plan = self._recipe()(forest, pages)
-        return self._follow(plan, pages, Packed.of(plan, not pages.is_contiguous, self.device))
+        return self._follow(self._recipe()(forest, pages), pages)
 
     def _recipe(self) -> Recipe:
         """Of plans as the attributes say now."""
@@ -156,11 +155,7 @@ class TreeAttention:
         same = page_indices is None and page_indptr is None and first_slot is None
         if not same or pages.is_contiguous:
             pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        plan = step.plan.update(forest, pages)
-        packed = step.packed.follow(step.plan, plan)
-        if packed is None:
-            return self.use(plan, pages)
-        return self._follow(plan, pages, packed)
+        return self._follow(step.plan.update(forest, pages), pages)
 
     def use(self, plan: Plan, pages: PageTable) -> Plan:
         """Follow a plan that was made elsewhere, as for another spec of the same group and tiles.
@@ -173,9 +168,10 @@ class TreeAttention:
             PlanError: the plan or the pages are others.
         """
         check_plan(self.spec, self.artifact.tiles, plan, pages)
-        return self._follow(plan, pages, Packed.of(plan, not pages.is_contiguous, self.device))
+        return self._follow(plan, pages)
 
-    def _follow(self, plan: Plan, pages: PageTable, packed: Packed) -> Plan:
+    def _follow(self, plan: Plan, pages: PageTable) -> Plan:
+        packed = Packed.of(plan, not pages.is_contiguous, self.device)
         operands = Operands(packed.plan, packed.layout, self._key)
         watch = Watch.wanted(self.spec, plan, pages)
         self._step = _Step(plan, pages, packed, operands, watch)

@@ -95,17 +95,6 @@ class Packed(NamedTuple):
         paged, needed, partials, _, rows, *_ = numbers
         return cls(plan, layout, bool(paged), needed, partials, rows)
 
-    def follow(self, old: Plan, plan: Plan) -> Packed | None:
-        """The same of `plan`, where only runs and items differ from those of `old`, packed here."""
-        same = plan.dests is old.dests and plan.page_indices is old.page_indices
-        if not same or plan.header is not old.header or self.plan.device.type != "cpu":
-            return None
-        whole = self.plan.numpy().copy()
-        begin = sum(map(len, (plan.header, plan.page_indices, plan.row_order, plan.row_positions)))
-        whole[begin : begin + plan.runs.size] = plan.runs.reshape(-1)
-        whole[len(whole) - plan.items.size :] = plan.items.reshape(-1)
-        return self._replace(plan=torch.from_numpy(whole))
-
 
 def _sizes(lengths: list[int]) -> list[int]:
     """Elements of each part of a plan, in order."""

@@ -1,5 +1,5 @@
-/* The planner of deft_tvm/plan/planner.py, compiled: the grouping "packed", or the cheaper of it and
- * "sequence", without a window. Each file is named after the Python file that it repeats; there
+/* The planner of deft_tvm/plan/planner.py, compiled: the groupings "packed", "sequence" and the
+ * cheaper of the two, without a window. Each file is named after the Python file that it repeats; there
  * every step is explained, and tests hold both to the same plans, bit for bit.
  *
  * Nodes are places in the depth-first walk, tokens 64 bits wide, seconds doubles. Memory is taken

@@ -1,4 +1,4 @@
-/* Recipe of deft_tvm/plan/planner.py for the groupings "packed" and "auto": from a forest to packed arrays. */
+/* Recipe of deft_tvm/plan/planner.py for three groupings: from a forest to packed arrays. */
 #include <string.h>
 #include <tvm/ffi/c_api.h>
 
@@ -21,11 +21,6 @@ static double merge_seconds(Arena *arena, const Walk *walk, const Groups *groups
   return (double)partials * prices->partial_seconds + (partials > 0) * prices->launch_seconds;
 }
 
-static double fill_groups(Arena *arena, const Groups *groups, const Prices *prices, int64_t *chunk) {
-  return fill(arena, prices, groups->tokens, groups->row_begin, groups->row_end, groups->count,
-              chunk);
-}
-
 /* Tokens of all paths to nodes with rows of their own. */
 static int64_t tokens_of_paths(const Walk *walk) {
   int64_t total = 0;
@@ -34,40 +29,63 @@ static int64_t tokens_of_paths(const Walk *walk) {
   return total;
 }
 
+enum { PACKED, SEQUENCE, AUTO };
+
 typedef struct {
   Arena arena;
   const Forest *forest;
   const Pages *pages;
   const Prices *prices;
-  int may_repeat; /* "auto": paths may be read one by one, where that is cheaper */
+  int64_t grouping;
   int32_t *out;
   int64_t room;
-  int64_t *sizes; /* whether it is "sequence", then see lay_out */
+  int64_t *sizes; /* [12 + classes]: the grouping, then see lay_out */
 } Call;
+
+typedef struct {
+  Groups groups;
+  int64_t *chunk; /* where to cut each group */
+  double seconds;
+} Choice;
+
+static Choice filled(Arena *arena, Groups groups, const Prices *prices) {
+  Choice choice = {.groups = groups, .chunk = TAKE(arena, int64_t, groups.count)};
+  choice.seconds = fill(arena, prices, groups.tokens, groups.row_begin, groups.row_end,
+                        groups.count, choice.chunk);
+  return choice;
+}
+
+static Choice by_cost(Arena *arena, const Walk *walk, const Prices *prices) {
+  return filled(arena, cut_rows(arena, walk, packed(arena, walk, prices), prices), prices);
+}
+
+/* Of both groupings the cheaper. Reading alone mostly settles it. */
+static Choice cheaper(Arena *arena, const Walk *walk, const Prices *prices, int64_t *grouping) {
+  Choice best = by_cost(arena, walk, prices);
+  double seconds = best.seconds + merge_seconds(arena, walk, &best.groups, prices);
+  double reading = (double)tokens_of_paths(walk) * prices->token_seconds / (double)prices->cores;
+  *grouping = PACKED;
+  if (reading >= seconds) return best;
+  Choice paths = filled(arena, by_sequence(arena, walk), prices);
+  if (paths.seconds >= seconds) return best;
+  *grouping = SEQUENCE;
+  return paths;
+}
 
 static int64_t make_plan(Call *call) {
   Arena *arena = &call->arena;
   const Prices *prices = call->prices;
   Walk walk = walk_of(arena, call->forest);
-  Groups groups = cut_rows(arena, &walk, packed(arena, &walk, prices), prices);
-  int64_t *chunk = TAKE(arena, int64_t, groups.count);
-  double seconds = fill_groups(arena, &groups, prices, chunk);
-  call->sizes[0] = 0;
-  if (call->may_repeat) {
-    seconds += merge_seconds(arena, &walk, &groups, prices);
-    double reading =
-        (double)tokens_of_paths(&walk) * prices->token_seconds / (double)prices->cores;
-    if (reading < seconds) {
-      Groups paths = by_sequence(arena, &walk);
-      int64_t *path_chunk = TAKE(arena, int64_t, paths.count);
-      if (fill_groups(arena, &paths, prices, path_chunk) < seconds) {
-        groups = paths;
-        chunk = path_chunk;
-        call->sizes[0] = 1;
-      }
-    }
-  }
-  groups = cut_rows(arena, &walk, cut_tokens(arena, &walk, groups, chunk), prices);
+  Choice choice;
+  call->sizes[0] = call->grouping;
+  if (call->grouping == AUTO)
+    choice = cheaper(arena, &walk, prices, &call->sizes[0]);
+  else if (call->grouping == PACKED)
+    choice = by_cost(arena, &walk, prices);
+  else
+    choice = filled(arena, by_sequence(arena, &walk), prices);
+  Groups groups = cut_tokens(arena, &walk, choice.groups, choice.chunk);
+  groups = cut_rows(arena, &walk, groups, prices);
   return lay_out(arena, &walk, &groups, call->forest, call->pages, prices, call->out, call->room,
                  call->sizes);
 }
@@ -76,7 +94,7 @@ static int64_t unless_out_of_memory(Call *call) {
   return setjmp(call->arena.out_of_memory) ? -1 : make_plan(call);
 }
 
-/* plan(forest, pages, prices, may_repeat, out, room, sizes): the addresses of three structures, of
+/* plan(forest, pages, prices, grouping, out, room, sizes): the addresses of three structures, of
  * int32[room] and of int64[12 + classes]. Returns 0, or the room that is needed, or -1 where memory
  * ran out. */
 __attribute__((visibility("default"))) int __tvm_ffi_plan(void *self, const TVMFFIAny *args,
@@ -87,7 +105,7 @@ __attribute__((visibility("default"))) int __tvm_ffi_plan(void *self, const TVMF
       .forest = (const Forest *)args[0].v_int64,
       .pages = (const Pages *)args[1].v_int64,
       .prices = (const Prices *)args[2].v_int64,
-      .may_repeat = args[3].v_int64 != 0,
+      .grouping = args[3].v_int64,
       .out = (int32_t *)args[4].v_int64,
       .room = args[5].v_int64,
       .sizes = (int64_t *)args[6].v_int64,
