@@ -150,9 +150,9 @@ PACKED: dict[str, tuple[Change, Change, str]] = {
     "layout size": (
         Tensor.clone,
         lambda one: one[:8],
-        "expected 10 or more numbers, none below ze",
+        "expected 11 numbers, none below ze",
     ),
-    "layout below zero": (Tensor.clone, Tensor.neg, "expected 10 or more numbers, none below zero"),
+    "layout below zero": (Tensor.clone, Tensor.neg, "expected 11 numbers, none below zero"),
 }
 
 
