@@ -53,7 +53,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
         workload: its name.
         spec: the attention.
         device: slug of the machine.
-        module: the artifact that ran.
+        module: the folder's name of the artifact that ran.
         grouping: that the plan chose.
         limit: what the step cannot do without.
         timings: by name, ours first under `OURS`, then the peers, then the limit's probes.
@@ -170,7 +170,7 @@ def measure(
         workload=name,
         spec=str(case.spec),
         device=attention.profile.slug,
-        module=str(attention.artifact.directory),
+        module=attention.artifact.directory.name,
         grouping=chosen,
         limit=Limit.of(case.forest, case.spec),
         timings=timings,

@@ -36,8 +36,7 @@ FUNCTION = "plan"
 _HEADER = 8
 _COLUMNS = 7
 _SIZES = 3 + 9
-"""The grouping, the size of what kernels read, that of all; the layout but for the
-tile classes."""
+"""The grouping, the size of what kernels read, that of all; the layout but for tile classes."""
 
 
 class _Struct(ctypes.Structure):
@@ -85,7 +84,7 @@ class Compiled:
     def __init__(self, function: tvm_ffi.Function, prices: Prices, grouping: str) -> None:
         """Takes a module's function named `FUNCTION`, what items cost, and one of `GROUPINGS`."""
         self._function = function
-        self._prices = _PRICES.of(prices)
+        self._source, self._prices = prices, _PRICES.of(prices)
         self._address = ctypes.addressof(self._prices)
         self._grouping = GROUPINGS.index(grouping)
         self._scratch = _Scratch(prices.classes)
