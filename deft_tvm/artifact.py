@@ -114,7 +114,7 @@ class Artifact:
     def _function(self, name: str) -> tvm_ffi.Function:
         if not self.module.implements_function(name):
             path = self.directory / MODULE
-            raise ArtifactError(f"{path} has no function {name!r}; its manifest names it")
+            raise ArtifactError(f"{path} has no function {name!r}; build the module again")
         return self.module.get_function(name)
 
 

@@ -1,6 +1,7 @@
 """From a spec and what tuning found to an artifact. Needs the compiler (the extra ``tune``).
 
-One module holds the partial kernels of all tile classes and the merge. Decisions come from the
+One module holds the partial kernels of all tile classes and the merge, and what `deft_tvm.native`
+brings: the planner, the run, and on a CPU torch's threads. Decisions come from the
 tuning log of the device if there is one, else they are the defaults that ship.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -151,3 +152,15 @@ def test_arrays_are_what_the_structures_say() -> None:
         wanted = np.float64 if name.endswith("seconds") else np.int64
         assert getattr(priced, name).dtype == wanted and getattr(priced, name).flags.c_contiguous
     assert CostModel.from_profile(profile()).cores == priced.cores
+
+
+def test_threads_that_meet_a_forest_at_once() -> None:
+    """Each must see structures that live for as long as it plans."""
+    made = recipe(SPEC, WIDE, profile())
+    for seed in range(40):
+        forest = large(seed, 300, 5)
+        pages = PageTable.contiguous(forest)
+        with ThreadPoolExecutor(4) as pool:
+            plans = [*pool.map(lambda _, *given: made(*given), range(4), [forest] * 4, [pages] * 4)]
+        for plan in plans[1:]:
+            assert_same(plan, plans[0])

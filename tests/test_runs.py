@@ -152,6 +152,11 @@ PACKED: dict[str, tuple[Change, Change, str]] = {
         lambda one: one[:8],
         "expected 11 numbers, none below ze",
     ),
+    "layout strides": (
+        Tensor.clone,
+        lambda one: one.repeat_interleave(2)[::2],
+        "layout is on cpu with strides (2,); expected it contiguous on the CPU",
+    ),
     "layout below zero": (Tensor.clone, Tensor.neg, "expected 11 numbers, none below zero"),
 }
 

@@ -66,10 +66,11 @@ static int call(TVMFFIObjectHandle kernel, TVMFFIAny *args, int32_t num_args) {
 }
 
 static int is_whole(const DLTensor *tensor) {
+  int whole = 1;
   int64_t size = 1;
   for (int32_t i = tensor->ndim; tensor->strides && i-- > 0; size *= tensor->shape[i])
-    if (tensor->shape[i] != 1 && tensor->strides[i] != size) return size == 0;
-  return 1;
+    whole = whole && (tensor->shape[i] == 1 || tensor->strides[i] == size);
+  return whole || size == 0;
 }
 
 static int fits(const DLTensor *tensor, const Wanted *wanted, DLDevice device,

@@ -173,5 +173,6 @@ def _address_of(source: Forest | PageTable, struct: type[_Struct]) -> int:
     found = _structs.get(source)
     if found is None:
         made = struct.of(source)
-        found = _structs[source] = made, ctypes.addressof(made)
+        # Of two threads that come at once the first one's stays, for both.
+        found = _structs.setdefault(source, (made, ctypes.addressof(made)))
     return found[1]

@@ -89,7 +89,7 @@ def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:
 
 def _by_class(tile: Ints, seconds: Floats, units: Ints, cores: int) -> Floats:
     """float[...], the time of the units of tile classes that run one class after another."""
-    first, *others = set(tile.ravel().tolist())
+    first, *others = sorted(set(tile.ravel().tolist()))
     if not others:
         return makespan(seconds, units, cores)
     total = makespan(seconds * (tile == first), units, cores)

@@ -156,8 +156,8 @@ class Plan:
         """The plan after KV was added or moved: the same tree and rows, other lengths or pages.
 
         The plan is equal to one made afresh with this plan's grouping, which is not chosen again.
-        What stays is not made again where that costs more than to look: with equal lengths all but
-        the pages, and while every item keeps its rows the numbers of the partials.
+        The planner in Python keeps what stays: with equal lengths all but the pages, and while
+        every item keeps its rows the numbers of the partials.
 
         Raises:
             PlanError: `forest` has other parents or rows.

@@ -91,7 +91,7 @@ class Walk:
 
     def paths(self) -> tuple[Ints, Ints]:
         """Tokens on the path to each node with rows that see any, and how many rows."""
-        tokens = self.start + self.skip + self.length
+        tokens = self.start.astype(np.int64) + self.skip + self.length
         holder = (self.own_rows > 0) & (tokens > 0)
         tokens, rows = tokens[holder], self.own_rows[holder]
         return (tokens if self.window is None else tokens.clip(max=self.window + rows - 1)), rows

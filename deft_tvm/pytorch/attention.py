@@ -132,7 +132,7 @@ class TreeAttention:
         page_indptr: ArrayLike | Tensor | None = None,
         first_slot: ArrayLike | Tensor | None = None,
     ) -> Plan:
-        """Plan the next step where only lengths or pages changed; cheaper than `plan`.
+        """Plan the next step where only lengths or pages changed, with the grouping as it was.
 
         Args:
             lengths: int[nodes], KV tokens of each node, or a forest with the same parents and

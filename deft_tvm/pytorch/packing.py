@@ -85,6 +85,11 @@ class Packed(NamedTuple):
         """
         if layout.dtype is not torch.int64 or layout.dim() != 1:
             raise InputError(f"layout is {_what(layout)}; expected int64[N]")
+        if not (layout.is_cpu and layout.is_contiguous()):
+            raise InputError(
+                f"layout is on {layout.device} with strides {layout.stride()}; expected it "
+                f"contiguous on the CPU"
+            )
         numbers = layout.tolist()
         _check(plan, numbers, num_tiles)
         return cls.divided(plan, layout, numbers)

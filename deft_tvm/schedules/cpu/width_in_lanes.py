@@ -90,13 +90,18 @@ def _paired(task: KernelTask) -> bool:
 
 
 def _accepts(task: KernelTask) -> bool:
-    """float32 rows of some even width; bfloat16 rows where 32 elements are multiplied at once."""
+    """float32 rows of some even width; bfloat16 rows where 32 elements are multiplied at once.
+
+    Steps are halved until one token is left, so that they must be powers of two.
+    """
     spec, tile = task.spec, task.tile
+    if tile is None or tile.kv_tile & (tile.kv_tile - 1):
+        return False
     widths = [spec.k_width] if spec.rope is None else [spec.k_width, spec.rope_width]
-    if tile is not None and tile.operand == "bfloat16":
+    if tile.operand == "bfloat16":
         return "avx512bf16" in task.features and all(width % 32 == 0 for width in widths)
     even = all(width % 2 == 0 for width in (*widths, spec.v_width))
-    return tile is not None and tile.operand == "float32" and even
+    return tile.operand == "float32" and even
 
 
 class _Dots:
