@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from deft_tvm.artifact import Artifact
 from deft_tvm.native import PLANNER
-from deft_tvm.pages import CONTIGUOUS_SIZE, PageTable
+from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
-from deft_tvm.plan.compiled import Piece
 from deft_tvm.plan.cost import CostModel
-from deft_tvm.pytorch.packing import pack
+from deft_tvm.plan.piece import Piece
+from deft_tvm.pytorch.packing import Packed
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
@@ -50,8 +50,7 @@ def in_one_piece(plan: Plan) -> bool:
 def assert_equal(made: Plan, oracle: Plan) -> None:
     assert in_one_piece(made) and not in_one_piece(oracle)
     assert_same(made, oracle)
-    paged = made.page_size < CONTIGUOUS_SIZE
-    for part, wanted in zip(pack(made, paged, CPU), pack(oracle, paged, CPU), strict=True):
+    for part, wanted in zip(Packed.of(made, CPU)[:2], Packed.of(oracle, CPU)[:2], strict=True):
         assert torch.equal(part, wanted) and part.dtype is wanted.dtype
     for name in ARRAYS:
         assert getattr(made, name).dtype == np.int32

@@ -20,7 +20,6 @@ from deft_tvm.errors import CompilerMissing
 # No product may be fused into a sum: what is planned would depend on the compiler.
 _FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 
-
 _HERE = Path(__file__).parent
 TORCH_POOL = (_HERE / "torch_pool.c",)
 PLANNER = tuple(sorted(_HERE.glob("planner/*.c")))

@@ -1,13 +1,12 @@
 /* A run of one plan by the kernels of a module: what they read is cut out of the packed plan here,
- * where a view costs nothing, and not in Python. See deft_tvm/pytorch/packing.py for the order of its parts. */
+ * where a view costs nothing, and not in Python. */
 #include <stdlib.h>
 #include <string.h>
 #include <tvm/ffi/c_api.h>
 
-enum { HEADER = 8, COLUMNS = 7, FIRST_STAGE = 1, SECOND_STAGE = 2, CHECKED = 4 };
+#include "piece.h"
 
-/* The layout of a packed plan, int64. */
-enum { PAGED, NEEDED, PARTIALS, PAGES, ROWS, POSITIONS, RUNS, DESTS, MERGED, ITEMS };
+enum { FIRST_STAGE = 1, SECOND_STAGE = 2, CHECKED = 4 };
 
 /* Arguments of run, before q and what else the kernels take of a layer. */
 enum { STAGES, PLAN, LAYOUT, PARTIAL_OUT, PARTIAL_LSE, OUT, LSE, Q };

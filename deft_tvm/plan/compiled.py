@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from functools import cached_property
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from deft_tvm.plan.cost import Prices
-from deft_tvm.plan.layout import Int32, Laid
-from deft_tvm.plan.split import Groups
+from deft_tvm.plan.piece import FIXED, Piece
 
 if TYPE_CHECKING:
     import tvm_ffi
@@ -33,9 +30,7 @@ GROUPINGS = ("packed", "sequence", "auto")
 FUNCTION = "plan"
 """Its name in a module."""
 
-_HEADER = 8
-_COLUMNS = 7
-_SIZES = 3 + 9
+_SIZES = 3 + FIXED
 """The grouping, the size of what kernels read, that of all; the layout but for tile classes."""
 
 
@@ -70,7 +65,9 @@ _FOREST = _struct(
     "num_nodes num_rows",
     "parents lengths rows preorder position subtree_end row_begin row_end row_order start diagonal",
 )
-_PAGES = _struct("page_shift num_pages max_page", "page_indices page_indptr first_slot")
+_PAGES = _struct(
+    "is_contiguous page_shift num_pages max_page", "page_indices page_indptr first_slot"
+)
 _PRICES = _struct(
     "classes cores most_rows row_step longest_step longest",
     "kv_tile units step_seconds fixed_seconds",
@@ -112,7 +109,7 @@ class Compiled:
             )
             if not needed:
                 grouping, size, total, *layout = scratch.sizes
-                return Piece(scratch.out[:total].copy(), size, layout, grouping)
+                return Piece(scratch.out[:total].copy(), size, layout, GROUPINGS[grouping])
             if needed < 0:
                 raise MemoryError("no memory is left to plan in")
             scratch.grow(needed + needed // 4)
@@ -130,39 +127,6 @@ class _Scratch(threading.local):
     def grow(self, room: int) -> None:
         self.room, self.out = room, np.empty(room, np.int32)
         self.address = self.out.ctypes.data
-
-
-class Piece:
-    """The arrays of a plan in one piece, the groups behind what kernels read; cut out when they
-    are asked for, which decoding never does."""
-
-    def __init__(self, whole: Int32, size: int, layout: list[int], grouping: int) -> None:
-        self.grouping = GROUPINGS[grouping]
-        self.packed = whole[:size], layout
-        self._whole = whole
-
-    @cached_property
-    def cut(self) -> Laid:
-        """The arrays as views."""
-        _, _, _, pages, rows, _, runs, dests, merged, *items_of = self.packed[1]
-        items = sum(items_of)
-        sizes = (_HEADER, pages + rows, runs * _COLUMNS, dests, merged, merged + 1)
-        of_groups = (runs, runs, runs, items + 1, items, items)
-        ends = accumulate((*sizes, items * _COLUMNS, *of_groups), initial=0)
-        parts = [self._whole[begin:end] for begin, end in pairwise(ends)]
-        bounds = pairwise(accumulate(items_of, initial=0))
-        return Laid(
-            grouping=self.grouping,
-            header=parts[0],
-            row_positions=parts[0][:0],
-            runs=parts[2].reshape(-1, _COLUMNS),
-            items=parts[6].reshape(-1, _COLUMNS),
-            launches=tuple((tile, *bound) for tile, bound in enumerate(bounds) if items_of[tile]),
-            dests=parts[3],
-            merge_rows=parts[4],
-            merge_indptr=parts[5],
-            groups=Groups(*parts[7:]),
-        )
 
 
 _structs: WeakKeyDictionary[object, tuple[_Struct, int]] = WeakKeyDictionary()

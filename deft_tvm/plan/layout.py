@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,14 @@ from deft_tvm.spec import TileShape
 
 if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
+    from deft_tvm.plan.piece import Piece
     from deft_tvm.tree import Forest
 
 Int32 = NDArray[np.int32]
 Launches = tuple[tuple[int, int, int], ...]
+HEADER = 8
+COLUMNS = 7
+"""Of a header, and of each run and item."""
 
 
 class Laid(NamedTuple):
@@ -47,23 +51,6 @@ class Laid(NamedTuple):
     merge_rows: Int32
     merge_indptr: Int32
     groups: Groups
-
-
-class Written(Protocol):
-    """The same in one piece, as a compiled planner writes it."""
-
-    @property
-    def grouping(self) -> str: ...
-
-    @property
-    def packed(self) -> tuple[Int32, list[int]]:
-        """All arrays that kernels read and their layout, as `deft_tvm.pytorch.packing` has them."""
-        ...
-
-    @property
-    def cut(self) -> Laid:
-        """The arrays, cut out when they are first asked for."""
-        ...
 
 
 def _array(name: str) -> Any:
@@ -108,7 +95,7 @@ class Plan:
         laid: the arrays, or what they are cut out of when they are asked for.
     """
 
-    laid: Laid | Written
+    laid: Laid | Piece
     page_indices: Int32
     tiles: tuple[TileShape, ...]
     granules: tuple[int, ...]
@@ -235,7 +222,7 @@ def lay_out_runs(walk: Walk, groups: Groups, pages: PageTable) -> Int32:
     node, begin = groups.node, groups.begin + walk.skip[groups.node]
     common = walk.diagonal[node] - groups.begin
     seen_by_all = np.maximum(0, common)
-    runs = np.empty((len(node), 7), np.int32)
+    runs = np.empty((len(node), COLUMNS), np.int32)
     runs[:, 0] = groups.first
     runs[:, 3] = walk.row_begin[node] + (seen_by_all - common)
     runs[:, 4] = walk.row_end[node]
@@ -257,7 +244,7 @@ def lay_out_items(
 ) -> tuple[Int32, Launches]:
     """int32[I, 7] and the launches: see `Plan.items`."""
     rows = groups.rows
-    items = np.zeros((len(rows), 7), np.int32)
+    items = np.zeros((len(rows), COLUMNS), np.int32)
     items[:, 0] = groups.row_begin
     items[:, 1] = rows
     items[:, 2] = groups.indptr[:-1]

@@ -18,13 +18,13 @@ from deft_tvm.plan.layout import (
     Laid,
     Partials,
     Plan,
-    Written,
     lay_out_header,
     lay_out_items,
     lay_out_runs,
     number_partials,
 )
 from deft_tvm.plan.packed import packed
+from deft_tvm.plan.piece import Piece
 from deft_tvm.plan.split import (
     Groups,
     Walk,
@@ -166,7 +166,7 @@ class Recipe:
                 f"window is {self.window}; expected None, as positions in a part of a forest are "
                 f"not known"
             )
-        laid: Laid | Written
+        laid: Laid | Piece
         if self._compiled is not None:
             laid = self._compiled(forest, pages)
         else:

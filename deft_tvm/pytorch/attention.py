@@ -171,7 +171,7 @@ class TreeAttention:
         return self._follow(plan, pages)
 
     def _follow(self, plan: Plan, pages: PageTable) -> Plan:
-        packed = Packed.of(plan, not pages.is_contiguous, self.device)
+        packed = Packed.of(plan, self.device)
         operands = Operands(packed.plan, packed.layout, self._key)
         watch = Watch.wanted(self.spec, plan, pages)
         self._step = _Step(plan, pages, packed, operands, watch)

@@ -7,7 +7,6 @@ to it since plan arrays are made for them.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import Literal, cast
@@ -27,8 +26,6 @@ BOTH = FIRST_STAGE | SECOND_STAGE
 CHECKED = 4
 
 _ROWS, _NEEDED = -1, -2
-_DTYPE_CODES = {"float": 2, "bfloat": 4}
-"""DLPack's, by the word in a dtype's name."""
 
 
 class Loaded:
@@ -97,9 +94,8 @@ def _wanted(loaded: Loaded) -> NDArray[np.int64]:
 
 
 def _entry(dtype: str, whole: bool, shape: tuple[int, ...]) -> list[int]:
-    word, bits = re.match(r"([a-z]+)(\d+)", dtype).groups()  # type: ignore[union-attr]
-    sizes = [*shape, *[0] * (4 - len(shape))]
-    return [_DTYPE_CODES[word], int(bits), whole, len(shape), *sizes]
+    made, sizes = tvm_ffi.dtype(dtype), [*shape, *[0] * (4 - len(shape))]
+    return [made.type_code, made.bits, whole, len(shape), *sizes]
 
 
 def make_key(spec: AttentionSpec, tiles: tuple[TileShape, ...], directory: Path | None) -> str:

@@ -1,4 +1,5 @@
 /* contract of deft_tvm/plan/clusters.py. */
+#include <math.h>
 #include <string.h>
 
 #include "native.h"
@@ -37,7 +38,7 @@ Clusters contract(Arena *arena, const Walk *walk, const Prices *prices) {
   sum_subtrees(walk, tokens);
   int64_t *reads = tokens_a_block(arena, walk, tokens, prices->most_rows);
   for (int32_t i = 0; i < count; ++i)
-    balanced += busy(prices, walk->length[i], walk->row_end[i] - walk->row_begin[i]);
+    balanced += cost(prices, walk->length[i], walk->row_end[i] - walk->row_begin[i], INFINITY);
   memset(below, 0, (size_t)count * sizeof(double));
   for (int32_t i = 0; i < count; ++i) {
     int32_t rows = walk->row_end[i] - walk->row_begin[i];

@@ -22,11 +22,6 @@ Price units_of(const Prices *prices, int64_t tokens, int64_t rows) {
   return price;
 }
 
-double busy(const Prices *prices, int64_t tokens, int64_t rows) {
-  Price price = units_of(prices, tokens, rows);
-  return tokens > 0 ? price.seconds * (double)price.units / (double)prices->cores : 0;
-}
-
 double cost(const Prices *prices, int64_t tokens, int64_t rows, double balanced) {
   if (tokens <= 0) return 0;
   Price price = units_of(prices, tokens, rows);
@@ -53,8 +48,10 @@ static void sort_longest_first(Price *units, Price *scratch, int32_t count) {
       if (units[middle - 1].seconds >= units[middle].seconds) continue;
       for (int32_t i = begin; i < middle; ++i) scratch[i - begin] = units[i];
       int32_t left = 0, right = middle, to = begin;
-      while (left < width && right < end)
-        units[to++] = scratch[left].seconds >= units[right].seconds ? scratch[left++] : units[right++];
+      while (left < width && right < end) {
+        int longer = scratch[left].seconds >= units[right].seconds;
+        units[to++] = longer ? scratch[left++] : units[right++];
+      }
       while (left < width) units[to++] = scratch[left++];
     }
   }

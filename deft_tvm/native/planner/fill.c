@@ -8,18 +8,20 @@ static const double SHARES[] = {0.5, 0.75, 0.9, 1.0, 2.0, 3.0, 4.0, 8.0};
 
 typedef struct {
   const Prices *prices;
-  const int64_t *tokens;
-  const int32_t *row_begin, *row_end;
-  int32_t count;
-  Price *by_class, *one_class, *scratch; /* [count] */
+  const Groups *groups;
+  Price *units, *one_class, *scratch; /* [groups] */
 } Uncut;
+
+static int64_t rows_of(const Groups *groups, int32_t g) {
+  return groups->row_end[g] - groups->row_begin[g];
+}
 
 /* The time of units of tile classes that run one class after another. */
 static double run_classes(const Uncut *uncut, const Price *units) {
   double total = 0;
   for (int32_t tile = 0; tile < uncut->prices->classes; ++tile) {
     int32_t count = 0;
-    for (int32_t g = 0; g < uncut->count; ++g)
+    for (int32_t g = 0; g < uncut->groups->count; ++g)
       if (units[g].tile == tile) uncut->one_class[count++] = units[g];
     if (count) total += makespan(uncut->one_class, uncut->scratch, count, uncut->prices->cores);
   }
@@ -28,14 +30,14 @@ static double run_classes(const Uncut *uncut, const Price *units) {
 
 static double seconds_of(const Uncut *uncut, const int64_t *chunk) {
   int64_t partials = 0;
-  for (int32_t g = 0; g < uncut->count; ++g) {
-    int64_t rows = uncut->row_end[g] - uncut->row_begin[g];
-    int64_t pieces = ceil_div(uncut->tokens[g], chunk[g]);
-    uncut->by_class[g] = units_of(uncut->prices, chunk[g], rows);
-    uncut->by_class[g].units *= pieces;
+  for (int32_t g = 0; g < uncut->groups->count; ++g) {
+    int64_t rows = rows_of(uncut->groups, g);
+    int64_t pieces = ceil_div(uncut->groups->tokens[g], chunk[g]);
+    uncut->units[g] = units_of(uncut->prices, chunk[g], rows);
+    uncut->units[g].units *= pieces;
     partials += (pieces - 1) * rows;
   }
-  double time = run_classes(uncut, uncut->by_class);
+  double time = run_classes(uncut, uncut->units);
   return time + uncut->prices->partial_seconds * (double)partials;
 }
 
@@ -49,16 +51,14 @@ static int64_t round_up(double value) {
   return whole + ((double)whole < value);
 }
 
-double fill(Arena *arena, const Prices *prices, const int64_t *tokens, const int32_t *row_begin,
-            const int32_t *row_end, int32_t count, int64_t *chunk) {
+double fill(Arena *arena, const Prices *prices, const Groups *groups, int64_t *chunk) {
+  const int64_t *tokens = groups->tokens;
+  int32_t count = groups->count;
   if (!count) return 0;
   Uncut uncut = {
       .prices = prices,
-      .tokens = tokens,
-      .row_begin = row_begin,
-      .row_end = row_end,
-      .count = count,
-      .by_class = TAKE(arena, Price, count),
+      .groups = groups,
+      .units = TAKE(arena, Price, count),
       .one_class = TAKE(arena, Price, count),
       .scratch = TAKE(arena, Price, count),
   };
@@ -68,7 +68,7 @@ double fill(Arena *arena, const Prices *prices, const int64_t *tokens, const int
   int64_t longest_wait = 0;
   memset(balanced, 0, (size_t)prices->classes * sizeof(double));
   for (int32_t g = 0; g < count; ++g) {
-    units[g] = units_of(prices, tokens[g], row_end[g] - row_begin[g]);
+    units[g] = units_of(prices, tokens[g], rows_of(groups, g));
     double work = units[g].seconds * (double)units[g].units;
     balanced[units[g].tile] += work;
     int waits = (double)(2 * tokens[g]) * prices->token_seconds > work;

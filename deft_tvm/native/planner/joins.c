@@ -7,11 +7,11 @@ static int32_t rows_of(const Clusters *clusters, int32_t c) {
   return clusters->row_end[c] - clusters->row_begin[c];
 }
 
-char *hand_down(Arena *arena, const Clusters *clusters, const Prices *prices, int *any) {
+char *hand_down(Arena *arena, const Clusters *clusters, const Prices *prices) {
   char *joins = TAKE(arena, char, clusters->count);
   double *saved = TAKE(arena, double, clusters->count);
   memset(joins, 0, (size_t)clusters->count);
-  *any = 0;
+  int any = 0;
   for (int32_t c = 0; c < clusters->count; ++c) {
     int32_t parent = clusters->parent[c], rows = rows_of(clusters, c);
     if (parent < 0 || !rows) continue;
@@ -22,9 +22,9 @@ char *hand_down(Arena *arena, const Clusters *clusters, const Prices *prices, in
     saved[c] = share + partials + clusters->cost[c];
     int64_t tokens = clusters->tokens[c] + above;
     joins[c] = cost(prices, tokens, rows, clusters->balanced) <= saved[c];
-    *any |= joins[c];
+    any |= joins[c];
   }
-  if (!*any) return joins;
+  if (!any) return NULL;
   /* Tokens that a cluster would read from above by way of the joins so far. */
   int64_t *handed = TAKE(arena, int64_t, clusters->count);
   for (int32_t c = 0; c < clusters->count; ++c)
@@ -32,10 +32,10 @@ char *hand_down(Arena *arena, const Clusters *clusters, const Prices *prices, in
   for (int32_t c = 0; c < clusters->count; ++c) {
     if (!joins[c]) continue;
     int64_t above = handed[c], tokens = clusters->tokens[c] + above;
-    joins[c] = above > 0 && cost(prices, tokens, rows_of(clusters, c), clusters->balanced) <= saved[c];
+    double price = cost(prices, tokens, rows_of(clusters, c), clusters->balanced);
+    joins[c] = above > 0 && price <= saved[c];
   }
-  *any = memchr(joins, 1, (size_t)clusters->count) != NULL;
-  return joins;
+  return memchr(joins, 1, (size_t)clusters->count) ? joins : NULL;
 }
 
 static Groups one_each(Arena *arena, const Clusters *clusters, char **mergeable) {
@@ -106,7 +106,8 @@ Groups by_cluster(Arena *arena, const Clusters *clusters, const char *joins, cha
   for (int32_t c = 0; c < count; ++c) {
     for (int32_t at = c, i = read[c]; i-- > 0; at = clusters->parent[at]) chain[i] = at;
     for (int32_t i = rows.indptr[c], next; i < rows.indptr[c + 1]; i = next) {
-      for (next = i + 1; next < rows.indptr[c + 1] && rows.begin[next] == rows.end[next - 1];) ++next;
+      next = i + 1;
+      while (next < rows.indptr[c + 1] && rows.begin[next] == rows.end[next - 1]) ++next;
       int32_t begin = rows.begin[i], end = rows.end[next - 1];
       for (int32_t link = 0; link < read[c]; ++link)
         for (int32_t node = clusters->begin[chain[link]]; node < clusters->end[chain[link]]; ++node)

@@ -1,10 +1,9 @@
-/* The arrays of deft_tvm/plan/layout.py end to end, as deft_tvm/pytorch/packing.py packs them. */
+/* The arrays of deft_tvm/plan/layout.py, in one piece. */
 #include <stdlib.h>
 #include <string.h>
 
+#include "../piece.h"
 #include "native.h"
-
-enum { HEADER = 8, COLUMNS = 7, CONTIGUOUS_SHIFT = 30 };
 
 typedef struct {
   int32_t group, tile;
@@ -90,18 +89,13 @@ typedef struct {
 } Partials;
 
 static Partials count_partials(Arena *arena, const Walk *walk, const Groups *groups) {
-  Partials found = {.counts = TAKE(arena, int32_t, walk->num_rows + 1)};
-  memset(found.counts, 0, ((size_t)walk->num_rows + 1) * sizeof(int32_t));
-  for (int32_t g = 0; g < groups->count; ++g) {
-    ++found.counts[groups->row_begin[g]];
-    --found.counts[groups->row_end[g]];
-    found.dests += groups->row_end[g] - groups->row_begin[g];
-  }
-  for (int32_t row = 0, covers = 0; row < walk->num_rows; ++row) {
-    found.counts[row] = covers += found.counts[row];
-    if (covers == 1) continue;
+  Partials found = {.counts = covers_of(arena, walk, groups)};
+  for (int32_t row = 0; row < walk->num_rows; ++row) {
+    int32_t count = found.counts[row];
+    found.dests += count;
+    if (count == 1) continue;
     ++found.merged;
-    found.slots += covers;
+    found.slots += count;
   }
   return found;
 }
@@ -149,7 +143,7 @@ int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Fore
   to = lay_out_runs(to, walk, groups, pages);
   int32_t *merge_rows = to + partials.dests, *merge_indptr = merge_rows + partials.merged;
   number_partials(arena, walk, groups, forest->row_order, partials, to, merge_rows, merge_indptr);
-  int64_t *layout = sizes + 3, *items_of = layout + 9;
+  int64_t *layout = sizes + 3, *items_of = layout + ITEMS;
   memset(items_of, 0, (size_t)prices->classes * sizeof(int64_t));
   to = lay_out_items(arena, merge_indptr + partials.merged + 1, groups, prices, items_of);
   to = copy(to, groups->node, runs);
@@ -158,17 +152,16 @@ int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Fore
   to = copy(to, groups->indptr, items + 1);
   to = copy(to, groups->row_begin, items);
   copy(to, groups->row_end, items);
-  int paged = pages->page_shift < CONTIGUOUS_SHIFT;
   sizes[1] = size;
   sizes[2] = total;
-  layout[0] = paged;
-  layout[1] = paged ? pages->max_page + 1 : num_tokens(forest);
-  layout[2] = partials.slots;
-  layout[3] = pages->num_pages;
-  layout[4] = rows;
-  layout[5] = 0; /* row_positions */
-  layout[6] = runs;
-  layout[7] = partials.dests;
-  layout[8] = partials.merged;
+  layout[PAGED] = !pages->is_contiguous;
+  layout[NEEDED] = pages->is_contiguous ? num_tokens(forest) : pages->max_page + 1;
+  layout[PARTIALS] = partials.slots;
+  layout[PAGES] = pages->num_pages;
+  layout[ROWS] = rows;
+  layout[POSITIONS] = 0; /* there is no window */
+  layout[RUNS] = runs;
+  layout[DESTS] = partials.dests;
+  layout[MERGED] = partials.merged;
   return 0;
 }

@@ -1,6 +1,6 @@
 /* The planner of deft_tvm/plan/planner.py, compiled: the groupings "packed", "sequence" and the
- * cheaper of the two, without a window. Each file is named after the Python file that it repeats; there
- * every step is explained, and tests hold both to the same plans, bit for bit.
+ * cheaper of the two, without a window. Each file is named after the Python file that it repeats;
+ * there every step is explained, and tests hold both to the same plans, bit for bit.
  *
  * Nodes are places in the depth-first walk, tokens 64 bits wide, seconds doubles. Memory is taken
  * from an arena that ends with the call. */
@@ -19,7 +19,7 @@ typedef struct { /* Forest: one entry a node in the caller's order, row_order on
 } Forest;
 
 typedef struct { /* PageTable */
-  int64_t page_shift, num_pages, max_page;
+  int64_t is_contiguous, page_shift, num_pages, max_page;
   const int32_t *page_indices, *page_indptr, *first_slot;
 } Pages;
 
@@ -51,7 +51,6 @@ typedef struct {
 } Price;
 Price choose_tile(const Prices *prices, int64_t tokens, int64_t rows);
 Price units_of(const Prices *prices, int64_t tokens, int64_t rows);
-double busy(const Prices *prices, int64_t tokens, int64_t rows);
 double cost(const Prices *prices, int64_t tokens, int64_t rows, double balanced);
 double makespan(Price *units, Price *scratch, int32_t count, int64_t cores); /* sorts them */
 
@@ -77,21 +76,21 @@ typedef struct {
 } Groups;
 Groups take_groups(Arena *arena, int64_t count, int64_t pieces);
 void add_node(Groups *groups, const Walk *walk, int32_t node);
-int close_group(Groups *groups, int32_t row_begin, int32_t row_end); /* 0: it was empty */
+void close_group(Groups *groups, int32_t row_begin, int32_t row_end); /* unless it is empty */
+int32_t *covers_of(Arena *arena, const Walk *walk, const Groups *groups); /* of each row */
 Groups by_sequence(Arena *arena, const Walk *walk);
 Groups cut_tokens(Arena *arena, const Walk *walk, Groups groups, const int64_t *chunk);
 Groups cut_rows(Arena *arena, const Walk *walk, Groups groups, const Prices *prices);
 
 /* joins.c */
-char *hand_down(Arena *arena, const Clusters *clusters, const Prices *prices, int *any);
+char *hand_down(Arena *arena, const Clusters *clusters, const Prices *prices); /* NULL: none */
 Groups by_cluster(Arena *arena, const Clusters *clusters, const char *joins, char **mergeable);
 
 /* packed.c */
 Groups packed(Arena *arena, const Walk *walk, const Prices *prices);
 
 /* fill.c */
-double fill(Arena *arena, const Prices *prices, const int64_t *tokens, const int32_t *row_begin,
-            const int32_t *row_end, int32_t count, int64_t *chunk);
+double fill(Arena *arena, const Prices *prices, const Groups *groups, int64_t *chunk);
 
 /* layout.c */
 int64_t lay_out(Arena *arena, const Walk *walk, const Groups *groups, const Forest *forest,

@@ -79,11 +79,10 @@ static Groups merge_neighbours(Arena *arena, Groups groups, const char *mergeabl
 }
 
 Groups packed(Arena *arena, const Walk *walk, const Prices *prices) {
-  int any;
   char *mergeable;
   Clusters clusters = contract(arena, walk, prices);
-  char *joins = hand_down(arena, &clusters, prices, &any);
-  Groups groups = by_cluster(arena, &clusters, any ? joins : NULL, &mergeable);
+  char *joins = hand_down(arena, &clusters, prices);
+  Groups groups = by_cluster(arena, &clusters, joins, &mergeable);
   if (groups.count < 2) return groups;
   return merge_neighbours(arena, groups, mergeable, &clusters, prices);
 }

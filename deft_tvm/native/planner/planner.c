@@ -1,5 +1,4 @@
 /* Recipe of deft_tvm/plan/planner.py for three groupings: from a forest to packed arrays. */
-#include <string.h>
 #include <tvm/ffi/c_api.h>
 
 #include "arena.h"
@@ -7,17 +6,10 @@
 
 static double merge_seconds(Arena *arena, const Walk *walk, const Groups *groups,
                             const Prices *prices) {
-  int32_t *covers = TAKE(arena, int32_t, walk->num_rows + 1);
-  int64_t partials = 0, here = 0;
-  memset(covers, 0, ((size_t)walk->num_rows + 1) * sizeof(int32_t));
-  for (int32_t g = 0; g < groups->count; ++g) {
-    ++covers[groups->row_begin[g]];
-    --covers[groups->row_end[g]];
-  }
-  for (int32_t row = 0; row < walk->num_rows; ++row) {
-    here += covers[row];
-    if (here > 1) partials += here;
-  }
+  const int32_t *covers = covers_of(arena, walk, groups);
+  int64_t partials = 0;
+  for (int32_t row = 0; row < walk->num_rows; ++row)
+    if (covers[row] > 1) partials += covers[row];
   return (double)partials * prices->partial_seconds + (partials > 0) * prices->launch_seconds;
 }
 
@@ -50,8 +42,7 @@ typedef struct {
 
 static Choice filled(Arena *arena, Groups groups, const Prices *prices) {
   Choice choice = {.groups = groups, .chunk = TAKE(arena, int64_t, groups.count)};
-  choice.seconds = fill(arena, prices, groups.tokens, groups.row_begin, groups.row_end,
-                        groups.count, choice.chunk);
+  choice.seconds = fill(arena, prices, &groups, choice.chunk);
   return choice;
 }
 

@@ -1,4 +1,6 @@
 /* Groups of deft_tvm/plan/split.py, the grouping "sequence", and how groups are cut. */
+#include <string.h>
+
 #include "native.h"
 
 Groups take_groups(Arena *arena, int64_t count, int64_t pieces) {
@@ -28,15 +30,25 @@ void add_node(Groups *groups, const Walk *walk, int32_t node) {
   if (walk->length[node]) add_piece(groups, node, 0, walk->length[node]);
 }
 
-int close_group(Groups *groups, int32_t row_begin, int32_t row_end) {
+void close_group(Groups *groups, int32_t row_begin, int32_t row_end) {
   int32_t group = groups->count;
-  if (groups->pieces == groups->indptr[group]) return 0;
+  if (groups->pieces == groups->indptr[group]) return;
   groups->row_begin[group] = row_begin;
   groups->row_end[group] = row_end;
   groups->count = group + 1;
   groups->indptr[group + 1] = groups->pieces;
   groups->tokens[group + 1] = 0;
-  return 1;
+}
+
+int32_t *covers_of(Arena *arena, const Walk *walk, const Groups *groups) {
+  int32_t *covers = TAKE(arena, int32_t, walk->num_rows + 1);
+  memset(covers, 0, ((size_t)walk->num_rows + 1) * sizeof(int32_t));
+  for (int32_t g = 0; g < groups->count; ++g) {
+    ++covers[groups->row_begin[g]];
+    --covers[groups->row_end[g]];
+  }
+  for (int32_t row = 1; row < walk->num_rows; ++row) covers[row] += covers[row - 1];
+  return covers;
 }
 
 Groups by_sequence(Arena *arena, const Walk *walk) {

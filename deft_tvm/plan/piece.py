@@ -1,0 +1,87 @@
+"""A plan's arrays in one piece: as the compiled planner writes them, and kernels get them.
+
+The *layout* says how the piece is divided: whether there are pages, the pages (or tokens) that a
+cache must have, the partial slots; the lengths of page_indices, row_order, row_positions, runs,
+dests and merge_rows; the items of each tile class. `deft_tvm/native/piece.h` has the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deft_tvm.pages import CONTIGUOUS_SIZE
+from deft_tvm.plan.layout import COLUMNS, HEADER, Int32, Laid
+from deft_tvm.plan.split import Groups
+
+if TYPE_CHECKING:
+    from deft_tvm.plan.layout import Plan
+
+SCALARS = 3
+FIXED = SCALARS + 6
+"""Numbers of a layout before those of the tile classes."""
+
+
+def part_sizes(layout: Sequence[int]) -> list[int]:
+    """Elements of each part, in order: header, the six arrays, merge_indptr, items."""
+    pages, rows, positions, runs, dests, merged, *items = layout[SCALARS:]
+    sizes = [HEADER, pages, rows, positions, runs * COLUMNS, dests, merged, merged + 1]
+    return [*sizes, sum(items) * COLUMNS]
+
+
+def in_one_piece(plan: Plan) -> tuple[Int32, list[int]]:
+    """All that kernels read of `plan`, and its layout."""
+    if isinstance(plan.laid, Piece):
+        return plan.laid.packed
+    rows = (plan.row_order, plan.row_positions)
+    arrays = (plan.page_indices, *rows, plan.runs, plan.dests, plan.merge_rows)
+    parts = (plan.header, *arrays, plan.merge_indptr, plan.items)
+    counts = {tile: end - begin for tile, begin, end in plan.launches}
+    paged = plan.page_size < CONTIGUOUS_SIZE
+    needed = plan.max_page + 1 if paged else plan.forest.num_tokens
+    layout = [int(paged), needed, plan.num_partials, *map(len, arrays)]
+    layout += [counts.get(tile, 0) for tile in range(len(plan.tiles))]
+    return np.concatenate([array.reshape(-1) for array in parts]), layout
+
+
+class Piece:
+    """What a planner wrote in one piece, with the groups behind what kernels read. Arrays are cut
+    out when they are asked for, which decoding never does.
+
+    Attributes:
+        grouping: as in `Plan`.
+        packed: what kernels read, and the layout.
+    """
+
+    def __init__(self, whole: Int32, size: int, layout: list[int], grouping: str) -> None:
+        """Takes all that was written, and how much of it is what kernels read."""
+        self.grouping = grouping
+        self.packed = whole[:size], layout
+        self._whole = whole
+
+    @cached_property
+    def cut(self) -> Laid:
+        """The arrays, as views."""
+        layout = self.packed[1]
+        items_of, runs = layout[FIXED:], layout[SCALARS + 3]
+        items = sum(items_of)
+        of_groups = (runs, runs, runs, items + 1, items, items)
+        ends = accumulate((*part_sizes(layout), *of_groups), initial=0)
+        parts = [self._whole[begin:end] for begin, end in pairwise(ends)]
+        bounds = pairwise(accumulate(items_of, initial=0))
+        return Laid(
+            grouping=self.grouping,
+            header=parts[0],
+            row_positions=parts[3],
+            runs=parts[4].reshape(-1, COLUMNS),
+            items=parts[8].reshape(-1, COLUMNS),
+            launches=tuple((tile, *bound) for tile, bound in enumerate(bounds) if items_of[tile]),
+            dests=parts[5],
+            merge_rows=parts[6],
+            merge_indptr=parts[7],
+            groups=Groups(*parts[9:]),
+        )
