@@ -29,6 +29,8 @@ class FakeRunner:
         timed: how often each module was timed.
     """
 
+    width = 1
+
     def __init__(self, broken: Sequence[str] = ()) -> None:
         self.timed: list[str] = []
         self.broken = broken
