@@ -228,6 +228,16 @@ def permit_amx() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
+def driver() -> str:
+    """Version of NVIDIA's driver; empty where there is none."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
+
+
 def _detect_cuda() -> DeviceProfile:
     import torch
 

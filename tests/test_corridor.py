@@ -26,6 +26,7 @@ CORRIDOR = (
     ("plan",),
     ("kernels",),
     ("schedules",),
+    ("tuning.lines",),
     ("tuning.log", "tuning.defaults"),
     ("manifest", "threads", "native"),
     ("build",),
@@ -36,7 +37,7 @@ CORRIDOR = (
 )
 COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
-OUTSIDE = {"__init__", "tuning", "workloads", "timing", "show", "reference"} | {
+OUTSIDE = {"__init__", "tuning", "workloads", "timing", "limit", "show", "reference"} | {
     *("check", "peers", "bench", "cli", "commands", "demo"),
 }
 #: Inside a function only, for one reason each.

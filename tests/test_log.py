@@ -9,7 +9,8 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_decision
-from deft_tvm.tuning.log import Trial, TuningLog, best, find_log, log_roots, measured
+from deft_tvm.tuning.lines import Trial
+from deft_tvm.tuning.log import TuningLog, best, find_log, log_roots, measured
 from deft_tvm.tuning.probe import write_profile
 
 SPEC = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4)

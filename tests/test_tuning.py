@@ -35,8 +35,8 @@ from deft_tvm.tuning.log import TuningLog, best
 from deft_tvm.tuning.messages import Time, Timed
 from deft_tvm.tuning.process import Worker, WorkerDied, WorkerTimeout
 from deft_tvm.tuning.runner import LocalRunner
-from deft_tvm.tuning.search import GreedySearch, new_cost_model, runner_result
 from deft_tvm.tuning.space import Space, specialise
+from deft_tvm.tuning.strategy import GreedySearch, new_cost_model, runner_result
 from deft_tvm.tuning.subject import MERGE, subjects
 
 DEVICE = DeviceProfile.detect()

@@ -11,14 +11,14 @@ from tvm.s_tir.meta_schedule.utils import shash2hex
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning import search
+from deft_tvm.tuning import strategy
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.result import TuningResult, ignore
 from deft_tvm.tuning.subject import Subject
 from deft_tvm.tuning.tune import tune
 
 SPEC = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4)
-search.POOL = 6  # what is ranked is the business of other tests, and takes most of the time
+strategy.POOL = 6  # what is ranked is the business of other tests, and takes most of the time
 WORKLOAD = "few_shot:prompt=1500,branches=16,tokens=80"
 
 
@@ -29,13 +29,15 @@ class FakeRunner:
         timed: how often each module was timed.
     """
 
-    width = 1
+    name, width = "fake", 1
 
     def __init__(self, broken: Sequence[str] = ()) -> None:
         self.timed: list[str] = []
         self.broken = broken
 
-    def time(self, modules: Sequence[IRModule], subject: Subject, seconds: float) -> list[Outcome]:
+    def time(
+        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+    ) -> list[Outcome]:
         return [self._one(shash2hex(module)) for module in modules]
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.tuning.log import DEVICE, AnyPath, writable_root
+from deft_tvm.tuning.result import Listener, Progress, ignore
 
 FEWEST_ROUNDS = 3
 SECONDS = 0.4
@@ -57,6 +58,16 @@ def write_profile(device: DeviceProfile, root: AnyPath | None = None) -> Path:
     device.write(scratch)
     os.replace(scratch, path)
     return path
+
+
+def known_device(root: AnyPath | None = None, listener: Listener = ignore) -> DeviceProfile:
+    """This machine's CPU with its rates, which are measured the first time and kept."""
+    device = DeviceProfile.detect()
+    file = device_file(device, root)
+    if not file.is_file():
+        listener(Progress("device", "measuring what this machine reaches"))
+        write_profile(probe(device), root)
+    return DeviceProfile.read(file)
 
 
 def _read_bandwidth(device: DeviceProfile) -> float:

@@ -14,7 +14,7 @@ import msgspec
 import tvm
 from tvm import IRModule
 
-from deft_tvm.tuning.log import Status
+from deft_tvm.tuning.lines import Status
 from deft_tvm.tuning.messages import Build, Built, Outcome, Time, Timed, brief
 from deft_tvm.tuning.process import RequestFailed, Worker, WorkerDied, WorkerTimeout
 from deft_tvm.tuning.subject import Subject
@@ -32,14 +32,24 @@ class Runner(Protocol):
     """Compiles and times scheduled modules of one function each.
 
     Attributes:
+        name: what the log says of it: ``local``, or ``rpc`` with tracker and key.
         width: calls of `time` that go on at once, from a thread each.
     """
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def width(self) -> int: ...
 
-    def time(self, modules: Sequence[IRModule], subject: Subject, seconds: float) -> list[Outcome]:
-        """What comes of each module; those that work are timed in turn, `seconds` in all."""
+    def time(
+        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+    ) -> list[Outcome]:
+        """What comes of each module; those that work are timed in turn, `seconds` in all.
+
+        Args:
+            anchored: time beside them what limits the launch, see `messages.Time`.
+        """
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -58,7 +68,7 @@ class WorkerRunner:
         run_limit: seconds after which checking and timing do, beyond what was asked for.
     """
 
-    width = 1
+    name, width = "local", 1
 
     def __init__(
         self,
@@ -74,11 +84,13 @@ class WorkerRunner:
         self._built: dict[str, tuple[str, Outcome]] = {}
         self._libraries = 0
 
-    def time(self, modules: Sequence[IRModule], subject: Subject, seconds: float) -> list[Outcome]:
+    def time(
+        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+    ) -> list[Outcome]:
         built = [self._build(module, subject) for module in modules]
         libraries = tuple(path for path, outcome in built if outcome.status == "ok")
         symbol = str(modules[0].get_global_vars()[0].name_hint)
-        timed = iter(self._time(Time(subject, libraries, symbol, seconds)))
+        timed = iter(self._time(Time(subject, libraries, symbol, seconds, anchored)))
         return [
             msgspec.structs.replace(next(timed), compile_s=outcome.compile_s)
             if outcome.status == "ok"
