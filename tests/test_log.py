@@ -97,8 +97,8 @@ def test_an_unknown_status_is_damage(log) -> None:
 
 
 def test_a_newer_schema_is_refused(log) -> None:
-    log.append(trial(0, schema=2))
-    with pytest.raises(LogError, match=r"schema is 2; expected 1 or older: update deft_tvm"):
+    log.append(trial(0, schema=3))
+    with pytest.raises(LogError, match=r"schema is 3; expected 2 or older: update deft_tvm"):
         log.read()
 
 

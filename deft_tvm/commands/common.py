@@ -12,7 +12,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from deft_tvm import workloads
+from deft_tvm import models, workloads
 from deft_tvm.errors import CompilerMissing, installing
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import Workload
@@ -35,6 +35,14 @@ SpecOption = Annotated[
         "page size, layout (nhd, hnd); kv_dtype (e4m3 too), window, cap, sinks (yes) if it has "
         "them. mla:, gla: and gta: have fields of their own, which an error lists.",
     ),
+]
+SpecsOption = Annotated[
+    list[str] | None,
+    typer.Option("--spec", metavar="SPEC", help="An attention, as of `bench`; may be repeated."),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", help="A model's config.json or folder: the attentions of its layers."),
 ]
 WorkloadArgument = Annotated[
     str,
@@ -63,6 +71,18 @@ def parse(spec: str, workload: str) -> tuple[AttentionSpec, Workload]:
         WorkloadError: the workload cannot be read.
     """
     return AttentionSpec.parse(spec), workloads.parse(workload)
+
+
+def specs_of(given: Sequence[str] | None, model: Path | None) -> list[AttentionSpec]:
+    """What ``--spec`` and ``--model`` name, each once; the default where neither is given.
+
+    Raises:
+        SpecError: a spec or the model's configuration cannot be read.
+    """
+    named = [AttentionSpec.parse(text) for text in given or ()]
+    if model is not None:
+        named += models.specs(model)
+    return list(dict.fromkeys(named)) or [AttentionSpec.parse(DEFAULT_SPEC)]
 
 
 def console() -> Console:
