@@ -20,7 +20,7 @@ PACKAGE = ROOT / "deft_tvm"
 #: Front to back: a room imports from its own line and those above.
 CORRIDOR = (
     ("errors",),
-    ("env", "arrays"),
+    ("env", "arrays", "files"),
     ("debug",),
     ("spec", "notation", "device", "preorder", "prefixes", "tree", "pages", "context"),
     ("plan",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from deft_tvm.compare.statistics import Samples
 from deft_tvm.errors import LogError
 from deft_tvm.tuning.lines import Run, Trial
-from deft_tvm.tuning.log import TRIALS, AnyPath, TuningLog, by_subject, winner
+from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, log_folders, winner
 
 
 class Subject(NamedTuple):
@@ -182,23 +182,6 @@ class Source:
             measured=measured,
             runner=run.runner if run else "",
         )
-
-
-def log_folders(path: AnyPath) -> Iterable[Path]:
-    """Folders of logs: `path` itself, or those up to two folders below it.
-
-    Raises:
-        LogError: there is no such folder.
-    """
-    root = Path(path)
-    if root.name == TRIALS and root.is_file():
-        return [root.parent]
-    if not root.is_dir():
-        raise LogError(f"{path} is no folder; expected a tuning log, or a device's logs")
-    files = (
-        file for pattern in (".", "*", "*/*") for file in sorted(root.glob(f"{pattern}/{TRIALS}"))
-    )
-    return [file.parent for file in files]
 
 
 def _time(trial: Trial) -> str:

@@ -192,6 +192,23 @@ def winner(trials: Sequence[Trial]) -> Trial:
     return lowest if faster > len(rounds) / 2 + 0.98 * math.sqrt(len(rounds)) else default
 
 
+def log_folders(path: AnyPath) -> list[Path]:
+    """Folders of logs: `path` itself, or those up to two folders below it.
+
+    Raises:
+        LogError: there is no such folder.
+    """
+    root = Path(path)
+    if root.name == TRIALS and root.is_file():
+        return [root.parent]
+    if not root.is_dir():
+        raise LogError(f"{path} is no folder; expected a tuning log, or a device's logs")
+    files = (
+        file for pattern in (".", "*", "*/*") for file in sorted(root.glob(f"{pattern}/{TRIALS}"))
+    )
+    return [file.parent for file in files]
+
+
 def log_roots() -> list[Path]:
     """Folders that hold logs, in the order in which they are asked: the user's before shipped."""
     named = env.LOGS.get()

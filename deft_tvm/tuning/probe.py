@@ -6,7 +6,6 @@ nobody else uses it; how much of that our kernels reach is the cost model's busi
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -54,9 +53,7 @@ def write_profile(device: DeviceProfile, root: AnyPath | None = None) -> Path:
     """Keep a profile with the logs; a reader sees the old one or the new one."""
     path = device_file(device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    device.write(scratch)
-    os.replace(scratch, path)
+    device.write(path)
     return path
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from deft_tvm.tuning.space import Space
 
 POOL = 16
 BEST = 4
-EPSILON = 0.2
 MOST_TAUGHT = 128
 """Of earlier trials, the last that the cost model learns; each takes some 50 ms."""
 
@@ -30,6 +30,24 @@ FEWEST_TO_RANK = 4
 """Trials below which the cost model is not asked."""
 
 Refuse = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a search goes about it.
+
+    Attributes:
+        near: part of the pool that lies one step from the best, while the rest is random.
+        chance: part of a batch that chance takes from the pool, and not the cost model.
+    """
+
+    near: float
+    chance: float
+
+
+GREEDY = Habits(near=0.5, chance=0.2)
+HABITS = {"greedy": GREEDY, "climbing": Habits(near=0.9, chance=1), "random": Habits(0, 1)}
+"""By name; ``greedy`` is the one that tunes, the others are there to be replayed beside it."""
 
 
 @derived_object
@@ -41,13 +59,23 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
         past: seconds of earlier trials by the decision's number; none for one that failed.
         refuse: told of a decision that the schedule declines, and why; it counts as tried.
         seed: another one, another order.
+        habits: how it searches.
+        among: numbers of the decisions that may be proposed, by default all.
     """
 
     def __init__(
-        self, space: Space, past: Mapping[int, Sequence[float]], refuse: Refuse, seed: int = 0
+        self,
+        space: Space,
+        past: Mapping[int, Sequence[float]],
+        refuse: Refuse,
+        seed: int = 0,
+        habits: Habits = GREEDY,
+        among: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.space, self.refuse, self.seed = space, refuse, seed
+        self.space, self.refuse, self.seed, self.habits = space, refuse, seed, habits
+        self.numbers = range(len(space)) if among is None else among
+        self.allowed = frozenset(self.numbers)
         self.tried = dict(past)
         self.proposed: list[int] = []
         self.untaught = list(past)[-MOST_TAUGHT:]
@@ -83,8 +111,9 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
         start = self.space.start
         wanted = min(self.left, self.batch)
         chosen: dict[int, ms.MeasureCandidate] = {}
-        while wanted and not chosen and len(self.tried) < len(self.space):
-            numbers = [start] if start not in self.tried else self._pool(rng)
+        while wanted and not chosen and self._untried():
+            first = start in self.allowed and start not in self.tried
+            numbers = [start] if first else self._pool(rng)
             pool = {n: c for n in numbers if (c := self._candidate(n)) is not None}
             chosen = {number: pool[number] for number in self._pick(pool, wanted, rng)}
         self.proposed = list(chosen)
@@ -102,7 +131,9 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
 
     def clone(self) -> Any:
         """The same search from its start."""
-        return GreedySearch(self.space, self.tried, self.refuse, self.seed)
+        return GreedySearch(
+            self.space, self.tried, self.refuse, self.seed, self.habits, self.numbers
+        )
 
     def _candidate(self, number: int) -> ms.MeasureCandidate | None:
         try:
@@ -115,32 +146,39 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
 
     def _pool(self, rng: random.Random) -> list[int]:
         """Untried decisions: random ones and steps from the best."""
-        if len(self.space) - len(self.tried) <= POOL:
-            return [number for number in range(len(self.space)) if number not in self.tried]
+        if self._untried() <= POOL:
+            return [number for number in self.numbers if number not in self.tried]
         good = [number for number, seconds in self.tried.items() if seconds]
         good.sort(key=lambda number: statistics.median(self.tried[number]))
         pool: dict[int, None] = {}
         for _ in range(POOL):
-            parent = rng.choice(good[:BEST]) if good and rng.random() < 0.5 else None
-            guess = rng.randrange(len(self.space))
+            near = good and rng.random() < self.habits.near
+            parent = rng.choice(good[:BEST]) if near else None
+            guess = rng.choice(self.numbers)
             number = guess if parent is None else self.space.neighbour(parent, rng)
-            if number not in self.tried:
+            if number not in self.tried and number in self.allowed:
                 pool[number] = None
         return list(pool)
+
+    def _untried(self) -> int:
+        """How many decisions may yet be proposed."""
+        return len(self.numbers) - len(self.allowed & self.tried.keys())
 
     def _pick(
         self, pool: Mapping[int, ms.MeasureCandidate], wanted: int, rng: random.Random
     ) -> list[int]:
         numbers = list(pool)
         rng.shuffle(numbers)
-        if len(numbers) <= wanted or len(self.tried) < FEWEST_TO_RANK or self.cost_model is None:
+        unranked = len(self.tried) < FEWEST_TO_RANK or self.habits.chance >= 1
+        if len(numbers) <= wanted or unranked or self.cost_model is None:
             return numbers[:wanted]
         scores = self.cost_model.predict(self.context, [pool[number] for number in numbers])
         ranked = [numbers[place] for place in np.argsort(-np.asarray(scores), kind="stable")]
         picked: list[int] = []
         while len(picked) < wanted:
             rest = [number for number in ranked if number not in picked]
-            picked.append(rng.choice(rest) if rng.random() < EPSILON else rest[0])
+            by_chance = rng.random() < self.habits.chance
+            picked.append(rng.choice(rest) if by_chance else rest[0])
         return picked
 
 
