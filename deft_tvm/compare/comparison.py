@@ -91,7 +91,8 @@ class Comparison:
         before, after: the logs.
         rows: in the order of `before`, then what only `after` has.
         mean: geometric mean of the rows' ratios; None where nothing is in both.
-        differences: what differs in their surroundings, by name, before and after.
+        differences: what differs in their surroundings, by name, before and after; only where both
+            tell.
     """
 
     before: Source
@@ -166,11 +167,8 @@ def _samples(
 
 def _differences(before: Surroundings, after: Surroundings) -> dict[str, tuple[str, str]]:
     one, other = _flat(before), _flat(after)
-    names = dict.fromkeys((*one, *other))
     return {
-        name: (one.get(name, "not told"), other.get(name, "not told"))
-        for name in names
-        if one.get(name) != other.get(name)
+        name: (one[name], other[name]) for name in one if one[name] != other.get(name, one[name])
     }
 
 

@@ -69,6 +69,8 @@ def changed(row: Row) -> str:
 def how_it_converged(tuned: Tuned) -> str:
     """Trials and minutes until near the best, and failures by kind."""
     found = convergence(tuned)
+    if not found.best_us:
+        return "no search, measured again"
     if found.to_near is None:
         arrived = "nothing worked"
     else:
@@ -165,6 +167,8 @@ def _by_ratio(row: Row) -> float:
 
 
 def _budget(run: Run) -> str:
+    if run.trials == 0:
+        return "none, winners were measured again"
     parts = [f"{run.trials} trials"] if run.trials is not None else []
     parts += [f"{run.minutes:g} minutes"] if run.minutes is not None else []
     return ", ".join(parts) or "every decision"

@@ -119,6 +119,8 @@ class TuningLog:
                 f"{self.directory} cannot be written: {error.strerror}; expected a folder that can"
             ) from error
         try:
+            for scratch in self.directory.glob(f".{TRIALS}-*"):
+                scratch.unlink(missing_ok=True)  # of a merge that was killed
             yield
         finally:
             lock.release()
