@@ -135,17 +135,24 @@ class Source:
         """
         found: dict[Subject, Tuned] = {}
         runs: dict[str, Run] = {}
+        devices: set[str] = set()
         skipped = 0
         for folder in log_folders(path):
             reading = TuningLog(folder).read()
             skipped += reading.skipped
             runs |= reading.runs
+            devices |= {trial.device for trial in reading}
             for (kernel, workload), trials in by_subject(reading).items():
                 subject = Subject(trials[0].spec, kernel, workload)
+                if subject in found and len(devices) == 1:
+                    raise LogError(
+                        f"{path} has two logs of {subject.spec}, {found[subject].log} and {folder};"
+                        " expected one: `deft-tvm log merge` makes one of them"
+                    )
                 found[subject] = Tuned(subject, folder, tuple(trials), reading.runs)
         if not found:
             raise LogError(f"{path} has no trial in it; expected a tuning log, or a device's logs")
-        if len(devices := {trial.device for t in found.values() for trial in t.trials}) > 1:
+        if len(devices) > 1:
             raise LogError(
                 f"{path} has logs of {', '.join(sorted(devices))}; expected one device's folder"
             )
