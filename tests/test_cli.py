@@ -75,6 +75,9 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),
         (("check", "--module", "/nowhere"), "/nowhere/manifest.json"),
         (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
+        (("info", "--model", "/no"), "/no: No such file or directory; expected a model's folder"),
+        (("info", "--model", "/no", "--spec", "gqa:"), "and --model '/no'; expected one of them"),
+        (("info", "--dtype", "f16"), "--dtype is 'f16' and there is no --model; expected both"),
     ],
 )
 def test_wrong_values_are_refused_in_one_sentence(
@@ -268,6 +271,34 @@ def test_info_tells_what_a_spec_caches(capsys: pytest.CaptureFixture[str]) -> No
         for dtype in ("f16", "f32")
     )
     assert half == single, "a CPU multiplies float16 as float32"
+
+
+def test_info_tells_what_each_attention_of_a_model_caches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ("info", "--model", str(tmp_path))
+    refused = Ran(capsys, *arguments)
+    assert refused.code == 2 and "there is neither dtype nor torch_dtype" in refused.err
+    names = [
+        f"gqa:hq=64,hkv=8,d=64,dtype=bf16,page=16,layout=nhd,{window}sinks=yes"
+        for window in ("window=128,", "")
+    ]
+    text = Ran(capsys, *arguments, "--dtype", "bf16").out
+    assert [line for line in text.splitlines() if line.startswith("gqa:")] == names
+    assert text.count("KV bytes: of a token") == 1
+    found = Ran(capsys, *arguments, "--dtype", "bfloat16", "--json").json
+    assert found["model"] == str(tmp_path)
+    assert found["specs"] == [Ran(capsys, "info", "--spec", name, "--json").json for name in names]
 
 
 def test_info_counts_damaged_lines(

@@ -22,7 +22,7 @@ CORRIDOR = (
     ("errors",),
     ("env", "arrays", "files"),
     ("debug",),
-    ("spec", "notation", "device", "preorder", "prefixes", "tree", "pages", "context"),
+    ("spec", "notation", "models", "device", "preorder", "prefixes", "tree", "pages", "context"),
     ("plan",),
     ("kernels",),
     ("schedules",),

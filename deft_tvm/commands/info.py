@@ -1,19 +1,21 @@
-"""``deft-tvm info``: this device, which logs and modules fit it, and what a spec caches on it."""
+"""``deft-tvm info``: this device, which logs and modules fit it, and what specs cache on it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json, table
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import ArtifactError
-from deft_tvm.plan.intensity import shares
-from deft_tvm.spec import AttentionSpec
+from deft_tvm.errors import ArtifactError, InputError
+from deft_tvm.plan.intensity import Share, shares
+from deft_tvm.spec import LONG_DTYPE, AttentionSpec, Dtype
 
 MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "sm_")
 """Beginnings of the names of features that multiply matrices, or pairs of 16-bit numbers."""
@@ -39,6 +41,24 @@ class FittingModule:
     device: str
 
 
+@dataclass(frozen=True)
+class SpecShares:
+    """What `spec` takes on each of several devices; `ridge` is of one, in FLOPs a byte."""
+
+    spec: str
+    device: str
+    ridge: float
+    shares: list[Share]
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, device: DeviceProfile) -> SpecShares:
+        """Of devices that are all like `device`."""
+        # What would be multiplied more slowly than float32 is converted to it.
+        rates = device.matrix_rate
+        rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
+        return cls(str(spec), device.slug, rate / device.read_bandwidth, shares(spec))
+
+
 def info(
     measure: Annotated[
         bool,
@@ -50,24 +70,36 @@ def info(
             metavar="SPEC", help="Show instead what this attention caches and computes a token."
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The same of each attention of a model: its folder, or config.json."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of --model, instead of its own: f32, f16 or bf16.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show this device, its instruction sets, its rates, and the logs and modules that fit it.
 
     Rates are nominal until they were measured, by `deft-tvm tune` or with --measure.
 
-    With --spec: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for each of them
-    beside this device's ridge, from which on sharing KV among rows gains nothing more.
+    With --spec or --model: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for
+    each of them beside this device's ridge, from which on sharing KV among rows gains nothing more.
 
     Example: deft-tvm info --spec gqa:hq=32,hkv=8,d=128,dtype=bf16
     """
     from deft_tvm.tuning.log import measured
 
+    named = _named(spec, model, dtype)
     device, profile = measured(DeviceProfile.detect()), None
     if measure:
         device, profile = _measured_now()
-    if spec is not None:
-        _tell_shares(AttentionSpec.parse(spec), device, as_json)
+    if named:
+        found = [SpecShares.of(each, device) for each in named]
+        if as_json:
+            print_json(found[0] if model is None else {"model": model, "specs": found})
+        else:
+            _tell_shares(found, device)
         return
     logs, modules = fitting_logs(device), fitting_modules(device)
     if as_json:
@@ -137,15 +169,35 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
         out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
 
 
-def _tell_shares(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> None:
-    # What would be multiplied more slowly than float32 is converted to it.
-    rates = device.matrix_rate
-    rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
-    ridge = rate / device.read_bandwidth
-    found = shares(spec)
-    if as_json:
-        print_json({"spec": str(spec), "device": device.slug, "ridge": ridge, "shares": found})
-        return
+def _named(spec: str | None, model: Path | None, dtype: str | None) -> tuple[AttentionSpec, ...]:
+    """The attentions that the user asks about: none, one, or all of a model."""
+    if spec is not None and model is not None:
+        raise InputError(f"--spec is {spec!r} and --model {str(model)!r}; expected one of them")
+    if dtype is not None and model is None:
+        raise InputError(f"--dtype is {dtype!r} and there is no --model; expected both")
+    if model is not None:
+        from deft_tvm.models import specs
+
+        long = LONG_DTYPE.get(dtype or "", dtype)
+        return specs(model, dtype=cast(Dtype | None, long))
+    return () if spec is None else (AttentionSpec.parse(spec),)
+
+
+def _tell_shares(found: Sequence[SpecShares], device: DeviceProfile) -> None:
+    out = console()
+    for each in found:
+        out.print(_table(each))
+        out.print()
+    # All have one dtype, and so one ridge.
+    provenance = "measured" if device.measured else "nominal"
+    out.print(
+        f"KV bytes: of a token and layer on each device; copied: on all of them, beyond one copy."
+        f"\nUnder rows that share a token, FLOPs a byte; * where at or above the ridge of "
+        f"{device.slug}, {found[0].ridge:.1f} ({provenance})."
+    )
+
+
+def _table(found: SpecShares) -> Table:
     lines = [
         [
             str(share.degree),
@@ -153,22 +205,15 @@ def _tell_shares(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> N
             str(share.kv_bytes),
             str(share.copied_bytes),
             *(
-                f"{intensity:.1f}{' *' if intensity >= ridge else '  '}"
+                f"{intensity:.1f}{' *' if intensity >= found.ridge else '  '}"
                 for intensity in share.flops_per_byte.values()
             ),
         ]
-        for share in found
+        for share in found.shares
     ]
-    rows = [f"{count} row{'s' if count > 1 else ''}  " for count in found[0].flops_per_byte]
-    columns = ("devices", "heads of one", "KV bytes", "copied", *rows)
-    out = console()
-    out.print(table(str(spec), columns, lines))
-    provenance = "measured" if device.measured else "nominal"
-    out.print(
-        f"\nKV bytes: of a token and layer on each device; copied: on all of them, beyond one copy."
-        f"\nUnder rows that share a token, FLOPs a byte; * where at or above the ridge of "
-        f"{device.slug}, {ridge:.1f} ({provenance})."
-    )
+    counts = found.shares[0].flops_per_byte
+    rows = [f"{count} row{'s' if count > 1 else ''}  " for count in counts]
+    return table(found.spec, ("devices", "heads of one", "KV bytes", "copied", *rows), lines)
 
 
 def _measured_now() -> tuple[DeviceProfile, Path]:
