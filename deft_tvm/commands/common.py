@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from deft_tvm import models, workloads
-from deft_tvm.errors import CompilerMissing, installing
-from deft_tvm.spec import AttentionSpec
+from deft_tvm import workloads
+from deft_tvm.errors import CompilerMissing, InputError, installing
+from deft_tvm.spec import LONG_DTYPE, AttentionSpec, Dtype
 from deft_tvm.workloads import Workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
@@ -43,6 +43,9 @@ SpecsOption = Annotated[
 ModelOption = Annotated[
     Path | None,
     typer.Option("--model", help="A model's config.json or folder: the attentions of its layers."),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Of --model, instead of its own: f32, f16 or bf16.")
 ]
 WorkloadArgument = Annotated[
     str,
@@ -73,16 +76,24 @@ def parse(spec: str, workload: str) -> tuple[AttentionSpec, Workload]:
     return AttentionSpec.parse(spec), workloads.parse(workload)
 
 
-def specs_of(given: Sequence[str] | None, model: Path | None) -> list[AttentionSpec]:
-    """What ``--spec`` and ``--model`` name, each once; the default where neither is given.
+def specs_of(
+    given: Sequence[str] | None, model: Path | None, dtype: str | None
+) -> list[AttentionSpec]:
+    """What ``--spec`` and ``--model`` name, each once.
 
     Raises:
+        InputError: there is a dtype, and no model.
         SpecError: a spec or the model's configuration cannot be read.
     """
+    if dtype is not None and model is None:
+        raise InputError(f"--dtype is {dtype!r} and there is no --model; expected both")
     named = [AttentionSpec.parse(text) for text in given or ()]
     if model is not None:
-        named += models.specs(model)
-    return list(dict.fromkeys(named)) or [AttentionSpec.parse(DEFAULT_SPEC)]
+        from deft_tvm.models import specs
+
+        long = LONG_DTYPE.get(dtype or "", dtype)
+        named += specs(model, dtype=cast("Dtype | None", long))
+    return list(dict.fromkeys(named))
 
 
 def console() -> Console:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json, table
+from deft_tvm.commands.common import (
+    DtypeOption,
+    JsonOption,
+    console,
+    needs_compiler,
+    print_json,
+    specs_of,
+    table,
+)
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, InputError
 from deft_tvm.plan.intensity import Share, shares
-from deft_tvm.spec import LONG_DTYPE, AttentionSpec, Dtype
+from deft_tvm.spec import AttentionSpec
 
 MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "sm_")
 """Beginnings of the names of features that multiply matrices, or pairs of 16-bit numbers."""
@@ -74,9 +82,7 @@ def info(
         Path | None,
         typer.Option(help="The same of each attention of a model: its folder, or config.json."),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of --model, instead of its own: f32, f16 or bf16.")
-    ] = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show this device, its instruction sets, its rates, and the logs and modules that fit it.
@@ -169,18 +175,11 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
         out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
 
 
-def _named(spec: str | None, model: Path | None, dtype: str | None) -> tuple[AttentionSpec, ...]:
+def _named(spec: str | None, model: Path | None, dtype: str | None) -> list[AttentionSpec]:
     """The attentions that the user asks about: none, one, or all of a model."""
     if spec is not None and model is not None:
         raise InputError(f"--spec is {spec!r} and --model {str(model)!r}; expected one of them")
-    if dtype is not None and model is None:
-        raise InputError(f"--dtype is {dtype!r} and there is no --model; expected both")
-    if model is not None:
-        from deft_tvm.models import specs
-
-        long = LONG_DTYPE.get(dtype or "", dtype)
-        return specs(model, dtype=cast(Dtype | None, long))
-    return () if spec is None else (AttentionSpec.parse(spec),)
+    return specs_of([] if spec is None else [spec], model, dtype)
 
 
 def _tell_shares(found: Sequence[SpecShares], device: DeviceProfile) -> None:

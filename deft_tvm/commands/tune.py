@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deft_tvm.commands.common import (
+    DEFAULT_SPEC,
+    DtypeOption,
     JsonOption,
     ModelOption,
     SeedOption,
@@ -19,13 +21,13 @@ from deft_tvm.commands.common import (
     table,
 )
 from deft_tvm.commands.progress import shown
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import parse as parse_workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from deft_tvm.spec import AttentionSpec
     from deft_tvm.tuning.result import KernelResult, TuningResult
 
 STOPPED = 130
@@ -44,6 +46,7 @@ def tune(
     ] = None,
     spec: SpecsOption = None,
     model: ModelOption = None,
+    dtype: DtypeOption = None,
     trials: Annotated[
         int | None,
         typer.Option(
@@ -73,7 +76,7 @@ def tune(
     from deft_tvm.device import DeviceProfile
     from deft_tvm.manifest import cache_directory, check_place
 
-    specs = specs_of(spec, model)
+    specs = specs_of(spec, model, dtype) or [AttentionSpec.parse(DEFAULT_SPEC)]
     # What is wrong is refused here, before anything is measured.
     for text in workload or ():
         parse_workload(text)
