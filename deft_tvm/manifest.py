@@ -180,6 +180,16 @@ def write_artifact(
         ArtifactError: as `check_place`.
     """
     final = check_place(directory)
+    try:
+        _write(final, manifest, Path(module_file), trials_file)
+    except OSError as error:
+        raise ArtifactError(
+            f"{final} cannot be written: {error.strerror}; what was there before still is"
+        ) from error
+    return final
+
+
+def _write(final: Path, manifest: Manifest, module_file: Path, trials_file: AnyPath | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
         new = Path(scratch, "new")
         new.mkdir()
@@ -193,7 +203,6 @@ def write_artifact(
             _sync(path)
         replace_folder(new, final)
         _sync(final.parent)
-    return final
 
 
 def cache_root() -> Path:

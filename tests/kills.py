@@ -21,9 +21,13 @@ from pathlib import Path
 
 import tuning_run
 
+from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.tuning.log import TuningLog
 from deft_tvm.tuning.result import Progress
+
+for task in tasks_for(tuning_run.SPEC, DeviceProfile.detect()):
+    task.computation  # noqa: B018  (parsed once, in the server)
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["kills", "deft_tvm.tuning.tune", "xgboost"])
