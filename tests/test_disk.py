@@ -14,13 +14,12 @@ import pytest
 from comparable import SPEC, run_line, trial_line
 from toy_artifact import manifest_for
 
-import deft_tvm.tuning.tune  # noqa: F401  (nobody may read where Python is installed)
 from deft_tvm.cli import main
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, LogError
 from deft_tvm.files import write_whole
 from deft_tvm.manifest import MODULE, read_manifest, write_artifact
-from deft_tvm.tuning.log import TRIALS, TuningLog
+from deft_tvm.tuning.log import TuningLog
 from deft_tvm.tuning.merge import merge
 from deft_tvm.tuning.probe import write_profile
 
@@ -118,13 +117,16 @@ def test_folders_that_cannot_be_written_are_named(read_only: Path) -> None:
         write_profile(DeviceProfile.nominal(), read_only)
 
 
-def test_the_command_line_says_so_in_a_sentence(
-    read_only: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_tune_refuses_a_folder_of_logs_before_it_measures_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DEFT_TVM_LOGS", str(read_only))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(read_only))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DEFT_TVM_LOGS", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("deft_tvm.tuning.probe.probe", None)
     with pytest.raises(SystemExit) as ended:
         main(["tune", "--spec", str(SPEC)])
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and "cannot be written" in told and "Traceback" not in told
-    assert not list(read_only.glob(f"**/{TRIALS}"))
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert told.startswith(f"deft-tvm: {tmp_path / 'file'}")
+    assert told.endswith("cannot be written: Not a directory; expected a folder that can")

@@ -67,9 +67,10 @@ def tune(
         WorkloadError: there is no such workload.
     """
     begin = time.monotonic()
-    device = device or known_device(root, listener)
-    log = TuningLog(writable_root(root) / device.slug / spec.slug)
+    slug = (device or DeviceProfile.detect()).slug
+    log = TuningLog(writable_root(root) / slug / spec.slug)
     with log.only_writer():
+        device = device or known_device(root, listener)
         listener(Progress("start", "preparing kernels and processes to time them"))
         reading = log.read()
         kernels = kernels_of(spec, workloads, device, reading)
