@@ -252,9 +252,9 @@ def test_what_loses_its_machine_twice_is_to_blame(tmp_path, largest) -> None:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> TuningLog:
-    """A log with a result of every decision."""
+    """A log with a result of some decisions."""
     root = tmp_path_factory.mktemp("tuned")
-    log = tuning_run.run(str(root), None).log
+    log = tuning_run.run(str(root), 16).log
     write_profile(DEVICE, root)
     return log
 
@@ -263,8 +263,8 @@ def tuned(tmp_path_factory) -> TuningLog:
 def test_a_replayed_search_finds_the_best_that_was_recorded(tuned, name) -> None:
     kernels = logged_kernels(tuned, logged_device(tuned))
     kernel = max(kernels, key=lambda kernel: len(kernel.space))
-    found = replay(kernel, name, HABITS[name], seeds=(1, 2))
-    assert len(found.best) == len(kernel.tried) == len(kernel.space)
+    found = replay(kernel, name, HABITS[name], seeds=(1,))
+    assert len(found.best) == len(kernel.tried) > 8
     assert list(found.best) == sorted(found.best, reverse=True) and found.best[-1] == 1
     for place in found.to_near:
         assert 1 <= place <= len(found.best)

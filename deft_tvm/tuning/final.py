@@ -11,6 +11,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from tvm import IRModule
+
 from deft_tvm.schedules import schedule
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
@@ -31,19 +33,26 @@ BESIDE_SECONDS = 0.03
 def settle(journal: Journal, runner: Runner, finalists: Mapping[Kernel, Sequence[int]]) -> None:
     """Measure the finalists of each kernel, by their numbers, and record them."""
     passes: dict[Kernel, list[Sequence[Outcome]]] = {kernel: [] for kernel in finalists}
+    modules = {kernel: _modules(kernel, numbers) for kernel, numbers in finalists.items()}
     for count in range(1, PASSES + 1):
         for kernel, numbers in finalists.items():
             text = f"{kernel.name}: measuring the best again, pass {count} of {PASSES}"
             journal.tell("final", text, kernel)
-            passes[kernel].append(_measure(kernel, numbers, runner))
+            passes[kernel].append(_measure(kernel, numbers, modules[kernel], runner))
     for kernel, numbers in finalists.items():
         for place, number in enumerate(numbers):
             journal.final(kernel, number, [outcomes[place] for outcomes in passes[kernel]])
 
 
-def _measure(kernel: Kernel, numbers: Sequence[int], runner: Runner) -> Sequence[Outcome]:
+def _modules(kernel: Kernel, numbers: Sequence[int]) -> list[IRModule]:
+    """As they will ship: for any shapes, and not for those of the workload alone."""
+    return [schedule(kernel.space.task, kernel.space[number])[0].mod for number in numbers]
+
+
+def _measure(
+    kernel: Kernel, numbers: Sequence[int], modules: Sequence[IRModule], runner: Runner
+) -> Sequence[Outcome]:
     """One pass; another try where the machine went away."""
-    modules = [schedule(kernel.space.task, kernel.space[number])[0].mod for number in numbers]
     seconds = min(MOST_SECONDS, ROUNDS * _round_seconds(kernel, numbers)) / PASSES
     outcomes: Sequence[Outcome] = ()
     for _ in range(2):
