@@ -9,6 +9,7 @@ It is forked from a server that has imported everything, so that a round takes n
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -30,6 +31,11 @@ from deft_tvm.tuning.result import Progress
 for task in tasks_for(tuning_run.SPEC, DeviceProfile.detect()):
     task.computation  # noqa: B018  (parsed once, in the server)
 
+# The server of Python 3.11 knows no other way to where these modules lie.
+_HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(_HERE), str(_HERE.parent), os.environ.get("PYTHONPATH")))
+)
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["kills", "deft_tvm.tuning.tune", "xgboost"])
 
