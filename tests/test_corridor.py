@@ -38,7 +38,7 @@ CORRIDOR = (
 COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "limit", "show", "reference"} | {
-    *("check", "peers", "bench", "compare", "cli", "commands", "demo"),
+    *("check", "peers", "bench", "compare", "figures", "cli", "commands", "demo"),
 }
 #: Inside a function only, for one reason each.
 CROSSINGS = {

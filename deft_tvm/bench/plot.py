@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import matplotlib
 
 from deft_tvm.bench.measure import Measurement
 from deft_tvm.bench.report import field, short
+from deft_tvm.figures import BLUE, GREY, ORANGE, plain, pyplot, save
 from deft_tvm.manifest import AnyPath
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-COLOURS = {"f32": "#4c78a8", "bf16": "#f58518"}
-GREY = "#888888"
-matplotlib.rcParams["svg.hashsalt"] = "deft_tvm"
-"""Equal measurements make equal files."""
+COLOURS = {"f32": BLUE, "bf16": ORANGE}
 
 
 def core(found: Sequence[Measurement], path: AnyPath) -> None:
@@ -40,9 +32,9 @@ def core(found: Sequence[Measurement], path: AnyPath) -> None:
     share.axvline(100, color="black", linewidth=0.8)
     share.set_xlabel("% of the machine's limit")
     for axes in (speed, share):
-        _plain(axes)
+        plain(axes)
     speed.margins(y=0.01)
-    _save(figure, path)
+    save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -71,18 +63,6 @@ def lines(
             axes.set_yscale("log")
         axes.set_xlabel(x_label)
         axes.legend(fontsize=7, frameon=False)
-        _plain(axes)
+        plain(axes)
     row[0][0].set_ylabel(y_label)
-    _save(figure, path)
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _save(figure: Any, path: AnyPath) -> None:
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
