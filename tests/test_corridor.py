@@ -27,7 +27,7 @@ CORRIDOR = (
     ("kernels",),
     ("schedules",),
     ("tuning.log", "tuning.defaults"),
-    ("manifest", "threads", "native"),
+    ("manifest", "finding", "threads", "native"),
     ("build",),
     ("artifact",),
     ("fp8", "layer"),
@@ -37,7 +37,7 @@ CORRIDOR = (
 COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "show", "reference"} | {
-    *("check", "peers", "bench", "cli", "commands", "demo"),
+    *("check", "peers", "bench", "cli", "commands", "demo", "wheel"),
 }
 #: Inside a function only, for one reason each.
 CROSSINGS = {

@@ -26,16 +26,12 @@ DEFAULT_WORKLOAD = "few_shot"
 CHECK_FAILED = 1
 WIDE = 200
 
-SpecOption = Annotated[
-    str,
-    typer.Option(
-        "--spec",
-        metavar="SPEC",
-        help="The attention: query heads, KV heads, head width, dtype (f32, f16, bf16), "
-        "page size, layout (nhd, hnd); kv_dtype (e4m3 too), window, cap, sinks (yes) if it has "
-        "them. mla:, gla: and gta: have fields of their own, which an error lists.",
-    ),
-]
+SPEC_HELP = (
+    "The attention: query heads, KV heads, head width, dtype (f32, f16, bf16), "
+    "page size, layout (nhd, hnd); kv_dtype (e4m3 too), window, cap, sinks (yes) if it has "
+    "them. mla:, gla: and gta: have fields of their own, which an error lists."
+)
+SpecOption = Annotated[str, typer.Option("--spec", metavar="SPEC", help=SPEC_HELP)]
 WorkloadArgument = Annotated[
     str,
     typer.Argument(
@@ -105,5 +101,9 @@ def needs_compiler(command: str) -> None:
     Raises:
         CompilerMissing: it is not.
     """
-    if importlib.util.find_spec("tvm") is None:
+    if not is_installed("tvm"):
         raise CompilerMissing(f"`deft-tvm {command}` needs the compiler; run {installing('tune')}")
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

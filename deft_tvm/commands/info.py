@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from deft_tvm.commands.choice import choose, tell
 from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json, table
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError
-from deft_tvm.plan.intensity import shares
+from deft_tvm.plan.intensity import Share, shares
 from deft_tvm.spec import AttentionSpec
 
 MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "sm_")
@@ -47,7 +49,9 @@ def info(
     spec: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help="Show instead what this attention caches and computes a token."
+            metavar="SPEC",
+            help="Show instead what this attention caches and computes a token, and which module "
+            "it gets.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -57,7 +61,8 @@ def info(
     Rates are nominal until they were measured, by `deft-tvm tune` or with --measure.
 
     With --spec: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for each of them
-    beside this device's ridge, from which on sharing KV among rows gains nothing more.
+    beside this device's ridge, from which on sharing KV among rows gains nothing more; then all
+    folders where modules are looked for, and why each module is taken or passed over.
 
     Example: deft-tvm info --spec gqa:hq=32,hkv=8,d=128,dtype=bf16
     """
@@ -67,7 +72,7 @@ def info(
     if measure:
         device, profile = _measured_now()
     if spec is not None:
-        _tell_shares(AttentionSpec.parse(spec), device, as_json)
+        _tell_of_spec(AttentionSpec.parse(spec), device, as_json)
         return
     logs, modules = fitting_logs(device), fitting_modules(device)
     if as_json:
@@ -94,17 +99,17 @@ def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
 
 def fitting_modules(device: DeviceProfile) -> list[FittingModule]:
     """All modules on the search path that run on `device`."""
-    from deft_tvm.artifact import check_fits, search_path
-    from deft_tvm.manifest import MANIFEST, read_manifest
+    from deft_tvm.finding import artifacts, check_fits, search_path
+    from deft_tvm.manifest import read_manifest
 
     found = []
-    for file in (f for root in search_path() for f in sorted(root.glob(f"**/{MANIFEST}"))):
+    for directory in (candidate.directory for candidate in artifacts(search_path())):
         try:
-            manifest = read_manifest(file.parent)
-            check_fits(file.parent, manifest, device)
+            manifest = read_manifest(directory)
+            check_fits(directory, manifest, device)
         except ArtifactError:
             continue
-        found.append(FittingModule(file.parent, manifest.spec, manifest.tuned, manifest.device))
+        found.append(FittingModule(directory, manifest.spec, manifest.tuned, manifest.device))
     return found
 
 
@@ -137,15 +142,23 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
         out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
 
 
-def _tell_shares(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> None:
+def _tell_of_spec(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> None:
     # What would be multiplied more slowly than float32 is converted to it.
     rates = device.matrix_rate
     rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
     ridge = rate / device.read_bandwidth
-    found = shares(spec)
+    found, choice = shares(spec), choose(spec, device)
     if as_json:
-        print_json({"spec": str(spec), "device": device.slug, "ridge": ridge, "shares": found})
+        named = {"spec": str(spec), "device": device.slug}
+        print_json({**named, "ridge": ridge, "shares": found, "search": choice})
         return
+    _print_shares(spec, device, ridge, found)
+    tell(choice, console())
+
+
+def _print_shares(
+    spec: AttentionSpec, device: DeviceProfile, ridge: float, found: Sequence[Share]
+) -> None:
     lines = [
         [
             str(share.degree),
