@@ -188,10 +188,11 @@ def logged_spec(log: TuningLog) -> AttentionSpec:
     Raises:
         LogError: no line tells.
     """
-    trial = next(iter(log.read()), None)
-    if trial is None:
-        raise LogError(f"{log.path} has no line that can be read; expected a trial, for its spec")
-    return AttentionSpec.parse(trial.spec)
+    found = log.read()
+    named = [trial.spec for trial in found] or [run.spec for run in found.runs.values()]
+    if not named:
+        raise LogError(f"{log.path} has no line that can be read; expected one that names its spec")
+    return AttentionSpec.parse(named[0])
 
 
 def _manifest(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from deft_tvm.errors import InputError, LogError
+from deft_tvm.files import write_whole
 
 _V3 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt")
 _V4 = (*_V3, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
@@ -148,7 +149,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as indented JSON."""
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
     def target(self) -> dict[str, Any]:
         """TVM target attributes of the device."""
@@ -226,6 +227,16 @@ def permit_amx() -> bool:
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+def driver() -> str:
+    """Version of NVIDIA's driver; empty where there is none."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
 
 
 def _detect_cuda() -> DeviceProfile:

@@ -22,6 +22,7 @@ import platformdirs
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError
+from deft_tvm.files import replace_folder
 from deft_tvm.spec import AttentionSpec, Dtype, TileShape
 
 #: Version of the manifest's fields; a reader refuses a newer one.
@@ -213,14 +214,24 @@ def write_artifact(
 ) -> Path:
     """Write a complete artifact, replacing one that is there; the manifest gets the sha256.
 
-    A reader sees the old artifact, for an instant none, then the new one, and never a mixture.
+    A reader sees the old artifact or the new one, see `files.replace_folder`, never a mixture.
 
     Raises:
         ArtifactError: as `check_place`.
     """
     final = check_place(directory)
+    try:
+        _write(final, manifest, Path(module_file), trials_file)
+    except OSError as error:
+        raise ArtifactError(
+            f"{final} cannot be written: {error.strerror}; what was there before still is"
+        ) from error
+    return final
+
+
+def _write(final: Path, manifest: Manifest, module_file: Path, trials_file: AnyPath | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new = Path(scratch, "new")
         new.mkdir()
         shutil.copyfile(module_file, new / MODULE)
         if trials_file is not None:
@@ -230,11 +241,8 @@ def write_artifact(
         (new / MANIFEST).write_bytes(text + b"\n")
         for path in (*new.iterdir(), new):
             _sync(path)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(new, final)
+        replace_folder(new, final)
         _sync(final.parent)
-    return final
 
 
 def cache_root() -> Path:

@@ -9,7 +9,6 @@ The same modules make the same bytes.
 
 from __future__ import annotations
 
-import os
 import re
 import sysconfig
 import tempfile
@@ -22,6 +21,8 @@ from hatchling.builders.wheel import WheelBuilder
 from packaging.version import Version
 
 import deft_tvm
+from deft_tvm.errors import ArtifactError
+from deft_tvm.files import write_whole
 from deft_tvm.finding import ENTRY_POINTS
 from deft_tvm.manifest import (
     KERNEL_ABI,
@@ -68,18 +69,21 @@ def write_wheel(artifacts: Sequence[AnyPath], directory: AnyPath) -> Path:
         ArtifactError: a module is damaged or for another device than the first, or the folder
             cannot be written.
     """
-    final = check_folder(directory).absolute()
+    final = check_folder(directory)
     manifests = {Path(artifact).absolute(): read_manifest(artifact) for artifact in artifacts}
     device = next(iter(manifests.values())).device
     for artifact, manifest in manifests.items():
         check_whole(artifact, manifest.sha256, manifest.spec)
         if manifest.device != device:
             refuse(artifact / MANIFEST, "device", manifest.device, f"{device!r}, as of the first")
-    with tempfile.TemporaryDirectory(prefix=".deft-tvm-", dir=final) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         builder = _Builder(scratch, config=_project(device, manifests, Path(scratch)))
-        (built,) = builder.build(directory=scratch, versions=["standard"])
-        wheel = final / os.path.basename(built)
-        os.replace(built, wheel)
+        (built,) = map(Path, builder.build(directory=scratch, versions=["standard"]))
+        wheel = final / built.name
+        try:
+            write_whole(wheel, built.read_bytes())
+        except OSError as error:
+            raise ArtifactError(f"{wheel} cannot be written: {error.strerror}") from error
     return wheel
 
 

@@ -13,12 +13,12 @@ from small import FEW_SHOT, SPEC, attention, module
 from deft_tvm import bench, workloads
 from deft_tvm.bench import core, report
 from deft_tvm.bench.compare import Verdict, compare
-from deft_tvm.bench.limit import PRODUCT, READ, READ_BYTES, Limit
 from deft_tvm.bench.measure import Measurement
 from deft_tvm.bench.record import SCHEMA, Record
 from deft_tvm.bench.step import MERGE, OURS, PARTIAL, PLAN, RUN, outputs, parts
 from deft_tvm.check import check
 from deft_tvm.errors import InputError, LogError
+from deft_tvm.limit import PRODUCT, READ, READ_BYTES, Limit
 from deft_tvm.peers import QUICK, peer
 from deft_tvm.plan import GROUPINGS
 from deft_tvm.pytorch import load
@@ -97,15 +97,15 @@ def test_unknown_peer() -> None:
 def test_the_limit_is_the_slower_of_bytes_and_products() -> None:
     spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64)
     limit = Limit.of(parse("few_shot:prompt=100,branches=3,tokens=10").forest, spec)
-    assert limit.kv_bytes == (100 + 3 * 10) * 2 * 2 * 64 * 4
+    assert limit.num_bytes == (100 + 3 * 10) * 2 * 2 * 64 * 4
     assert limit.flops == 3 * 110 * 8 * 2 * 2 * 64
-    assert limit.seconds(READ_BYTES, 0.0) == pytest.approx(limit.kv_bytes)
+    assert limit.seconds(READ_BYTES, 0.0) == pytest.approx(limit.num_bytes)
     assert limit.seconds(0.0, 2 * 1024**3) == pytest.approx(limit.flops)
 
 
 def test_the_limit_reads_what_a_window_leaves() -> None:
     spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, window=10)
-    assert Limit.of(parse("long:tokens=1000").forest, spec).kv_bytes == 10 * 2 * 2 * 64 * 4
+    assert Limit.of(parse("long:tokens=1000").forest, spec).num_bytes == 10 * 2 * 2 * 64 * 4
 
 
 def test_the_core_set_covers_everything_twice_in_forty_cells() -> None:
@@ -168,7 +168,7 @@ def _record(milliseconds: list[float], machine: float = 1.0) -> Record:
     rounds = len(own.seconds)
     read = Timing((1e-3 * machine,) * rounds)
     timings = {OURS: own, READ: read, PRODUCT: Timing((1e-9,) * rounds)}
-    limit = Limit(kv_bytes=READ_BYTES, flops=1)
+    limit = Limit(num_bytes=READ_BYTES, flops=1)
     found = msgspec.structs.replace(measured(peers=()), timings=timings, limit=limit)
     return msgspec.structs.replace(Record.of([]), measurements=(found,))
 

@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from comparable import run_line, trial_line
 from small import FEW_SHOT, SPEC, module
 from toy_artifact import OTHER, manifest_for
 
@@ -22,7 +23,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import PlanError
 from deft_tvm.manifest import DEFAULT, MODULE, cache_directory, read_manifest, write_artifact
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning.log import Trial, TuningLog
+from deft_tvm.tuning.log import TuningLog
 from deft_tvm.workloads import parse
 
 COMMANDS = ("tune", "build", "check", "bench", "info", "show")
@@ -80,6 +81,9 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),
         (("check", "--module", "/nowhere"), "/nowhere/manifest.json"),
         (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
+        (("info", "--model", "/no"), "/no: No such file or directory; expected a model's folder"),
+        (("info", "--model", "/no", "--spec", "gqa:"), "and --model '/no'; expected one of them"),
+        (("info", "--dtype", "f16"), "--dtype is 'f16' and there is no --model; expected both"),
     ],
 )
 def test_wrong_values_are_refused_in_one_sentence(
@@ -277,9 +281,7 @@ def builder(not_a_module: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 def write_log(folder: Path, spec: AttentionSpec, trial: int = 0) -> TuningLog:
     log = TuningLog(folder / spec.slug)
-    fields: dict[str, Any] = {"run": "r", "workload": "w", "decision": {}, "device": "d"}
-    times = {"status": "ok", "latency_us": (1.0,), "time": "2026-11-21"}
-    log.append(Trial(trial=trial, kernel="merge", spec=str(spec), **fields, **times))
+    log.append(trial_line(trial, "merge", spec=str(spec), latency_us=(1.0,), time="2026-11-21"))
     return log
 
 
@@ -322,13 +324,14 @@ def test_one_spec_that_fails_does_not_stop_the_others(
     builder.fails = {first: PlanError("a decision is 7; expected 8"), SPEC: ValueError("a fault")}
     for spec in (first, SPEC, last):
         write_log(root, spec)
+    TuningLog(root / OTHER.slug).append(run_line(spec=str(OTHER)))  # begun, nothing tried
     damaged = root / "damaged" / "trials.jsonl"
     damaged.parent.mkdir()
     damaged.write_text("{")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # nothing will be packed
     ran = Ran(capsys, "build", "--all", "--wheel", str(tmp_path / "dist"))
     assert ran.code == 1
-    assert list(builder.made) == [last]
+    assert set(builder.made) == {OTHER, last}
     assert f"deft-tvm: {first}: a decision is 7; expected 8\n" in ran.err
     assert f"deft-tvm: {damaged.parent}: {damaged} has no line that can be read; exp" in ran.err
     assert f"deft-tvm: {SPEC}: a fault\n" in ran.err
@@ -475,6 +478,34 @@ def test_info_tells_what_a_spec_caches(capsys: pytest.CaptureFixture[str]) -> No
         for dtype in ("f16", "f32")
     )
     assert half == single, "a CPU multiplies float16 as float32"
+
+
+def test_info_tells_what_each_attention_of_a_model_caches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ("info", "--model", str(tmp_path))
+    refused = Ran(capsys, *arguments)
+    assert refused.code == 2 and "there is neither dtype nor torch_dtype" in refused.err
+    names = [
+        f"gqa:hq=64,hkv=8,d=64,dtype=bf16,page=16,layout=nhd,{window}sinks=yes"
+        for window in ("window=128,", "")
+    ]
+    text = Ran(capsys, *arguments, "--dtype", "bf16").out
+    assert [line for line in text.splitlines() if line.startswith("gqa:")] == names
+    assert text.count("KV bytes: of a token") == 1
+    found = Ran(capsys, *arguments, "--dtype", "bfloat16", "--json").json
+    assert found["model"] == str(tmp_path)
+    assert found["specs"] == [Ran(capsys, "info", "--spec", name, "--json").json for name in names]
 
 
 def test_info_counts_damaged_lines(

@@ -20,12 +20,13 @@ PACKAGE = ROOT / "deft_tvm"
 #: Front to back: a room imports from its own line and those above.
 CORRIDOR = (
     ("errors",),
-    ("env", "arrays"),
+    ("env", "arrays", "files"),
     ("debug",),
-    ("spec", "notation", "device", "preorder", "prefixes", "tree", "pages", "context"),
+    ("spec", "notation", "models", "device", "preorder", "prefixes", "tree", "pages", "context"),
     ("plan",),
     ("kernels",),
     ("schedules",),
+    ("tuning.lines",),
     ("tuning.log", "tuning.defaults"),
     ("manifest", "finding", "threads", "native"),
     ("build",),
@@ -36,8 +37,8 @@ CORRIDOR = (
 )
 COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
-OUTSIDE = {"__init__", "tuning", "workloads", "timing", "show", "reference"} | {
-    *("check", "peers", "bench", "cli", "commands", "demo", "wheel"),
+OUTSIDE = {"__init__", "tuning", "workloads", "timing", "limit", "show", "reference"} | {
+    *("check", "peers", "bench", "compare", "cli", "commands", "demo", "wheel"),
 }
 #: Inside a function only, for one reason each.
 CROSSINGS = {

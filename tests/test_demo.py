@@ -28,7 +28,8 @@ from deft_tvm.demo.report import CALLS, introduction, report
 from deft_tvm.demo.text import few_shot
 from deft_tvm.device import DeviceProfile
 from deft_tvm.peers import SDPA
-from deft_tvm.tuning.log import Trial, TuningLog
+from deft_tvm.tuning.lines import Trial
+from deft_tvm.tuning.log import TuningLog
 from deft_tvm.workloads import parse, tensors
 
 SHAPE = Shape(width=64, q_heads=8, kv_heads=2, head_width=64)

@@ -9,7 +9,8 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_decision
-from deft_tvm.tuning.log import Trial, TuningLog, best, find_log, log_roots, measured
+from deft_tvm.tuning.lines import Trial
+from deft_tvm.tuning.log import TuningLog, best, find_log, log_roots, measured
 from deft_tvm.tuning.probe import write_profile
 
 SPEC = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4)
@@ -96,8 +97,8 @@ def test_an_unknown_status_is_damage(log) -> None:
 
 
 def test_a_newer_schema_is_refused(log) -> None:
-    log.append(trial(0, schema=2))
-    with pytest.raises(LogError, match=r"schema is 2; expected 1 or older: update deft_tvm"):
+    log.append(trial(0, schema=3))
+    with pytest.raises(LogError, match=r"schema is 3; expected 2 or older: update deft_tvm"):
         log.read()
 
 

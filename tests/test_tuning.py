@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 
-import filelock
 import pytest
 import torch
-import tuning_run
 import tvm
-from tuning_run import SPEC, WORKLOAD, FakeRunner
+from tuning_run import SPEC, WORKLOAD
 from tvm import IRModule, s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import FEATURES, DeviceProfile
-from deft_tvm.errors import TuningError, WorkloadError
+from deft_tvm.errors import WorkloadError
 from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.schedules import schedule
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region
 from deft_tvm.tuning.budget import allot
-from deft_tvm.tuning.database import FILES, Database
 from deft_tvm.tuning.defaults import default_decision, default_for
 from deft_tvm.tuning.expected import expected
-from deft_tvm.tuning.log import TuningLog, best
 from deft_tvm.tuning.messages import Time, Timed
 from deft_tvm.tuning.process import Worker, WorkerDied, WorkerTimeout
 from deft_tvm.tuning.runner import LocalRunner
-from deft_tvm.tuning.search import GreedySearch, new_cost_model, runner_result
 from deft_tvm.tuning.space import Space, specialise
+from deft_tvm.tuning.strategy import GreedySearch, new_cost_model, runner_result
 from deft_tvm.tuning.subject import MERGE, subjects
 
 DEVICE = DeviceProfile.detect()
@@ -53,12 +44,6 @@ def space(kernel: str) -> Space:
 def largest() -> Space:
     """The space with the most decisions."""
     return max(map(space, SUBJECTS), key=len)
-
-
-def decisions(log: TuningLog) -> Counter:
-    """How often each decision was tried in the search."""
-    searched = (trial for trial in log.read() if not trial.final)
-    return Counter((*trial.subject, *sorted(trial.decision.items())) for trial in searched)
 
 
 # The space
@@ -336,109 +321,3 @@ def test_candidates_are_judged_and_timed() -> None:
     assert outcomes[1].max_error is not None and outcomes[1].max_error > 1e-3
     assert "the largest error" in outcomes[1].error
     assert outcomes[2].compile_s is None and outcomes[2].error
-
-
-# A whole tuning
-
-
-def test_a_tuning_and_one_more(tmp_path) -> None:
-    result = tuning_run.run(str(tmp_path), 9)
-    log = TuningLog(result.log.directory)
-    assert result.new_trials == sum(decisions(log).values()) == 9
-    assert set(decisions(log).values()) == {1}
-    assert {name: kernel.decision for name, kernel in result.kernels.items()} == {
-        name: trial.decision for name, trial in best(log).items()
-    }
-    for kernel in result.kernels.values():
-        assert kernel.default_us is not None and kernel.best_us <= kernel.default_us
-    assert len(Database(log.directory)) == 9
-
-    runner = FakeRunner()
-    again = tuning_run.run(str(tmp_path), 9, runner=runner)
-    assert again.new_trials == 0 and runner.timed == []
-    more = tuning_run.run(str(tmp_path), 12)
-    assert more.new_trials == 3 and set(decisions(log).values()) == {1}
-
-
-def test_failed_trials_are_kept_and_not_repeated(tmp_path, largest) -> None:
-    start = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
-    result = tuning_run.run(str(tmp_path), 6, runner=FakeRunner(broken=[start]))
-    failed = [trial for trial in result.log.read() if trial.status == "runtime"]
-    assert [trial.error for trial in failed] == ["broken"]
-    assert result.kernels[largest.subject.kernel].default_us is None
-    tuning_run.run(str(tmp_path), 9)
-    assert set(decisions(result.log).values()) == {1}
-
-
-def test_declined_decisions_are_kept_and_not_repeated(tmp_path, largest, monkeypatch) -> None:
-    decline_half(monkeypatch, largest)
-    result = tuning_run.run(str(tmp_path), 9)
-    statuses = Counter(trial.status for trial in result.log.read() if not trial.final)
-    assert statuses["refused"] > 0 and statuses["ok"] == result.new_trials
-    assert len(Database(result.log.directory)) == statuses["ok"]
-    tuning_run.run(str(tmp_path), sum(statuses.values()) + 2)
-    assert set(decisions(result.log).values()) == {1}
-
-
-def test_two_tunings_of_one_log_are_refused(tmp_path) -> None:
-    directory = tmp_path / DEVICE.slug / SPEC.slug
-    directory.mkdir(parents=True)
-    with (
-        filelock.FileLock(directory / ".lock"),
-        pytest.raises(TuningError, match=r"another tuning writes .*; wait for it, or name another"),
-    ):
-        tuning_run.run(str(tmp_path), 2)
-
-
-def test_the_database_is_mended_from_the_log(tmp_path) -> None:
-    directory = tuning_run.run(str(tmp_path), 4).log.directory
-    workloads, records = (directory / name for name in FILES)
-    records.write_bytes(records.read_bytes()[:-30])
-    tuning_run.run(str(tmp_path), 5)
-    assert len(Database(directory)) == 5
-    workloads.write_text("nonsense\n")
-    tuning_run.run(str(tmp_path), 6)
-    assert len(Database(directory)) == 6
-    assert workloads.with_suffix(".unreadable.json").exists()
-
-
-def killed_run(root: Path, log: TuningLog, trials: int, delay: float, *real: str) -> None:
-    """A tuning that is killed some time after it has added a trial."""
-    before = len(log.read())
-    command = [sys.executable, tuning_run.__file__, str(root), str(trials), *real]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
-    while process.poll() is None and len(log.read()) == before:
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it was still at work"
-    assert len(log.read()) > before
-
-
-def test_nothing_is_lost_or_repeated_by_kills(tmp_path) -> None:
-    log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
-    rng, kept = random.Random(0), []
-    for _ in range(3):
-        killed_run(tmp_path, log, 80, rng.uniform(0, 0.5))
-        trials = list(log.read())
-        assert trials[: len(kept)] == kept, "what was recorded stays"
-        kept = trials
-    tuning_run.run(str(tmp_path), len(decisions(log)) + 3)
-    assert set(decisions(log).values()) == {1}
-    assert log.read().skipped <= 3
-    assert len(Database(log.directory)) == len(decisions(log))
-
-
-def test_a_real_tuning_goes_on_after_a_kill(tmp_path) -> None:
-    log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
-    killed_run(tmp_path, log, 5, 0.3, "real")
-    kept = list(log.read())
-    result = tuning_run.run(str(tmp_path), 5, real=True)
-    trials = list(log.read())
-    assert trials[: len(kept)] == kept
-    assert set(decisions(log).values()) == {1} and sum(decisions(log).values()) == 5
-    assert {trial.status for trial in trials} == {"ok"}
-    assert all(trial.max_error is not None for trial in trials)
-    assert all(kernel.best_us > 0 for kernel in result.kernels.values())
-    assert any(trial.final for trial in trials)

@@ -11,14 +11,17 @@ from tvm.s_tir.meta_schedule.utils import shash2hex
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning import search
+from deft_tvm.tuning import strategy
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.result import TuningResult, ignore
 from deft_tvm.tuning.subject import Subject
 from deft_tvm.tuning.tune import tune
 
 SPEC = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4)
-search.POOL = 6  # what is ranked is the business of other tests, and takes most of the time
+strategy.POOL, strategy.MOST_TAUGHT = (
+    6,
+    16,
+)  # what is ranked is the business of other tests, and takes most of the time
 WORKLOAD = "few_shot:prompt=1500,branches=16,tokens=80"
 
 
@@ -29,11 +32,15 @@ class FakeRunner:
         timed: how often each module was timed.
     """
 
+    name, width = "fake", 1
+
     def __init__(self, broken: Sequence[str] = ()) -> None:
         self.timed: list[str] = []
         self.broken = broken
 
-    def time(self, modules: Sequence[IRModule], subject: Subject, seconds: float) -> list[Outcome]:
+    def time(
+        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+    ) -> list[Outcome]:
         return [self._one(shash2hex(module)) for module in modules]
 
     def close(self) -> None:
@@ -48,7 +55,7 @@ class FakeRunner:
         return Outcome("ok", (latency,) * 10, compile_s=0.01, max_error=0.0)
 
 
-def run(root: str, trials: int, real: bool = False, **options) -> TuningResult:
+def run(root: str, trials: int | None, real: bool = False, **options) -> TuningResult:
     """Tune `SPEC` on its workload."""
     given = {"device": DeviceProfile.detect(), "listener": ignore} | options
     if not real:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from deft_tvm.bench.limit import Limit, probes
 from deft_tvm.bench.step import (
     ALONE,
     BETWEEN,
@@ -28,6 +27,7 @@ from deft_tvm.bench.step import (
     step,
 )
 from deft_tvm.errors import InputError
+from deft_tvm.limit import Limit, probes
 from deft_tvm.peers import PEERS, QUICK, Gathered
 from deft_tvm.plan import GROUPINGS, Traffic
 from deft_tvm.timing import Summary, Timing

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from deft_tvm import workloads
 from deft_tvm.bench.core import Cell
-from deft_tvm.bench.limit import Limit
 from deft_tvm.bench.measure import OTHERS, Measurement, measure
+from deft_tvm.limit import Limit
 from deft_tvm.peers import PEERS
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import tensors
@@ -45,7 +45,7 @@ def run(
             attention,
             peers,
             budget=budget,
-            cold=Limit.of(case.forest, spec).kv_bytes > attention.profile.l2_bytes,
+            cold=Limit.of(case.forest, spec).num_bytes > attention.profile.l2_bytes,
             groupings=OTHERS,
             between=True,
             say=tell,

@@ -7,7 +7,9 @@ import typer
 from deft_tvm.commands.bench import bench
 from deft_tvm.commands.build import build
 from deft_tvm.commands.check import check
+from deft_tvm.commands.compare import compare
 from deft_tvm.commands.info import info
+from deft_tvm.commands.log import log
 from deft_tvm.commands.show import show
 from deft_tvm.commands.tune import tune
 
@@ -21,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (tune, build, check, bench, info):
+for command in (tune, compare, build, check, bench, info):
     app.command()(command)
+app.add_typer(log, name="log")
 app.add_typer(show, name="show")

@@ -14,12 +14,13 @@ from rich.console import Console
 from deft_tvm.commands.common import (
     CHECK_FAILED,
     DEFAULT_SPEC,
-    SPEC_HELP,
     JsonOption,
+    SpecsOption,
     console,
     is_installed,
     needs_compiler,
     print_json,
+    specs_of,
 )
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import CompilerMissing, DeftError, InputError, LogError, installing
@@ -55,10 +56,7 @@ class Failed:
 
 
 def build(
-    spec: Annotated[
-        list[str] | None,
-        typer.Option("--spec", metavar="SPEC", help=f"{SPEC_HELP} May be repeated."),
-    ] = None,
+    spec: SpecsOption = None,
     every: Annotated[
         bool, typer.Option("--all", help="Build every spec that has a tuning log of the device.")
     ] = False,
@@ -163,8 +161,7 @@ def _logged(target: DeviceProfile, logs: Mapping[str, TuningLog]) -> tuple[list[
 
 
 def _named(texts: Sequence[str], logs: Mapping[str, TuningLog]) -> list[Job]:
-    specs = dict.fromkeys(map(AttentionSpec.parse, texts))
-    return [Job(spec, logs.get(spec.slug)) for spec in specs]
+    return [Job(spec, logs.get(spec.slug)) for spec in specs_of(texts, model=None, dtype=None)]
 
 
 def _build(job: Job, target: DeviceProfile, out: Path | None) -> Built:

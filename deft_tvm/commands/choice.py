@@ -89,9 +89,9 @@ def _default(spec: AttentionSpec, device: DeviceProfile, needed: bool) -> Defaul
     return Default(decisions, True, "nothing else fits; built and kept when it is first used")
 
 
-def tell(choice: Choice, out: Console) -> None:
+def tell(spec: str, choice: Choice, out: Console) -> None:
     """As text."""
-    out.print("\nmodules are looked for in")
+    out.print(f"\na module of {spec} is looked for in")
     for place in choice.places:
         out.print(f"{place.folder} ({place.origin}){'' if place.modules else ': nothing'}")
         for module in place.modules:

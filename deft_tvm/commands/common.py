@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from deft_tvm import workloads
-from deft_tvm.errors import CompilerMissing, installing
-from deft_tvm.spec import AttentionSpec
+from deft_tvm.errors import CompilerMissing, InputError, installing
+from deft_tvm.spec import LONG_DTYPE, AttentionSpec, Dtype
 from deft_tvm.workloads import Workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
@@ -26,12 +26,27 @@ DEFAULT_WORKLOAD = "few_shot"
 CHECK_FAILED = 1
 WIDE = 200
 
-SPEC_HELP = (
-    "The attention: query heads, KV heads, head width, dtype (f32, f16, bf16), "
-    "page size, layout (nhd, hnd); kv_dtype (e4m3 too), window, cap, sinks (yes) if it has "
-    "them. mla:, gla: and gta: have fields of their own, which an error lists."
-)
-SpecOption = Annotated[str, typer.Option("--spec", metavar="SPEC", help=SPEC_HELP)]
+SpecOption = Annotated[
+    str,
+    typer.Option(
+        "--spec",
+        metavar="SPEC",
+        help="The attention: query heads, KV heads, head width, dtype (f32, f16, bf16), "
+        "page size, layout (nhd, hnd); kv_dtype (e4m3 too), window, cap, sinks (yes) if it has "
+        "them. mla:, gla: and gta: have fields of their own, which an error lists.",
+    ),
+]
+SpecsOption = Annotated[
+    list[str] | None,
+    typer.Option("--spec", metavar="SPEC", help="An attention, as of `bench`; may be repeated."),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", help="A model's config.json or folder: the attentions of its layers."),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Of --model, instead of its own: f32, f16 or bf16.")
+]
 WorkloadArgument = Annotated[
     str,
     typer.Argument(
@@ -59,6 +74,26 @@ def parse(spec: str, workload: str) -> tuple[AttentionSpec, Workload]:
         WorkloadError: the workload cannot be read.
     """
     return AttentionSpec.parse(spec), workloads.parse(workload)
+
+
+def specs_of(
+    given: Sequence[str] | None, model: Path | None, dtype: str | None
+) -> list[AttentionSpec]:
+    """What ``--spec`` and ``--model`` name, each once.
+
+    Raises:
+        InputError: there is a dtype, and no model.
+        SpecError: a spec or the model's configuration cannot be read.
+    """
+    if dtype is not None and model is None:
+        raise InputError(f"--dtype is {dtype!r} and there is no --model; expected both")
+    named = [AttentionSpec.parse(text) for text in given or ()]
+    if model is not None:
+        from deft_tvm.models import specs
+
+        long = LONG_DTYPE.get(dtype or "", dtype)
+        named += specs(model, dtype=cast("Dtype | None", long))
+    return list(dict.fromkeys(named))
 
 
 def console() -> Console:

@@ -1,4 +1,4 @@
-"""``deft-tvm info``: this device, which logs and modules fit it, and what a spec caches on it."""
+"""``deft-tvm info``: this device, which logs and modules fit it, and what specs cache on it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from deft_tvm.commands.choice import choose, tell
-from deft_tvm.commands.common import JsonOption, console, needs_compiler, print_json, table
+from deft_tvm.commands.choice import Choice, choose, tell
+from deft_tvm.commands.common import (
+    DtypeOption,
+    JsonOption,
+    console,
+    needs_compiler,
+    print_json,
+    specs_of,
+    table,
+)
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import ArtifactError
+from deft_tvm.errors import ArtifactError, InputError
 from deft_tvm.plan.intensity import Share, shares
 from deft_tvm.spec import AttentionSpec
 
@@ -41,6 +50,29 @@ class FittingModule:
     device: str
 
 
+@dataclass(frozen=True)
+class SpecShares:
+    """What `spec` takes on each of several devices; `ridge` is of one, in FLOPs a byte.
+
+    And which module it gets on this one.
+    """
+
+    spec: str
+    device: str
+    ridge: float
+    shares: list[Share]
+    search: Choice
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, device: DeviceProfile) -> SpecShares:
+        """Of devices that are all like `device`."""
+        # What would be multiplied more slowly than float32 is converted to it.
+        rates = device.matrix_rate
+        rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
+        ridge = rate / device.read_bandwidth
+        return cls(str(spec), device.slug, ridge, shares(spec), choose(spec, device))
+
+
 def info(
     measure: Annotated[
         bool,
@@ -54,25 +86,35 @@ def info(
             "it gets.",
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The same of each attention of a model: its folder, or config.json."),
+    ] = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show this device, its instruction sets, its rates, and the logs and modules that fit it.
 
     Rates are nominal until they were measured, by `deft-tvm tune` or with --measure.
 
-    With --spec: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for each of them
-    beside this device's ridge, from which on sharing KV among rows gains nothing more; then all
-    folders where modules are looked for, and why each module is taken or passed over.
+    With --spec or --model: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for
+    each of them beside this device's ridge, from which on sharing KV among rows gains nothing more.
+    Then all folders where modules are looked for, and why each module is taken or passed over.
 
     Example: deft-tvm info --spec gqa:hq=32,hkv=8,d=128,dtype=bf16
     """
     from deft_tvm.tuning.log import measured
 
+    named = _named(spec, model, dtype)
     device, profile = measured(DeviceProfile.detect()), None
     if measure:
         device, profile = _measured_now()
-    if spec is not None:
-        _tell_of_spec(AttentionSpec.parse(spec), device, as_json)
+    if named:
+        found = [SpecShares.of(each, device) for each in named]
+        if as_json:
+            print_json(found[0] if model is None else {"model": model, "specs": found})
+        else:
+            _tell_shares(found, device)
         return
     logs, modules = fitting_logs(device), fitting_modules(device)
     if as_json:
@@ -142,23 +184,30 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
         out.print(f"{module.path}\n    {module.spec}, {decisions}, built for {module.device}")
 
 
-def _tell_of_spec(spec: AttentionSpec, device: DeviceProfile, as_json: bool) -> None:
-    # What would be multiplied more slowly than float32 is converted to it.
-    rates = device.matrix_rate
-    rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
-    ridge = rate / device.read_bandwidth
-    found, choice = shares(spec), choose(spec, device)
-    if as_json:
-        named = {"spec": str(spec), "device": device.slug}
-        print_json({**named, "ridge": ridge, "shares": found, "search": choice})
-        return
-    _print_shares(spec, device, ridge, found)
-    tell(choice, console())
+def _named(spec: str | None, model: Path | None, dtype: str | None) -> list[AttentionSpec]:
+    """The attentions that the user asks about: none, one, or all of a model."""
+    if spec is not None and model is not None:
+        raise InputError(f"--spec is {spec!r} and --model {str(model)!r}; expected one of them")
+    return specs_of([] if spec is None else [spec], model, dtype)
 
 
-def _print_shares(
-    spec: AttentionSpec, device: DeviceProfile, ridge: float, found: Sequence[Share]
-) -> None:
+def _tell_shares(found: Sequence[SpecShares], device: DeviceProfile) -> None:
+    out = console()
+    for each in found:
+        out.print(_table(each))
+        out.print()
+    # All have one dtype, and so one ridge.
+    provenance = "measured" if device.measured else "nominal"
+    out.print(
+        f"KV bytes: of a token and layer on each device; copied: on all of them, beyond one copy."
+        f"\nUnder rows that share a token, FLOPs a byte; * where at or above the ridge of "
+        f"{device.slug}, {found[0].ridge:.1f} ({provenance})."
+    )
+    for each in found:
+        tell(each.spec, each.search, out)
+
+
+def _table(found: SpecShares) -> Table:
     lines = [
         [
             str(share.degree),
@@ -166,22 +215,15 @@ def _print_shares(
             str(share.kv_bytes),
             str(share.copied_bytes),
             *(
-                f"{intensity:.1f}{' *' if intensity >= ridge else '  '}"
+                f"{intensity:.1f}{' *' if intensity >= found.ridge else '  '}"
                 for intensity in share.flops_per_byte.values()
             ),
         ]
-        for share in found
+        for share in found.shares
     ]
-    rows = [f"{count} row{'s' if count > 1 else ''}  " for count in found[0].flops_per_byte]
-    columns = ("devices", "heads of one", "KV bytes", "copied", *rows)
-    out = console()
-    out.print(table(str(spec), columns, lines))
-    provenance = "measured" if device.measured else "nominal"
-    out.print(
-        f"\nKV bytes: of a token and layer on each device; copied: on all of them, beyond one copy."
-        f"\nUnder rows that share a token, FLOPs a byte; * where at or above the ridge of "
-        f"{device.slug}, {ridge:.1f} ({provenance})."
-    )
+    counts = found.shares[0].flops_per_byte
+    rows = [f"{count} row{'s' if count > 1 else ''}  " for count in counts]
+    return table(found.spec, ("devices", "heads of one", "KV bytes", "copied", *rows), lines)
 
 
 def _measured_now() -> tuple[DeviceProfile, Path]:

@@ -9,15 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -45,21 +39,43 @@ def shown(title: str) -> Iterator[Listener]:
         yield from _live(title, out)
     else:
         out.print(f"{title}: importing the compiler", soft_wrap=True)
-        yield lambda event: out.print(_line(event), soft_wrap=True, markup=False)
+        yield lambda event: out.print(line(event), soft_wrap=True, markup=False)
 
 
 def _live(title: str, out: Console) -> Iterator[Listener]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20))
-    with Bars(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=out) as bars:
-        bar = bars.add_task(f"{title}: importing the compiler", total=None)
+    bars = Bars(BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), auto_refresh=False)
+    bar = bars.add_task("", total=None)
+
+    def picture(event: Progress | None) -> Group:
+        phase, text = (event.phase, line(event)) if event else ("start", "importing the compiler")
+        return Group(Text(f"{title}: {phase}"), bars, Text(text))
+
+    # Drawn by events alone, see `told`.
+    with Live(picture(None), console=out, auto_refresh=False, transient=True) as live:
+        live.refresh()
 
         def listen(event: Progress) -> None:
-            text = f"{title}: {event.text}"
-            bars.update(bar, description=text, completed=event.trial, total=event.trials or None)
+            bars.update(bar, completed=event.trial, total=event.trials or None)
+            live.update(picture(event), refresh=True)
 
         yield listen
 
 
-def _line(event: Progress) -> str:
+def line(event: Progress) -> str:
+    """All that is known at one event, on one line."""
     count = f"[{event.trial}/{event.trials}] " if event.trials else ""
-    return f"{count}{event.text}"
+    return count + " · ".join([event.text, *_standing(event)])
+
+
+def _standing(event: Progress) -> Iterator[str]:
+    """The best so far beside the default and the limit, failures, and the time left."""
+    if event.best_us and event.default_us:
+        yield f"{event.default_us / event.best_us:.2f}× the default"
+    if event.best_us and event.limit_us:
+        yield f"{event.limit_us / event.best_us:.0%} of the limit"
+    if event.failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(event.failures.items()))
+        yield f"failed: {kinds}"
+    if event.phase == "search" and event.seconds_left is not None:
+        minutes, seconds = divmod(round(event.seconds_left), 60)
+        yield f"{minutes}:{seconds:02} left"

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deft_tvm.commands.common import (
     DEFAULT_SPEC,
+    DtypeOption,
     JsonOption,
+    ModelOption,
     SeedOption,
-    SpecOption,
+    SpecsOption,
     console,
     needs_compiler,
     print_json,
+    specs_of,
     table,
 )
 from deft_tvm.commands.progress import shown
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import parse as parse_workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deft_tvm.tuning.result import KernelResult, TuningResult
 
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+TRIALS = 24
 
 
 def tune(
@@ -35,10 +44,25 @@ def tune(
             help=f"Trees whose work is timed, by default four: {WORKLOADS_HELP}.",
         ),
     ] = None,
-    spec: SpecOption = DEFAULT_SPEC,
+    spec: SpecsOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
     trials: Annotated[
-        int, typer.Option(min=1, help="Decisions to try, those already in the log included.")
-    ] = 24,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Decisions to try for each spec, those already in its log included; by default "
+            f"{TRIALS}, or with --minutes as many as there is time for.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Time for the search of all specs together; measuring the best again comes on "
+            "top, a minute or so for each.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,54 +70,89 @@ def tune(
 
     It may be stopped at any moment: the same command goes on where it was, from its log.
 
-    Example: deft-tvm tune few_shot speculative --trials 100
+    Example: deft-tvm tune few_shot speculative --model ./llama --minutes 20
     """
     needs_compiler("tune")
     from deft_tvm.device import DeviceProfile
     from deft_tvm.manifest import cache_directory, check_place
-    from deft_tvm.spec import AttentionSpec
 
-    attention_spec = AttentionSpec.parse(spec)
+    specs = specs_of(spec, model, dtype) or [AttentionSpec.parse(DEFAULT_SPEC)]
     # What is wrong is refused here, before anything is measured.
     for text in workload or ():
         parse_workload(text)
-    check_place(cache_directory(attention_spec, DeviceProfile.detect()))
+    for each in specs:
+        check_place(cache_directory(each, DeviceProfile.detect()))
+    if trials is None and minutes is None:
+        trials = TRIALS
+    share = None if minutes is None else minutes / len(specs)
+    found = []
     try:
-        with shown(str(attention_spec)) as listener:
-            from deft_tvm.build import build
-            from deft_tvm.tuning.tune import WORKLOADS
-            from deft_tvm.tuning.tune import tune as search
-
-            chosen = workload or WORKLOADS
-            found = search(attention_spec, chosen, trials=trials, seed=seed, listener=listener)
-            module = build(attention_spec)
+        for each in specs:
+            found.append(_tune(each, workload, trials, share, seed))
     except KeyboardInterrupt:
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
         )
         raise typer.Exit(STOPPED) from None
-    if as_json:
-        print_json(
-            {
-                "spec": str(attention_spec),
-                "log": found.log.path,
-                "module": module,
-                "new_trials": found.new_trials,
-                "seconds": found.seconds,
-                "kernels": found.kernels,
-            }
+    finally:
+        if as_json:
+            print_json([_as_json(*each) for each in found])
+        else:
+            _print(found)
+
+
+def _tune(
+    spec: AttentionSpec,
+    workloads: list[str] | None,
+    trials: int | None,
+    minutes: float | None,
+    seed: int,
+) -> tuple[AttentionSpec, TuningResult, Path]:
+    """Tune one spec and build its module."""
+    with shown(str(spec)) as listener:
+        from deft_tvm.build import build
+        from deft_tvm.tuning.tune import WORKLOADS, tune
+
+        found = tune(
+            spec,
+            workloads or WORKLOADS,
+            trials=trials,
+            minutes=minutes,
+            seed=seed,
+            listener=listener,
         )
-    else:
-        _print(found, str(module))
+        return spec, found, build(spec)
 
 
-def _print(found: TuningResult, module: str) -> None:
-    columns = ("kernel", "best µs", "default µs", "faster", "trials")
+def _as_json(spec: AttentionSpec, found: TuningResult, module: Path) -> dict[str, object]:
+    return {
+        "spec": str(spec),
+        "log": found.log.path,
+        "module": module,
+        "new_trials": found.new_trials,
+        "seconds": found.seconds,
+        "kernels": found.kernels,
+    }
+
+
+def _print(found: list[tuple[AttentionSpec, TuningResult, Path]]) -> None:
+    columns = ("kernel", "best µs", "default µs", "faster", "of the limit", "trials")
     out = console()
-    out.print(table("", columns, [_row(kernel) for kernel in found.kernels.values()]))
-    if found.skipped_lines:
-        out.print(f"{found.skipped_lines} lines of the log could not be read and were skipped")
-    out.print(f"log     {found.log.path}\nmodule  {module}")
+    for spec, result, module in found:
+        rows = [_row(kernel) for kernel in result.kernels.values()]
+        out.print(table(str(spec), columns, rows))
+        if result.skipped_lines:
+            out.print(f"{result.skipped_lines} lines of the log could not be read and were skipped")
+        out.print(f"log     {result.log.path}\nmodule  {module}\n")
+    gains = [
+        kernel.default_us / kernel.best_us
+        for _, result, _ in found
+        for kernel in result.kernels.values()
+        if kernel.default_us
+    ]
+    if len(gains) > 1:
+        mean = math.exp(sum(map(math.log, gains)) / len(gains))
+        out.print(f"{mean:.2f}× the defaults, the geometric mean of {len(gains)} kernels")
 
 
 def _row(kernel: KernelResult) -> tuple[str, ...]:
@@ -103,5 +162,6 @@ def _row(kernel: KernelResult) -> tuple[str, ...]:
         f"{kernel.best_us:.1f}",
         "" if default is None else f"{default:.1f}",
         "" if default is None else f"{default / kernel.best_us:.2f}×",
+        f"{kernel.limit_us / kernel.best_us:.0%}",
         f"{kernel.trials} of {kernel.decisions}",
     )

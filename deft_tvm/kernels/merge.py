@@ -10,6 +10,7 @@ without an output.
 
 from __future__ import annotations
 
+from functools import cache
 from functools import partial as bind
 from typing import Any
 
@@ -22,6 +23,7 @@ from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec
 
 
+@cache
 def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge") -> tirx.PrimFunc:
     """The merge kernel for the output width and dtype of `spec`.
 

@@ -30,6 +30,7 @@ TVM accepts ``compute_at``; the loop keeps schedules from writing into the modul
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from functools import partial as bind
 from typing import Any
 
@@ -64,6 +65,7 @@ SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
 scores, exponentials of logits, weights of exponentials, and the new output of the old."""
 
 
+@cache
 def partial_attention(
     spec: AttentionSpec, tile: TileShape, kind: str = "llvm", name: str = "partial"
 ) -> tirx.PrimFunc:

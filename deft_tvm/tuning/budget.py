@@ -1,11 +1,59 @@
-"""How many trials each kernel gets."""
+"""How long a search goes on, and how many trials each kernel gets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Key = TypeVar("Key")
+
+STRETCH = 16
+"""Trials between two divisions among the kernels, where only time ends the search."""
+
+
+@dataclass
+class Budget:
+    """Trials, minutes, or the first of both to be spent; neither: every decision is tried.
+
+    Attributes:
+        trials: that the log shall hold, those made already included.
+        minutes: from now on.
+        clock: seconds, from any origin.
+    """
+
+    trials: int | None = None
+    minutes: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    begun: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    @property
+    def late(self) -> bool:
+        """The minutes are over."""
+        return self.minutes is not None and self.clock() - self.begun >= 60 * self.minutes
+
+    def goal(self, made: int) -> int:
+        """Trials to go for next, given those in the log."""
+        return made + STRETCH if self.trials is None else self.trials
+
+    def seconds_left(self, made: int, new: int) -> float | None:
+        """Of the search, as fast as it was so far; None while that cannot be told.
+
+        Args:
+            made: trials in the log.
+            new: those of them since the beginning.
+        """
+        spent = self.clock() - self.begun
+        bounds = []
+        if self.minutes is not None:
+            bounds.append(60 * self.minutes - spent)
+        if self.trials is not None and new:
+            bounds.append(spent / new * (self.trials - made))
+        return max(0.0, min(bounds)) if bounds else None
 
 
 def allot(

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,7 +83,7 @@ def _partials(launch: Launch, outputs: Sequence[Tensor]) -> Exact:
 def _item(launch: Launch, item: Sequence[int]) -> Exact:
     """Attention of the item's rows over its tokens; out ``[rows, Hq, v_width]``."""
     case, spec, (row_begin, num_rows, *_, dest_begin, _) = launch.case, launch.case.spec, item
-    page, slot, seen = _tokens(launch, item)
+    page, slot, seen = launch.tokens(item)
     place = (page, slice(None), slot) if spec.layout == "HND" else (page, slot)
     read = [
         scaled(buffer[place].double(), factor, page)
@@ -109,27 +108,6 @@ def _item(launch: Launch, item: Sequence[int]) -> Exact:
     weights = (masked - lse.nan_to_num(neginf=0)[..., None]).exp()
     out = torch.einsum("rngt,tnv->rngv", weights, values)
     return Exact(out.flatten(1, 2), lse.flatten(1), max_logit, _largest(values), len(page))
-
-
-def _tokens(launch: Launch, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Page and slot of each token of an item, and bool[rows, tokens]: who sees it."""
-    plan, (row_begin, num_rows, run_begin, run_end, num_tokens, *_) = launch.plan, item
-    runs = plan.runs[run_begin:run_end].astype(np.int64)
-    token = np.arange(num_tokens)
-    run = runs[np.searchsorted(runs[:, 0], token, side="right") - 1].T
-    offset, page_begin, first_slot, seen_begin, seen_end, diagonal, position = run
-    x = first_slot + token - offset
-    page = plan.page_indices[page_begin + x // plan.page_size]
-    rows = np.arange(row_begin, row_begin + num_rows)[:, None]
-    first_row = seen_begin + np.maximum(0, token - offset - diagonal)
-    seen = (first_row <= rows) & (rows < seen_end)
-    if plan.window is not None:
-        seen &= plan.row_positions[rows] - (position + token - offset) < plan.window
-    return (
-        torch.from_numpy(page).long(),
-        torch.from_numpy(x % plan.page_size),
-        torch.from_numpy(seen),
-    )
 
 
 def _merged(launch: Launch, outputs: Sequence[Tensor]) -> Exact:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from deft_tvm.tuning.log import Trial, winner
+from deft_tvm.tuning.lines import Trial
+from deft_tvm.tuning.log import winner
 from deft_tvm.tuning.result import KernelResult
 from deft_tvm.tuning.space import Space
 
 FINALISTS = 5
+
+TIMES_LOST = 2
+"""So often a decision may lose its machine before that counts as its own fault."""
 
 
 @dataclass(eq=False)
@@ -36,11 +42,12 @@ class Kernel:
     @property
     def tried(self) -> dict[int, tuple[float, ...]]:
         """Seconds of each decision tried, by its number; none where it failed."""
-        searched = ((self.space.number(t.decision), t) for t in self.trials if not t.final)
+        searched = [(self.space.number(t.decision), t) for t in self.trials if not t.final]
+        lost = Counter(number for number, trial in searched if trial.status == "lost")
         return {
             number: tuple(us * 1e-6 for us in trial.latency_us)
             for number, trial in searched
-            if number is not None
+            if number is not None and (trial.status != "lost" or lost[number] >= TIMES_LOST)
         }
 
     @property
@@ -68,10 +75,17 @@ class Kernel:
         found = [trial.median_us for trial in self.good if trial.decision == default]
         return found[-1] if found else None
 
+    @cached_property
+    def limit_us(self) -> float:
+        """What its launch cannot be faster than by the device's rates."""
+        tile, device = self.space.subject.tile, self.space.subject.device
+        operand = "float32" if tile is None else tile.operand
+        return round(1e6 * self.space.subject.launch().limit.on(device, operand), 3)
+
     @property
     def settled(self) -> bool:
         """Nothing was tried since the best ones were measured again, or nothing can be."""
-        return len(self.good) < 2 or self.trials[-1].final
+        return len(self.good) < 2 or (self.trials[-1].final and self.trials[-1].status != "lost")
 
     def finalists(self) -> list[int]:
         """Numbers of the best decisions, and of the default if it works."""
@@ -90,6 +104,7 @@ class Kernel:
             best.decision,
             best.median_us,
             self.default_us,
+            self.limit_us,
             len(self.tried),
             len(self.space),
         )

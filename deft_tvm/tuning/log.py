@@ -1,4 +1,4 @@
-"""The tuning log: one JSON line for every trial, and where logs are found. A leaf.
+"""The tuning log: one JSON line for every run and trial, and where logs are found. A leaf.
 
     logs/<device>/device.json                 what the device reaches, as measured
     logs/<device>/<spec>/trials.jsonl         the trials; the truth
@@ -12,117 +12,44 @@ the next one begins on a line of its own.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
 
+import filelock
 import msgspec
 import platformdirs
-from msgspec import field
 
 from deft_tvm import env
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import LogError
-from deft_tvm.spec import AttentionSpec, TileShape
-
-#: Version of a line's fields; a reader refuses a newer one.
-SCHEMA = 1
+from deft_tvm.errors import LogError, TuningError
+from deft_tvm.spec import AttentionSpec
+from deft_tvm.tuning.lines import Line, Run, Trial, decode
 
 TRIALS = "trials.jsonl"
 DEVICE = "device.json"
+LOCK = ".lock"
 
-Status = Literal["ok", "compile", "runtime", "timeout", "wrong", "refused"]
 AnyPath = str | os.PathLike[str]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One decision that was tried for one kernel on one workload.
-
-    Unknown fields are ignored, so that an older reader takes what a newer writer of the same schema
-    has added.
-
-    Attributes:
-        run: which call of the tuner; all its lines share it.
-        trial: number of the line in its log, from 0.
-        kernel: ``TileShape.name``, or ``merge``.
-        spec: the attention, as ``str(spec)``.
-        workload: the forest whose work items were run, as `workloads.parse` reads it.
-        tile: the tile class; None for ``merge``.
-        decision: every choice of the schedule, by name.
-        status: ``ok``; ``refused``: the schedule declines the decision; ``compile``, ``runtime``:
-            an error there, a crash included; ``timeout`` in either; ``wrong``: another result than
-            the reference.
-        latency_us: µs of each timed launch, raw; empty unless ``ok``.
-        compile_s: seconds of compilation, None where there was none.
-        max_error: largest absolute difference from the reference; None if it was not compared.
-        error: the first lines of what went wrong.
-        best_us: lowest median of this kernel and workload so far, this trial included.
-        default: the decision that the search started from.
-        final: measured again after the search, in turn with the other best ones and the default:
-            sample i of each is of the same round.
-        commit: of the source tree, empty outside one.
-        versions: of the packages that matter.
-        device: slug.
-        time: ISO date and time at the end of the trial.
-        schema: version of these fields.
-    """
-
-    run: str
-    trial: int
-    kernel: str
-    spec: str
-    workload: str
-    decision: dict[str, int]
-    status: Status
-    device: str
-    tile: TileShape | None = None
-    latency_us: tuple[float, ...] = ()
-    compile_s: float | None = None
-    max_error: float | None = None
-    error: str = ""
-    best_us: float | None = None
-    default: bool = False
-    final: bool = False
-    commit: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    time: str = field(default_factory=_now)
-    schema: int = SCHEMA
-
-    @property
-    def median_us(self) -> float:
-        """Median latency in µs; infinite for a trial that failed."""
-        return statistics.median(self.latency_us) if self.status == "ok" else float("inf")
-
-    @property
-    def subject(self) -> tuple[str, str]:
-        """What was tuned: only trials with the same kernel and workload can be compared."""
-        return self.kernel, self.workload
-
-
-class _Header(msgspec.Struct):
-    schema: int
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The trials of a log, in order.
+    """What a log holds, in order.
 
     Attributes:
-        trials: what could be read.
-        skipped: lines that could not, since a writer was killed or the file is damaged.
+        trials: those that could be read.
+        runs: of which they are, by name; those of schema 1 have none.
+        skipped: lines that could not be read, since a writer was killed or the file is damaged.
     """
 
     trials: tuple[Trial, ...]
+    runs: dict[str, Run]
     skipped: int
 
     def __iter__(self) -> Iterator[Trial]:
@@ -145,42 +72,92 @@ class TuningLog:
     def exists(self) -> bool:
         return self.path.is_file()
 
-    def append(self, trial: Trial) -> None:
-        """Add one line, on the disk when this returns."""
-        line = msgspec.json.encode(trial) + b"\n"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":
-                line = b"\n" + line  # after a line that was cut off
-            os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def read(self) -> Reading:
-        """All trials; none if there is no log yet.
+    def append(self, line: Line) -> None:
+        """Add one line, on the disk when this returns.
 
         Raises:
-            LogError: a line is of a newer schema.
+            LogError: it cannot be written; what was in the log before still is.
         """
-        if not self.exists():
-            return Reading((), 0)
-        lines = self.path.read_bytes().splitlines()
-        trials = tuple(trial for line in lines if (trial := self._decode(line)) is not None)
-        return Reading(trials, len([line for line in lines if line]) - len(trials))
-
-    def _decode(self, line: bytes) -> Trial | None:
         try:
-            schema = msgspec.json.decode(line, type=_Header).schema
-            if schema > SCHEMA:
-                raise LogError(
-                    f"{self.path}: schema is {schema}; expected {SCHEMA} or older: update deft_tvm"
-                )
-            return msgspec.json.decode(line, type=Trial)
-        except msgspec.MsgspecError:
-            return None
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _append(self.path, msgspec.json.encode(line) + b"\n")
+        except OSError as error:
+            raise LogError(
+                f"{self.path} cannot be written: {error.strerror}; all that was in it before still "
+                "is, and the same command goes on from there"
+            ) from error
+
+    def read(self) -> Reading:
+        """All of it; nothing if there is no log yet.
+
+        Raises:
+            LogError: a line is of a newer schema, or the file cannot be read.
+        """
+        found = list(self._lines())
+        trials = tuple(line for line in found if isinstance(line, Trial))
+        runs = {line.run: line for line in found if isinstance(line, Run)}
+        return Reading(trials, runs, found.count(None))
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Nobody else writes it within; a process that ends gives it back.
+
+        Raises:
+            TuningError: somebody else does.
+            LogError: the folder cannot be written.
+        """
+        lock = filelock.FileLock(self.directory / LOCK)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise TuningError(
+                f"another tuning writes {self.directory}; wait for it, or name another folder"
+            ) from None
+        except OSError as error:
+            raise LogError(
+                f"{self.directory} cannot be written: {error.strerror}; expected a folder that can"
+            ) from error
+        try:
+            for scratch in self.directory.glob(f".{TRIALS}-*"):
+                scratch.unlink(missing_ok=True)  # of a merge that was killed
+            yield
+        finally:
+            lock.release()
+
+    def _lines(self) -> Iterator[Line | None]:
+        """Each line; None for one that is damaged."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise LogError(f"{self.path} cannot be read: {error.strerror}") from error
+        for line in filter(None, content.splitlines()):
+            try:
+                yield decode(line)
+            except msgspec.MsgspecError:
+                yield None
+            except LogError as error:
+                raise LogError(f"{self.path}: {error}") from None
+
+
+def _append(path: Path, line: bytes) -> None:
+    """All of the line, or nothing and an error."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line  # after a line that was cut off
+        try:
+            if os.write(handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
 
 
 def best(log: TuningLog) -> dict[str, Trial]:
@@ -215,6 +192,23 @@ def winner(trials: Sequence[Trial]) -> Trial:
     rounds = list(zip(lowest.latency_us, default.latency_us, strict=False))
     faster = sum(own < other for own, other in rounds)
     return lowest if faster > len(rounds) / 2 + 0.98 * math.sqrt(len(rounds)) else default
+
+
+def log_folders(path: AnyPath) -> list[Path]:
+    """Folders of logs: `path` itself, or those up to two folders below it.
+
+    Raises:
+        LogError: there is no such folder.
+    """
+    root = Path(path)
+    if root.name == TRIALS and root.is_file():
+        return [root.parent]
+    if not root.is_dir():
+        raise LogError(f"{path} is no folder; expected a tuning log, or a device's logs")
+    files = (
+        file for pattern in (".", "*", "*/*") for file in sorted(root.glob(f"{pattern}/{TRIALS}"))
+    )
+    return [file.parent for file in files]
 
 
 def log_roots() -> list[Path]:

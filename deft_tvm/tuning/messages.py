@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from deft_tvm.tuning.log import Status
+from deft_tvm.tuning.lines import Status
 from deft_tvm.tuning.subject import Subject
 
 ERROR_PART = 400
@@ -28,12 +28,14 @@ class Time(msgspec.Struct, frozen=True, tag=True):
         libraries: paths; they are timed in turn.
         function: the symbol.
         seconds: to spend on timing all of them.
+        anchored: time beside them, in the same rounds, what limits the launch.
     """
 
     subject: Subject
     libraries: tuple[str, ...]
     function: str
     seconds: float
+    anchored: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -57,6 +59,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
     status: Status
     latency_us: tuple[float, ...] = ()
+    anchor_us: tuple[float, ...] = ()
     compile_s: float | None = None
     max_error: float | None = None
     error: str = ""

@@ -6,7 +6,6 @@ nobody else uses it; how much of that our kernels reach is the cost model's busi
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ import torch
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.tuning.log import DEVICE, AnyPath, writable_root
+from deft_tvm.tuning.result import Listener, Progress, ignore
 
 FEWEST_ROUNDS = 3
 SECONDS = 0.4
@@ -53,10 +53,18 @@ def write_profile(device: DeviceProfile, root: AnyPath | None = None) -> Path:
     """Keep a profile with the logs; a reader sees the old one or the new one."""
     path = device_file(device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    device.write(scratch)
-    os.replace(scratch, path)
+    device.write(path)
     return path
+
+
+def known_device(root: AnyPath | None = None, listener: Listener = ignore) -> DeviceProfile:
+    """This machine's CPU with its rates, which are measured the first time and kept."""
+    device = DeviceProfile.detect()
+    file = device_file(device, root)
+    if not file.is_file():
+        listener(Progress("device", "measuring what this machine reaches"))
+        write_profile(probe(device), root)
+    return DeviceProfile.read(file)
 
 
 def _read_bandwidth(device: DeviceProfile) -> float:

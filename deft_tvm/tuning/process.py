@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,11 +45,22 @@ class Worker:
     It is started at once and imports in the background; only the first request waits for that.
 
     Args:
-        role: ``build`` or ``time``, as in `worker.main`.
+        role: what it does, in a word, for errors.
+        module: that Python runs as the process; by default `worker`, with `role` as its argument.
+        arguments: of the module.
+        start_seconds: after which a process that is not ready counts as one that cannot start.
     """
 
-    def __init__(self, role: str) -> None:
-        self.role = role
+    def __init__(
+        self,
+        role: str,
+        module: str = "deft_tvm.tuning.worker",
+        arguments: Sequence[str] | None = None,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
+        self.role, self.start_seconds = role, start_seconds
+        self._command = (sys.executable, "-m", module, *(arguments or (role,)))
+        self._closed, self._asking = False, threading.Lock()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
         self._start()
 
@@ -58,7 +71,7 @@ class Worker:
         self._errors.truncate()
         self._ready = False
         self._process = subprocess.Popen(
-            (sys.executable, "-m", "deft_tvm.tuning.worker", self.role),
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -75,7 +88,7 @@ class Worker:
         if self._ready:
             return
         try:
-            self._receive(Ready, START_SECONDS)
+            self._receive(Ready, self.start_seconds)
         except (WorkerDied, WorkerTimeout, RequestFailed) as error:
             raise TuningError(f"the {self.role} process did not start: {error}") from None
         self._ready = True
@@ -90,22 +103,33 @@ class Worker:
             TuningError: it cannot start.
         """
         self.wait_until_ready()
-        try:
-            self._send(request)
-            return self._receive(answer, seconds)
-        except (WorkerDied, WorkerTimeout):
-            self.close()
-            self._start()
-            raise
+        with self._asking:
+            try:
+                self._send(request)
+                return self._receive(answer, seconds)
+            except (WorkerDied, WorkerTimeout):
+                if not self._closed:
+                    self._end()
+                    self._start()
+                raise
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End the process, whatever it is doing; a thread that waits for it gets WorkerDied."""
+        self._closed = True
+        self._kill()
+        with self._asking:
+            self._end()
+
+    def _end(self) -> None:
+        self._kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, request: Request) -> None:
         assert self._process.stdin is not None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from deft_tvm.device import DeviceProfile
-from deft_tvm.tuning.log import Status, TuningLog
+from deft_tvm.tuning.lines import Status
+from deft_tvm.tuning.log import TuningLog
 
 Phase = Literal["device", "start", "search", "final", "done"]
 
@@ -27,6 +28,9 @@ class Progress:
         status: how the trial ended.
         best_us: best median of this kernel so far, in µs.
         default_us: that of the default decision.
+        limit_us: what the kernel cannot be faster than by the device's measured rates.
+        failures: trials in the log that did not work, by how they ended.
+        seconds_left: of the search, as far as can be told.
     """
 
     phase: Phase
@@ -37,6 +41,9 @@ class Progress:
     status: Status | None = None
     best_us: float | None = None
     default_us: float | None = None
+    limit_us: float | None = None
+    failures: Mapping[str, int] = field(default_factory=dict)
+    seconds_left: float | None = None
 
 
 Listener = Callable[[Progress], None]
@@ -56,6 +63,7 @@ class KernelResult:
         decision: the best.
         best_us: its median latency in µs.
         default_us: that of the default decision in the same measurement; None if it failed.
+        limit_us: what the launch cannot be faster than by the device's measured rates.
         trials: decisions tried.
         decisions: decisions that there are.
     """
@@ -65,6 +73,7 @@ class KernelResult:
     decision: Mapping[str, int]
     best_us: float
     default_us: float | None
+    limit_us: float
     trials: int
     decisions: int
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import msgspec
 import numpy as np
@@ -19,10 +19,14 @@ from torch import Tensor
 from deft_tvm import workloads
 from deft_tvm.device import DeviceProfile
 from deft_tvm.layer import kernel_operands
+from deft_tvm.limit import Limit
 from deft_tvm.plan import Plan, make_plan
+from deft_tvm.plan.cost import token_bytes
+from deft_tvm.plan.traffic import visible_flops
 from deft_tvm.spec import AttentionSpec, TileShape
 
 MERGE = "merge"
+MOST_COLD_BYTES = 256 << 20
 
 Arguments = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """Inputs and outputs of a kernel."""
@@ -78,6 +82,41 @@ class Launch:
     @property
     def arguments(self) -> tuple[Tensor, ...]:
         return (*self.inputs, *self.outputs)
+
+    def tokens(self, item: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Page and slot of each token of an item, and bool[rows, tokens]: who sees it."""
+        plan, (row_begin, num_rows, run_begin, run_end, num_tokens, *_) = self.plan, item
+        runs = plan.runs[run_begin:run_end].astype(np.int64)
+        token = np.arange(num_tokens)
+        run = runs[np.searchsorted(runs[:, 0], token, side="right") - 1].T
+        offset, page_begin, first_slot, seen_begin, seen_end, diagonal, position = run
+        x = first_slot + token - offset
+        page = plan.page_indices[page_begin + x // plan.page_size]
+        rows = np.arange(row_begin, row_begin + num_rows)[:, None]
+        first_row = seen_begin + np.maximum(0, token - offset - diagonal)
+        seen = (first_row <= rows) & (rows < seen_end)
+        if plan.window is not None:
+            seen &= plan.row_positions[rows] - (position + token - offset) < plan.window
+        return (
+            torch.from_numpy(page).long(),
+            torch.from_numpy(x % plan.page_size),
+            torch.from_numpy(seen),
+        )
+
+    @cached_property
+    def limit(self) -> Limit:
+        """What the kernel reads, each item its own tokens, and must multiply."""
+        spec = self.case.spec
+        if self.subject.tile is None:
+            return Limit(num_bytes=sum(tensor.nbytes for tensor in self.inputs), flops=0)
+        pairs = sum(int(self.tokens(item)[2].sum()) for item in self.items.tolist())
+        tokens = int(self.items[:, 4].sum(dtype=np.int64))
+        return Limit(num_bytes=tokens * token_bytes(spec), flops=visible_flops(spec, pairs))
+
+
+def cold_bytes(device: DeviceProfile) -> int:
+    """To be walked before each timed call, so that caches hold nothing of the call before."""
+    return min(2 * device.l3_bytes, MOST_COLD_BYTES) if device.kind == "cpu" else 0
 
 
 def subjects(

@@ -9,24 +9,24 @@ Everything known is in the log, so a tuning that was killed goes on where it sto
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import datetime, timezone
-
-import filelock
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import TuningError
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.tuning.budget import Budget
+from deft_tvm.tuning.final import settle
+from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
-from deft_tvm.tuning.log import AnyPath, Trial, TuningLog, by_subject, writable_root
-from deft_tvm.tuning.probe import device_file, probe, write_profile
+from deft_tvm.tuning.lines import Trial
+from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, writable_root
+from deft_tvm.tuning.probe import known_device
 from deft_tvm.tuning.result import Listener, Progress, TuningResult, ignore
+from deft_tvm.tuning.run import new_run
 from deft_tvm.tuning.runner import LocalRunner, Runner
-from deft_tvm.tuning.session import Session
+from deft_tvm.tuning.search import Search
 from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.subject import Subject, subjects
 
@@ -38,7 +38,8 @@ def tune(
     spec: AttentionSpec,
     workloads: Sequence[str] = WORKLOADS,
     *,
-    trials: int = TRIALS,
+    trials: int | None = TRIALS,
+    minutes: float | None = None,
     device: DeviceProfile | None = None,
     root: AnyPath | None = None,
     seed: int = 0,
@@ -51,67 +52,54 @@ def tune(
         spec: the attention.
         workloads: what to time kernels on, as `workloads.parse` reads them; a kernel is tuned on
             the first one that launches it.
-        trials: of all kernels together, earlier ones in the log included. A kernel with one
-            decision needs none.
+        trials: of all kernels together, earlier ones in the log included; None: all there are. A
+            kernel with one decision needs none.
+        minutes: after which no further trial is begun; the last measurement comes on top.
         device: by default this machine's CPU, with rates that are measured once and kept.
         root: folder of logs, by default ``DEFT_TVM_LOGS``, else among the user's data.
         seed: of the search.
         listener: told how it goes, from the first moment.
-        runner: where candidates are compiled and timed, by default this machine.
+        runner: where candidates are compiled and timed, by default this machine; it stays open.
 
     Raises:
         TuningError: another tuning writes the same log, or the workers cannot start.
-        LogError: the log is of a newer version.
+        LogError: the log is of a newer version, or cannot be written.
         WorkloadError: there is no such workload.
     """
     begin = time.monotonic()
-    device = device or _known_device(root, listener)
-    log = TuningLog(writable_root(root) / device.slug / spec.slug)
-    with _only_tuner(log):
-        listener(Progress("start", "preparing kernels and processes to time them", trials=trials))
+    slug = (device or DeviceProfile.detect()).slug
+    log = TuningLog(writable_root(root) / slug / spec.slug)
+    with log.only_writer():
+        device = device or known_device(root, listener)
+        listener(Progress("start", "preparing kernels and processes to time them"))
         reading = log.read()
-        kernels = _kernels(spec, workloads, device, reading)
-        made = 0
-        if _unfinished(kernels, trials):
-            with closing(runner or LocalRunner()) as chosen:
-                session = Session(_run_name(), log, chosen, kernels, trials, listener, seed)
-                session.search()
-                session.settle()
-                made = session.new_trials
+        kernels = kernels_of(spec, workloads, device, reading)
+        budget, made = Budget(trials, minutes), 0
+        if _unfinished(kernels, budget):
+            with opened(runner) as chosen:
+                run = new_run(spec, device, chosen, workloads, budget, seed)
+                journal = Journal(log, run, kernels, budget, listener)
+                Search(journal, chosen, seed).run()
+                settle(journal, chosen, {k: k.finalists() for k in kernels if not k.settled})
+                made = journal.new_trials
     seconds = time.monotonic() - begin
     total = sum(len(kernel.tried) for kernel in kernels)
-    listener(Progress("done", f"{made} new trials in {seconds:.0f} s", total, trials))
+    listener(Progress("done", f"{made} new trials in {seconds:.0f} s", total, trials or total))
     results = {kernel.name: result for kernel in kernels if (result := kernel.result())}
     return TuningResult(log, device, results, made, reading.skipped, seconds)
 
 
-def _known_device(root: AnyPath | None, listener: Listener) -> DeviceProfile:
-    """This machine's CPU with its rates, measured the first time."""
-    device = DeviceProfile.detect()
-    file = device_file(device, root)
-    if not file.is_file():
-        listener(Progress("device", "measuring what this machine reaches"))
-        write_profile(probe(device), root)
-    return DeviceProfile.read(file)
-
-
 @contextmanager
-def _only_tuner(log: TuningLog) -> Iterator[None]:
-    log.directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(log.directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise TuningError(
-            f"another tuning writes {log.directory}; wait for it, or name another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def opened(runner: Runner | None) -> Iterator[Runner]:
+    """The runner that was given, or one on this machine, which is closed afterwards."""
+    if runner is not None:
+        yield runner
+        return
+    with closing(LocalRunner()) as local:
+        yield local
 
 
-def _kernels(
+def kernels_of(
     spec: AttentionSpec, workloads: Sequence[str], device: DeviceProfile, trials: Iterable[Trial]
 ) -> list[Kernel]:
     """The kernels with something to decide, each on the first workload that launches it."""
@@ -130,11 +118,7 @@ def _kernels(
     return kernels
 
 
-def _unfinished(kernels: Sequence[Kernel], trials: int) -> bool:
-    missing = sum(len(kernel.tried) for kernel in kernels) < trials
+def _unfinished(kernels: Sequence[Kernel], budget: Budget) -> bool:
+    made = sum(len(kernel.tried) for kernel in kernels)
     untried = any(len(kernel.tried) < len(kernel.space) for kernel in kernels)
-    return (missing and untried) or not all(kernel.settled for kernel in kernels)
-
-
-def _run_name() -> str:
-    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{os.getpid()}"
+    return (made < budget.goal(made) and untried) or not all(kernel.settled for kernel in kernels)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import tvm_ffi
 
 from deft_tvm import threads
 from deft_tvm.device import DeviceProfile
+from deft_tvm.limit import probes
 from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.timing import measure
 from deft_tvm.tuning.expected import Expected, expected
@@ -37,10 +38,9 @@ from deft_tvm.tuning.messages import (
     Timed,
     brief,
 )
-from deft_tvm.tuning.subject import Launch
+from deft_tvm.tuning.subject import Launch, cold_bytes
 
 MOST_SAMPLES = 30
-MOST_COLD_BYTES = 256 << 20
 
 
 def main(role: str) -> None:
@@ -108,18 +108,27 @@ def _time(request: Time) -> Timed:
             outcomes[library] = Outcome("runtime", error=brief(f"{type(error).__name__}: {error}"))
         if outcomes[library].status == "ok":
             calls[library] = call
+    anchors = probes(launch.case.q.dtype, device.kind) if request.anchored and calls else {}
     timings = measure(
-        calls,
+        {**calls, **anchors},
         budget=request.seconds,
         warmup=1,
         most_rounds=MOST_SAMPLES,
-        cold_bytes=min(2 * device.l3_bytes, MOST_COLD_BYTES) if device.kind == "cpu" else 0,
+        cold_bytes=cold_bytes(device),
         synchronize=finish,
     )
-    for library, timing in timings.items():
-        latency = tuple(round(1e6 * seconds, 3) for seconds in timing.seconds)
-        outcomes[library] = msgspec.structs.replace(outcomes[library], latency_us=latency)
+    anchor_us = _microseconds(launch.limit.rounds(timings)) if anchors else ()
+    for library in calls:
+        outcomes[library] = msgspec.structs.replace(
+            outcomes[library],
+            latency_us=_microseconds(timings[library].seconds),
+            anchor_us=anchor_us,
+        )
     return Timed(tuple(outcomes[library] for library in request.libraries))
+
+
+def _microseconds(seconds: Iterable[float]) -> tuple[float, ...]:
+    return tuple(round(1e6 * each, 3) for each in seconds)
 
 
 def _load(library: str, function: str, device: DeviceProfile) -> Callable[..., object]:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import msgspec
 import torch
+from msgspec import field
 
+from deft_tvm.device import DeviceProfile
 from deft_tvm.plan.cost import token_bytes
 from deft_tvm.plan.split import Walk
 from deft_tvm.plan.traffic import row_tokens, visible_flops
@@ -28,11 +30,11 @@ class Limit(msgspec.Struct, frozen=True):
     """Bytes and FLOPs that a step cannot do without, whoever computes it.
 
     Attributes:
-        kv_bytes: K and V of every token that some row sees, once.
+        num_bytes: of a step K and V of every token that some row sees, once.
         flops: both products over the visible (row, token) pairs.
     """
 
-    kv_bytes: int
+    num_bytes: int = field(name="kv_bytes")
     flops: int
 
     @classmethod
@@ -40,16 +42,21 @@ class Limit(msgspec.Struct, frozen=True):
         """Of one layer and step."""
         seen = int(row_tokens(forest, spec.window).sum())
         return cls(
-            kv_bytes=int(Walk.of(forest, spec.window).length.sum()) * token_bytes(spec),
+            num_bytes=int(Walk.of(forest, spec.window).length.sum()) * token_bytes(spec),
             flops=visible_flops(spec, seen),
         )
 
     def seconds(self, read: float, product: float) -> float:
         """The larger of both times, by the seconds of the two probes."""
         return max(
-            self.kv_bytes / READ_BYTES * read,
+            self.num_bytes / READ_BYTES * read,
             self.flops / (2 * PRODUCT_SIZE**3) * product,
         )
+
+    def on(self, device: DeviceProfile, dtype: str) -> float:
+        """Seconds by the rates of a device, for operands of `dtype` or what it converts them to."""
+        rate = max(device.matrix_rate["float32"], device.matrix_rate.get(dtype, 0.0))
+        return max(self.num_bytes / device.read_bandwidth, self.flops / rate)
 
     def rounds(self, timings: dict[str, Timing]) -> tuple[float, ...]:
         """The limit in each round of a measurement that has the probes."""
@@ -62,9 +69,9 @@ class Limit(msgspec.Struct, frozen=True):
         return Summary.of(tuple(limit / own for limit, own in pairs))
 
 
-def probes(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Calls that read `READ_BYTES` and multiply two matrices, on all of torch's threads."""
-    buffer = torch.ones(READ_BYTES // 4)
-    x = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype)
+def probes(dtype: torch.dtype, kind: str = "cpu") -> dict[str, Callable[[], object]]:
+    """Calls that read `READ_BYTES` and multiply two matrices, on all of a CPU or GPU."""
+    buffer = torch.ones(READ_BYTES // 4, device=kind)
+    x = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=kind)
     out = torch.empty_like(x)
     return {READ: buffer.sum, PRODUCT: lambda: torch.mm(x, x, out=out)}

@@ -1,0 +1,185 @@
+"""Rows with verdicts, their mean, and whether a gate is passed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from deft_tvm.compare.sources import Source, Subject, Surroundings, Tuned
+from deft_tvm.compare.statistics import Samples, holm, mean_ratio, p_value, ratio
+from deft_tvm.timing import Summary
+
+SMALLEST = 0.05
+"""A change of the median that is worth a word."""
+SURE = 0.05
+"""Largest p, corrected for the number of rows, at which a change is believed."""
+
+
+class Verdict(Enum):
+    """Of one row; its value is what people read."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    SAME = "~"
+    FAILED = "failed"
+    ONLY_BEFORE = "only in A"
+    ONLY_AFTER = "only in B"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject in both logs.
+
+    Attributes:
+        subject: which.
+        before, after: what the logs say of it; None where one has it not.
+        ratio: time after over time before, with its interval; None where either is missing. Across
+            devices, the ratio of shares of the limit, by which neither is called faster.
+        p: corrected for the number of rows; None where too little was measured to say.
+        anchored: times were taken in parts of the limit measured beside them.
+        across_devices: the logs are of two devices.
+    """
+
+    subject: Subject
+    before: Tuned | None
+    after: Tuned | None
+    ratio: Summary | None
+    p: float | None
+    anchored: bool
+    across_devices: bool
+
+    @property
+    def sure(self) -> bool:
+        """Chance does not explain the ratio."""
+        if self.across_devices or self.ratio is None or self.p is None:
+            return False
+        return self.p < SURE and not self.ratio.low <= 1 <= self.ratio.high
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """In one word; None across devices."""
+        if self.before is None:
+            return Verdict.ONLY_AFTER
+        if self.after is None:
+            return Verdict.ONLY_BEFORE
+        if self.ratio is None:
+            return Verdict.FAILED
+        if self.across_devices:
+            return None
+        if self.sure and self.ratio.median > 1 + SMALLEST:
+            return Verdict.SLOWER
+        if self.sure and self.ratio.median < 1 / (1 + SMALLEST):
+            return Verdict.FASTER
+        return Verdict.SAME
+
+    @property
+    def decisions(self) -> dict[str, tuple[int | None, int | None]]:
+        """Choices in which the two winners differ, before and after."""
+        if not (self.before and self.after and self.before.best and self.after.best):
+            return {}
+        one, other = self.before.best.decision, self.after.best.decision
+        names = dict.fromkeys((*one, *other))
+        return {n: (one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One log beside an earlier one.
+
+    Attributes:
+        before, after: the logs.
+        rows: in the order of `before`, then what only `after` has.
+        mean: geometric mean of the rows' ratios; None where nothing is in both.
+        differences: what differs in their surroundings, by name, before and after; only where both
+            tell.
+    """
+
+    before: Source
+    after: Source
+    rows: tuple[Row, ...]
+    mean: Summary | None
+    differences: Mapping[str, tuple[str, str]]
+
+    @property
+    def across_devices(self) -> bool:
+        """Shares of two devices' limits are compared, and nothing is called faster."""
+        return self.before.device != self.after.device
+
+    def having(self, *verdicts: Verdict | None) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.verdict in verdicts)
+
+    @property
+    def measured(self) -> tuple[Row, ...]:
+        """Rows with a winner in both."""
+        return tuple(row for row in self.rows if row.ratio is not None)
+
+
+def compare(before: Source, after: Source) -> Comparison:
+    """`after` beside `before`."""
+    across = before.device != after.device
+    subjects = dict.fromkeys((*before.tuned, *after.tuned))
+    pairs = {s: (before.tuned.get(s), after.tuned.get(s)) for s in subjects}
+    samples = {s: found for s, pair in pairs.items() if (found := _samples(*pair, across))}
+    values = holm([None if across else p_value(*pair) for pair in samples.values()])
+    p_of = dict(zip(samples, values, strict=True))
+    rows = tuple(
+        Row(
+            subject=subject,
+            before=one,
+            after=other,
+            ratio=ratio(*samples[subject]) if subject in samples else None,
+            p=p_of.get(subject),
+            anchored=bool(one and other and one.anchored and other.anchored),
+            across_devices=across,
+        )
+        for subject, (one, other) in pairs.items()
+    )
+    return Comparison(
+        before,
+        after,
+        rows,
+        mean_ratio(list(samples.values())),
+        _differences(before.surroundings, after.surroundings),
+    )
+
+
+def _samples(
+    before: Tuned | None, after: Tuned | None, across: bool
+) -> tuple[Samples, Samples] | None:
+    """What is compared of a subject; None where one log has no winner."""
+    if before is None or after is None or before.best is None or after.best is None:
+        return None
+    if before.anchored and after.anchored:
+        return before.relative, after.relative
+    if across:  # times of two devices say nothing without their limits
+        limits = (before.best.limit_us, after.best.limit_us)
+        if not all(limits):
+            return None
+        one, other = (
+            Samples.of([us / limit for us in tuned.best.latency_us], tuned.best.passes)
+            for tuned, limit in zip((before, after), limits, strict=True)
+            if tuned.best is not None and limit
+        )
+        return one, other
+    return before.microseconds, after.microseconds
+
+
+def _differences(before: Surroundings, after: Surroundings) -> dict[str, tuple[str, str]]:
+    one, other = _flat(before), _flat(after)
+    return {
+        name: (one[name], other[name]) for name in one if one[name] != other.get(name, one[name])
+    }
+
+
+def _flat(found: Surroundings) -> dict[str, str]:
+    fields = {
+        "device": found.device,
+        "name": found.name,
+        "features": " ".join(found.features),
+        "driver": found.driver,
+        "measured": found.measured,
+        "runner": found.runner,
+        **dict(found.versions),
+    }
+    return {name: value for name, value in fields.items() if value}

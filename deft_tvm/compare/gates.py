@@ -1,0 +1,81 @@
+"""When a comparison counts as failed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from deft_tvm.compare.comparison import Comparison, Verdict
+from deft_tvm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What is refused.
+
+    Attributes:
+        regression: a row that is surely slower, and by more than this part; None: any may be.
+        geomean: a geometric mean that is surely slower, and by more than this part.
+        missing: a row of the first log that the second has not, or that failed there.
+    """
+
+    regression: float | None = None
+    geomean: float | None = None
+    missing: bool = False
+
+    @classmethod
+    def parse(cls, regression: str | None, others: Iterable[str] = ()) -> Gates:
+        """From ``5%`` and any of ``missing``, ``geomean:2%``.
+
+        Raises:
+            InputError: it is neither.
+        """
+        geomean, missing = None, False
+        for other in others:
+            name, _, value = other.partition(":")
+            if other == "missing":
+                missing = True
+            elif name == "geomean" and value:
+                geomean = _part("--fail-on geomean", value)
+            else:
+                raise InputError(f"--fail-on is {other!r}; expected missing or geomean:2%")
+        return cls(
+            None if regression is None else _part("--fail-on-regression", regression),
+            geomean,
+            missing,
+        )
+
+    def failures(self, found: Comparison) -> list[str]:
+        """A sentence for each gate that is not passed. Across devices nothing is a regression."""
+        return [*self._rows(found), *self._mean(found), *self._missing(found)]
+
+    def _rows(self, found: Comparison) -> Iterator[str]:
+        if self.regression is None:
+            return
+        for row in found.rows:
+            slower = row.ratio.median - 1 if row.ratio and row.sure else 0.0
+            if slower > self.regression:
+                yield (
+                    f"{row.subject.kernel} on {row.subject.workload} is {slower:.1%} slower; "
+                    f"expected {self.regression:.0%} or less"
+                )
+
+    def _mean(self, found: Comparison) -> Iterator[str]:
+        mean, most = found.mean, self.geomean
+        if most is None or mean is None or found.across_devices:
+            return
+        if mean.low > 1 and mean.median > 1 + most:
+            yield f"the geometric mean is {mean.median - 1:.1%} slower; expected {most:.0%} or less"
+
+    def _missing(self, found: Comparison) -> Iterator[str]:
+        if self.missing:
+            for row in found.having(Verdict.ONLY_BEFORE, Verdict.FAILED):
+                yield f"{row.subject.kernel} on {row.subject.workload} has no time in B"
+
+
+def _part(name: str, text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip())
+    if found is None:
+        raise InputError(f"{name} is {text!r}; expected percent, as in 5%")
+    return float(found[1]) / 100

@@ -1,0 +1,58 @@
+"""Files that a reader sees as they were or as they are, and never in between."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a new file under another name, onto the disk, then give it its own.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    final = Path(path)
+    handle, scratch = tempfile.mkstemp(prefix=f".{final.name}-", dir=final.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(scratch, final)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
+def replace_folder(new: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
+    """Put the folder `new` in the place of `final`, which is empty or absent, or goes to `new`.
+
+    On Linux a reader sees one or the other at every instant, and so does whoever comes after a
+    kill; elsewhere there is an instant with neither.
+
+    Raises:
+        OSError: one of them cannot be moved.
+    """
+    if not os.path.exists(final):
+        os.replace(new, final)
+    elif not _exchange(new, final):
+        old = f"{os.fspath(new)}.old"
+        os.replace(final, old)
+        os.replace(new, final)
+        os.replace(old, new)
+
+
+def _exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Swap two names at once, see renameat2(2); False where kernel or file system cannot."""
+    if sys.platform != "linux":
+        return False
+    here, exchange = -100, 2
+    call = getattr(ctypes.CDLL(None), "renameat2", None)  # from glibc 2.28
+    return call is not None and not call(here, os.fsencode(one), here, os.fsencode(other), exchange)

@@ -1,0 +1,59 @@
+"""The last measurement: decisions that were chosen already, again and in turn.
+
+The best of many noisy measurements looks better than it is (the winner's curse), so what the search
+found is not believed but measured afresh, beside the default and in the same rounds. A shared
+machine has slow minutes: rounds are spread over passes, between which the other kernels have
+theirs, and in each round stands what would limit the launch just then.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from deft_tvm.schedules import schedule
+from deft_tvm.tuning.journal import Journal
+from deft_tvm.tuning.kernel import Kernel
+from deft_tvm.tuning.messages import Outcome
+from deft_tvm.tuning.runner import Runner
+
+PASSES = 3
+ROUNDS = 18
+"""Of all passes together; the measuring loop makes six in each, whatever they take."""
+
+MOST_SECONDS = 20.0
+"""Of timing the finalists of one kernel."""
+
+BESIDE_SECONDS = 0.03
+"""What a round takes beside the candidates: emptying caches, and the anchor."""
+
+
+def settle(journal: Journal, runner: Runner, finalists: Mapping[Kernel, Sequence[int]]) -> None:
+    """Measure the finalists of each kernel, by their numbers, and record them."""
+    passes: dict[Kernel, list[Sequence[Outcome]]] = {kernel: [] for kernel in finalists}
+    for count in range(1, PASSES + 1):
+        for kernel, numbers in finalists.items():
+            text = f"{kernel.name}: measuring the best again, pass {count} of {PASSES}"
+            journal.tell("final", text, kernel)
+            passes[kernel].append(_measure(kernel, numbers, runner))
+    for kernel, numbers in finalists.items():
+        for place, number in enumerate(numbers):
+            journal.final(kernel, number, [outcomes[place] for outcomes in passes[kernel]])
+
+
+def _measure(kernel: Kernel, numbers: Sequence[int], runner: Runner) -> Sequence[Outcome]:
+    """One pass; another try where the machine went away."""
+    modules = [schedule(kernel.space.task, kernel.space[number])[0].mod for number in numbers]
+    seconds = min(MOST_SECONDS, ROUNDS * _round_seconds(kernel, numbers)) / PASSES
+    outcomes: Sequence[Outcome] = ()
+    for _ in range(2):
+        outcomes = runner.time(modules, kernel.space.subject, seconds, anchored=True)
+        if all(outcome.status != "lost" for outcome in outcomes):
+            break
+    return outcomes
+
+
+def _round_seconds(kernel: Kernel, numbers: Sequence[int]) -> float:
+    known = kernel.tried
+    each = [statistics.median(known[number]) for number in numbers if known.get(number)]
+    return sum(each) + BESIDE_SECONDS * (len(numbers) + 1)

@@ -1,0 +1,294 @@
+"""Whole tunings: what they try and leave in the log, and machines that go away meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import filelock
+import pytest
+import tuning_run
+from test_tuning import DEVICE, SUBJECTS, decline_half, space
+from tuning_run import SPEC, FakeRunner
+from tvm import IRModule
+from tvm.s_tir import meta_schedule as ms
+
+from deft_tvm.errors import LogError, TuningError
+from deft_tvm.tuning.again import measure_again
+from deft_tvm.tuning.budget import Budget
+from deft_tvm.tuning.database import FILES, Database
+from deft_tvm.tuning.final import PASSES
+from deft_tvm.tuning.lines import SCHEMA, Trial
+from deft_tvm.tuning.log import TuningLog, best
+from deft_tvm.tuning.logged import logged_device, logged_kernels
+from deft_tvm.tuning.messages import Outcome
+from deft_tvm.tuning.probe import write_profile
+from deft_tvm.tuning.replay import replay
+from deft_tvm.tuning.result import Progress
+from deft_tvm.tuning.space import Space
+from deft_tvm.tuning.strategy import HABITS
+from deft_tvm.tuning.subject import Subject
+
+
+@pytest.fixture(scope="module")
+def largest() -> Space:
+    """The space with the most decisions."""
+    return max(map(space, SUBJECTS), key=len)
+
+
+def decisions(log: TuningLog) -> Counter:
+    """How often each decision was tried in the search."""
+    searched = (trial for trial in log.read() if not trial.final)
+    return Counter((*trial.subject, *sorted(trial.decision.items())) for trial in searched)
+
+
+def test_a_tuning_and_one_more(tmp_path) -> None:
+    result = tuning_run.run(str(tmp_path), 9)
+    log = TuningLog(result.log.directory)
+    assert result.new_trials == sum(decisions(log).values()) == 9
+    assert set(decisions(log).values()) == {1}
+    assert {name: kernel.decision for name, kernel in result.kernels.items()} == {
+        name: trial.decision for name, trial in best(log).items()
+    }
+    for kernel in result.kernels.values():
+        assert kernel.default_us is not None and kernel.best_us <= kernel.default_us
+    assert len(Database(log.directory)) == 9
+
+    runner = FakeRunner()
+    again = tuning_run.run(str(tmp_path), 9, runner=runner)
+    assert again.new_trials == 0 and runner.timed == []
+    more = tuning_run.run(str(tmp_path), 12)
+    assert more.new_trials == 3 and set(decisions(log).values()) == {1}
+
+
+def test_failed_trials_are_kept_and_not_repeated(tmp_path, largest) -> None:
+    start = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
+    result = tuning_run.run(str(tmp_path), 6, runner=FakeRunner(broken=[start]))
+    failed = [trial for trial in result.log.read() if trial.status == "runtime"]
+    assert [trial.error for trial in failed] == ["broken"]
+    assert result.kernels[largest.subject.kernel].default_us is None
+    tuning_run.run(str(tmp_path), 9)
+    assert set(decisions(result.log).values()) == {1}
+
+
+def test_declined_decisions_are_kept_and_not_repeated(tmp_path, largest, monkeypatch) -> None:
+    decline_half(monkeypatch, largest)
+    result = tuning_run.run(str(tmp_path), 9)
+    statuses = Counter(trial.status for trial in result.log.read() if not trial.final)
+    assert statuses["refused"] > 0 and statuses["ok"] == result.new_trials
+    assert len(Database(result.log.directory)) == statuses["ok"]
+    tuning_run.run(str(tmp_path), sum(statuses.values()) + 2)
+    assert set(decisions(result.log).values()) == {1}
+
+
+def test_two_tunings_of_one_log_are_refused(tmp_path) -> None:
+    directory = tmp_path / DEVICE.slug / SPEC.slug
+    directory.mkdir(parents=True)
+    with (
+        filelock.FileLock(directory / ".lock"),
+        pytest.raises(TuningError, match=r"another tuning writes .*; wait for it, or name another"),
+    ):
+        tuning_run.run(str(tmp_path), 2)
+
+
+def test_the_database_is_mended_from_the_log(tmp_path) -> None:
+    directory = tuning_run.run(str(tmp_path), 4).log.directory
+    workloads, records = (directory / name for name in FILES)
+    records.write_bytes(records.read_bytes()[:-30])
+    tuning_run.run(str(tmp_path), 5)
+    assert len(Database(directory)) == 5
+    workloads.write_text("nonsense\n")
+    tuning_run.run(str(tmp_path), 6)
+    assert len(Database(directory)) == 6
+    assert workloads.with_suffix(".unreadable.json").exists()
+
+
+# What the log says of a run
+
+
+def test_a_run_says_what_it_ran_on_and_with(tmp_path) -> None:
+    result = tuning_run.run(str(tmp_path), 6, seed=3)
+    reading = result.log.read()
+    (run,) = reading.runs.values()
+    assert {trial.run for trial in reading} == {run.run}
+    assert (run.seed, run.trials, run.minutes, run.runner) == (3, 6, None, "fake")
+    assert (run.spec, run.device, run.features) == (str(SPEC), DEVICE.slug, DEVICE.features)
+    assert run.policy.passes == PASSES and run.policy.final_rounds >= 10
+    assert run.schema == SCHEMA and {"tvm", "torch"} <= run.versions.keys()
+    tuning_run.run(str(tmp_path), 6, seed=3)
+    assert len(result.log.read().runs) == 1, "nothing to do, nothing to say"
+
+
+def test_the_last_measurement_has_passes_and_every_trial_its_limit(tmp_path) -> None:
+    final = [t for t in tuning_run.run(str(tmp_path), 6).log.read() if t.final]
+    assert len(final) >= 2
+    for trial in final:
+        assert len(trial.passes) == PASSES
+        assert sum(trial.passes) == len(trial.latency_us) >= 10
+        assert trial.limit_us is not None and trial.limit_us > 0
+
+
+def test_real_finals_are_anchored(tmp_path) -> None:
+    result = tuning_run.run(str(tmp_path), 3, real=True)
+    final = [t for t in result.log.read() if t.final]
+    assert final
+    for trial in final:
+        assert len(trial.anchor_us) == len(trial.latency_us) and min(trial.anchor_us) > 0
+    write_profile(result.device, tmp_path)
+    again = measure_again(result.log, into=tmp_path / "again")
+    measured = list(again.read())
+    assert all(t.final and t.anchor_us and t.status == "ok" for t in measured)
+    assert {t.kernel: t.decision for t in measured} == {
+        name: trial.decision for name, trial in best(result.log).items()
+    }
+
+
+# The budget
+
+
+def test_minutes_end_the_search() -> None:
+    now = [0.0]
+    budget = Budget(minutes=1, clock=lambda: now[0])
+    assert not budget.late and budget.goal(5) > 5
+    now[0] = 59.0
+    assert not budget.late
+    now[0] = 60.0
+    assert budget.late
+    assert Budget(trials=7).goal(3) == 7 and not Budget(trials=7).late
+
+
+def test_a_tuning_by_time_stops_and_is_settled(tmp_path) -> None:
+    result = tuning_run.run(str(tmp_path), None, minutes=0.03)
+    trials = list(result.log.read())
+    assert 0 < result.new_trials < sum(len(space(kernel)) for kernel in SUBJECTS)
+    assert trials[-1].final
+
+
+def test_time_left_is_told_once_it_can_be() -> None:
+    now = [0.0]
+    budget = Budget(trials=10, minutes=2, clock=lambda: now[0])
+    now[0] = 30.0
+    assert budget.seconds_left(made=0, new=0) == 90
+    assert budget.seconds_left(made=6, new=3) == 40
+    assert Budget().seconds_left(made=6, new=3) is None
+
+
+def test_progress_tells_failures_limit_and_best(tmp_path, largest) -> None:
+    events: list[Progress] = []
+    start = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
+    tuning_run.run(str(tmp_path), 6, runner=FakeRunner(broken=[start]), listener=events.append)
+    assert [event.phase for event in events][:1] == ["start"] and events[-1].phase == "done"
+    last = [event for event in events if event.phase == "search"][-1]
+    assert last.failures == {"runtime": 1} and last.trial == last.trials == 6
+    assert last.best_us and last.limit_us and last.seconds_left == 0
+    assert any(f"pass {PASSES} of {PASSES}" in event.text for event in events)
+
+
+# Many machines
+
+
+class Fleet(FakeRunner):
+    """Several machines at once, some of which go away with what they were given.
+
+    Attributes:
+        most: calls that went on at the same time.
+    """
+
+    def __init__(self, width: int, losing: Sequence[str] = (), times: int = 1) -> None:
+        super().__init__()
+        self.name, self.width = "rpc", width
+        self.left = dict.fromkeys(losing, times)
+        self.running = self.most = 0
+        self._lock = threading.Lock()
+
+    def time(
+        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+    ) -> list[Outcome]:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            key = ms.utils.shash2hex(modules[0])
+            lost = self.left.get(key, 0) > 0 and len(modules) == 1
+            self.left[key] = self.left.get(key, 0) - 1
+        found = super().time(modules, subject, seconds, anchored)
+        with self._lock:
+            self.running -= 1
+        return [Outcome("lost", error="gone")] if lost else found
+
+
+def searched(log: TuningLog, decision: dict[str, int]) -> list[Trial]:
+    return [t for t in log.read() if t.decision == decision and not t.final]
+
+
+def test_candidates_are_measured_on_all_machines_at_once(tmp_path) -> None:
+    fleet = Fleet(3)
+    result = tuning_run.run(str(tmp_path), 12, runner=fleet)
+    assert fleet.most == 3
+    assert sum(decisions(result.log).values()) == 12 and set(decisions(result.log).values()) == {1}
+
+
+def test_what_was_lost_with_its_machine_is_measured_again(tmp_path, largest) -> None:
+    start = largest[largest.start]
+    key = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
+    result = tuning_run.run(str(tmp_path), 6, runner=Fleet(2, [key]))
+    found = searched(result.log, start)
+    assert [trial.status for trial in found] == ["lost", "ok"]
+    assert result.new_trials == 6 and len(Database(result.log.directory)) == 6
+
+
+def test_what_loses_its_machine_twice_is_to_blame(tmp_path, largest) -> None:
+    start = largest[largest.start]
+    key = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
+    result = tuning_run.run(str(tmp_path), 6, runner=Fleet(2, [key], times=9))
+    assert [trial.status for trial in searched(result.log, start)] == ["lost", "lost"]
+    assert result.new_trials == 6
+    tuning_run.run(str(tmp_path), 6, runner=Fleet(2))
+    assert len(searched(result.log, start)) == 2, "and is not tried again"
+
+
+# What is done with a log afterwards
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> TuningLog:
+    """A log with a result of every decision."""
+    root = tmp_path_factory.mktemp("tuned")
+    log = tuning_run.run(str(root), None).log
+    write_profile(DEVICE, root)
+    return log
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_a_replayed_search_finds_the_best_that_was_recorded(tuned, name) -> None:
+    kernels = logged_kernels(tuned, logged_device(tuned))
+    kernel = max(kernels, key=lambda kernel: len(kernel.space))
+    found = replay(kernel, name, HABITS[name], seeds=(1, 2))
+    assert len(found.best) == len(kernel.tried) == len(kernel.space)
+    assert list(found.best) == sorted(found.best, reverse=True) and found.best[-1] == 1
+    for place in found.to_near:
+        assert 1 <= place <= len(found.best)
+
+
+def test_winners_are_measured_again_beside_nothing(tuned, tmp_path) -> None:
+    kernel = next(iter(best(tuned)))
+    again = measure_again(tuned, kernel=kernel, into=tmp_path, runner=FakeRunner())
+    (trial,) = again.read()
+    assert trial.final and trial.decision == best(tuned)[kernel].decision
+    assert logged_device(again) == DEVICE, "planned by the same rates"
+
+
+def test_what_cannot_be_measured_again_is_refused(tuned, tmp_path) -> None:
+    with pytest.raises(LogError, match=r"has nothing of kernel r999t1f32 .* expected one of: "):
+        measure_again(tuned, kernel="r999t1f32", runner=FakeRunner())
+    log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
+    write_profile(DEVICE, tmp_path)
+    for trial in tuned.read():
+        changed = {**trial.decision, "no_such_choice": 1}
+        log.append(Trial(**{**_fields(trial), "decision": changed}))
+    with pytest.raises(LogError, match=r"was decided as .*no_such_choice.* does not know"):
+        measure_again(log, runner=FakeRunner())
+
+
+def _fields(trial: Trial) -> dict:
+    return {name: getattr(trial, name) for name in trial.__struct_fields__}
