@@ -1,4 +1,4 @@
-"""Exported modules at run time: load one, or find the best one for a spec and a device.
+"""Exported modules at run time: load one, or the best one for a spec and a device.
 
 Needs apache-tvm-ffi and torch; no compiler. `find` alone crosses over to `build`, when there is no
 module and the compiler is installed.
@@ -10,12 +10,10 @@ import ctypes
 import importlib.util
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import metadata
 from pathlib import Path
 
 import filelock
@@ -25,22 +23,17 @@ from deft_tvm import env, threads
 from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, CompilerMissing, installing
+from deft_tvm.finding import Candidate, candidates, check_fits, search_path
 from deft_tvm.manifest import (
-    MANIFEST,
     MODULE,
     AnyPath,
     Manifest,
     cache_directory,
-    cache_root,
-    file_sha256,
+    check_whole,
     read_manifest,
-    refuse,
 )
 from deft_tvm.plan.compiled import FUNCTION as PLANNER
 from deft_tvm.spec import AttentionSpec, TileShape
-
-#: Packages that ship modules name here a folder, or a function that returns one.
-ENTRY_POINTS = "deft_tvm.modules"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +55,7 @@ class Artifact:
 
         Args:
             directory: holds ``module.so`` and ``manifest.json``.
-            device: where it shall run, by default this machine's CPU or current GPU.
+            device: what it shall fit beside this machine's CPU or current GPU.
             spec: refuse a module for any other attention.
 
         Raises:
@@ -71,8 +64,10 @@ class Artifact:
         """
         directory = Path(directory).resolve()
         manifest = read_manifest(directory)
-        check_fits(directory, manifest, device or _device_here(manifest), spec)
-        module = _load_module(directory / MODULE, manifest.sha256, manifest.needs)
+        # The machine too, whatever `device` says: an instruction that it lacks ends the process.
+        for where in filter(None, (device, _device_here(manifest))):
+            check_fits(directory, manifest, where, spec)
+        module = _load_module(directory, manifest.sha256, manifest.needs, manifest.spec)
         return cls(directory, manifest, module)
 
     @cached_property
@@ -118,122 +113,58 @@ class Artifact:
         return self.module.get_function(name)
 
 
-def check_fits(
-    directory: AnyPath, manifest: Manifest, device: DeviceProfile, spec: AttentionSpec | None = None
-) -> None:
-    """Refuse a module that is not for `device` or not for `spec`.
-
-    Raises:
-        ArtifactError: names the first field that does not fit.
-    """
-    path = Path(directory, MANIFEST)
-    if spec is not None and manifest.spec != str(spec):
-        refuse(path, "spec", manifest.spec, str(spec))
-    if manifest.device_kind != device.kind:
-        refuse(path, "kind", manifest.kind, f"a module for {device.kind} ({device.slug})")
-    if missing := device.lacks(manifest.required_features):
-        refuse(path, "required_features", list(missing), f"only what {device.slug} has")
-
-
-def search_path(path: AnyPath | None = None) -> list[Path]:
-    """Folders where modules are looked for: `path`, the environment, packages, the user's cache."""
-    return [*_named(path), *_from_packages(), cache_root()]
-
-
 def find(
     spec: AttentionSpec, device: DeviceProfile | None = None, path: AnyPath | None = None
 ) -> Artifact:
     """The best module for `spec` on `device`.
 
-    Folders that the user named (`path`, ``DEFT_TVM_MODULE_PATH``) go before others; then a module
-    for this very device before one that merely runs on it, a tuned one before a default, the newest
-    first. If there is none, the default is built and cached.
+    Which one that is, `deft_tvm.finding.candidates` says. If there is none, the default is built
+    and cached.
 
     Raises:
         CompilerMissing: there is no module, and no compiler to build one.
-        ArtifactError: the best module is damaged.
+        ArtifactError: the best module is damaged, or `device` has what this machine lacks.
     """
     device = device or DeviceProfile.detect()
-    passed_over: list[str] = []
-    best = _best(spec, device, path, passed_over) or _build_default(spec, device, path, passed_over)
+    found = candidates(spec, device, path)
+    best = _taken(found) or _build_default(spec, device, path, found)
     artifact = Artifact.load(best, device, spec)
     kernels = (*artifact.manifest.tiles, artifact.manifest.merge)
     tell(1, "module", lambda: "\n".join(f"{best}: {k.function}: {k.tuned_from}" for k in kernels))
     return artifact
 
 
+def _taken(found: Sequence[Candidate]) -> Path | None:
+    return next((candidate.directory for candidate in found if candidate.taken), None)
+
+
 def _build_default(
-    spec: AttentionSpec, device: DeviceProfile, path: AnyPath | None, passed_over: list[str]
+    spec: AttentionSpec, device: DeviceProfile, path: AnyPath | None, found: Sequence[Candidate]
 ) -> Path:
     """Build and cache the default module, unless another process has done it meanwhile."""
     try:
         from deft_tvm import build
     except ImportError as error:
-        raise CompilerMissing(_advice(spec, device, path, passed_over)) from error
+        raise CompilerMissing(_advice(spec, device, path, found)) from error
     directory = cache_directory(spec, device)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{directory}.lock"):
-        return _best(spec, device, path) or build.build_default(spec, device)
+        return _taken(candidates(spec, device, path)) or build.build_default(spec, device)
 
 
 def _advice(
-    spec: AttentionSpec, device: DeviceProfile, path: AnyPath | None, passed_over: list[str]
+    spec: AttentionSpec, device: DeviceProfile, path: AnyPath | None, found: Sequence[Candidate]
 ) -> str:
-    looked = ", ".join(map(str, search_path(path)))
-    others = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
+    looked = ", ".join(str(place.folder) for place in search_path(path))
+    # Of modules of other specs there may be many.
+    own = (c for c in found if c.manifest is None or c.manifest.spec == str(spec))
+    passed_over = "; ".join(f"{candidate.directory}: {candidate.reason}" for candidate in own)
+    others = f" (passed over: {passed_over})" if passed_over else ""
     return (
         f"no module for spec {spec} on {device.slug} in {looked}{others}, and no compiler to build "
         f"one; run {installing('tune')}, or `deft-tvm build --spec {spec}` on a "
         f"machine that has it and name the module's folder in {env.MODULE_PATH.name}"
     )
-
-
-def _best(
-    spec: AttentionSpec,
-    device: DeviceProfile,
-    path: AnyPath | None,
-    passed_over: list[str] | None = None,
-) -> Path | None:
-    """The folder of the best fitting module; `passed_over` is told of those refused, and why."""
-    found = []
-    named = _named(path)
-    for directory in _artifacts(search_path(path)):
-        try:
-            manifest = read_manifest(directory)
-            if manifest.spec != str(spec) or (env.UNTUNED.get() and manifest.tuned):
-                continue
-            check_fits(directory, manifest, device)
-        except ArtifactError as error:
-            if passed_over is not None:
-                passed_over.append(str(error))
-            continue
-        by_user = any(directory.is_relative_to(root) for root in named)
-        own = manifest.device == device.slug
-        found.append(((by_user, own, manifest.tuned, manifest.created), directory))
-    return max(found)[1] if found else None
-
-
-def _artifacts(roots: Sequence[Path]) -> Iterator[Path]:
-    """Artifacts that are a root, or one or two folders below it (device, spec).
-
-    Hidden folders are artifacts that are being written.
-    """
-    for root in roots:
-        for pattern in (MANIFEST, f"[!.]*/{MANIFEST}", f"[!.]*/[!.]*/{MANIFEST}"):
-            yield from (file.parent for file in sorted(root.glob(pattern)))
-
-
-def _named(path: AnyPath | None) -> list[Path]:
-    return [*([] if path is None else [Path(path)]), *env.MODULE_PATH.get()]
-
-
-def _from_packages() -> Iterator[Path]:
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            value = entry.load()
-            yield Path(value() if callable(value) else value)
-        except Exception as error:  # a broken package must not hide the modules of others
-            warnings.warn(f"entry point {entry.value!r} of {ENTRY_POINTS}: {error}", stacklevel=2)
 
 
 def _device_here(manifest: Manifest) -> DeviceProfile:
@@ -244,14 +175,9 @@ def _device_here(manifest: Manifest) -> DeviceProfile:
 
 
 @cache
-def _load_module(path: Path, sha256: str, needs: tuple[str, ...]) -> tvm_ffi.Module:
+def _load_module(directory: Path, sha256: str, needs: tuple[str, ...], spec: str) -> tvm_ffi.Module:
     """Load once per process and content."""
-    try:
-        found = file_sha256(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}; expected a module") from None
-    if found != sha256:
-        refuse(path, "sha256", found, f"{sha256!r}: the file is damaged or truncated")
+    path = check_whole(directory, sha256, spec)
     if "tvm_runtime" in needs:
         _load_tvm_runtime(path)
     with _own_name(path) as name:

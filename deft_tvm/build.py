@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +21,7 @@ from tvm import IRModule
 from deft_tvm import env
 from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile, required_features
-from deft_tvm.errors import PlanError
+from deft_tvm.errors import LogError, PlanError
 from deft_tvm.manifest import (
     DEFAULT,
     Kernel,
@@ -39,7 +39,7 @@ from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_for
-from deft_tvm.tuning.log import best, find_log
+from deft_tvm.tuning.log import TRIALS, TuningLog, best, find_log
 
 MERGE = "merge"
 
@@ -156,9 +156,11 @@ def build_default(spec: AttentionSpec, device: DeviceProfile) -> Path:
     return build(spec, device)
 
 
-def logged_decisions(spec: AttentionSpec, device: DeviceProfile) -> Decisions:
-    """The best decisions of the device's log for `spec`; none where nothing was tuned."""
-    log = None if env.UNTUNED.get() else find_log(spec, device)
+def logged_decisions(
+    spec: AttentionSpec, device: DeviceProfile, log: TuningLog | None = None
+) -> Decisions:
+    """The best decisions of `log`, by default of the device's for `spec`; none without one."""
+    log = None if env.UNTUNED.get() else log or find_log(spec, device)
     if log is None:
         return Decisions()
     winners = best(log)
@@ -169,6 +171,28 @@ def logged_decisions(spec: AttentionSpec, device: DeviceProfile) -> Decisions:
             for name, trial in winners.items()
         },
     )
+
+
+def device_logs(folders: Iterable[Path]) -> dict[str, TuningLog]:
+    """The logs in a device's folders by their spec's slug; the first folder that has one speaks."""
+    files = (f for folder in folders for f in sorted(folder.glob(f"*/{TRIALS}")))
+    found: dict[str, TuningLog] = {}
+    for file in files:
+        found.setdefault(file.parent.name, TuningLog(file.parent))
+    return found
+
+
+def logged_spec(log: TuningLog) -> AttentionSpec:
+    """What was tuned.
+
+    Raises:
+        LogError: no line tells.
+    """
+    found = log.read()
+    named = [trial.spec for trial in found] or [run.spec for run in found.runs.values()]
+    if not named:
+        raise LogError(f"{log.path} has no line that can be read; expected one that names its spec")
+    return AttentionSpec.parse(named[0])
 
 
 def _manifest(

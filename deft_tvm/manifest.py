@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -139,6 +140,23 @@ def read_manifest(directory: AnyPath) -> Manifest:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
 
 
+def check_whole(directory: AnyPath, sha256: str, spec: str) -> Path:
+    """The module in a folder, if it is the file that the manifest's `sha256` was made of.
+
+    Raises:
+        ArtifactError: it is missing, damaged or truncated; says how to make one of `spec` again.
+    """
+    path = Path(directory, MODULE)
+    again = f"`deft-tvm build --spec {spec} --out {directory}` makes it again"
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; expected a module: {again}") from None
+    if found != sha256:
+        refuse(path, "sha256", found, f"{sha256!r}: the file is damaged or truncated; {again}")
+    return path
+
+
 def check_place(directory: AnyPath) -> Path:
     """Refuse a folder that no artifact can be written to, before one is compiled for it.
 
@@ -150,23 +168,45 @@ def check_place(directory: AnyPath) -> Path:
     """
     final = Path(directory)
     names: list[str] = []
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent):
-            pass  # as `write_artifact` will do: permissions alone do not tell
+    with _writing(final):
+        _try_to_write(final.parent)
         with suppress(FileNotFoundError):
             names = os.listdir(final)
-    except OSError as error:
-        raise ArtifactError(
-            f"{final} cannot be written: {error.filename}: {error.strerror}; expected a folder "
-            "that can"
-        ) from None
     if others := set(names) - {MODULE, MANIFEST, TRIALS}:
         raise ArtifactError(
             f"{final} has {min(others)!r} in it; expected a new folder, or one with nothing but a "
             "module, as all of it is replaced"
         )
     return final
+
+
+def check_folder(directory: AnyPath) -> Path:
+    """Make a folder, and refuse one that no file can be written to.
+
+    Raises:
+        ArtifactError: it cannot be made or written.
+    """
+    with _writing(directory):
+        _try_to_write(Path(directory))
+    return Path(directory)
+
+
+@contextmanager
+def _writing(directory: AnyPath) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory} cannot be written: {error.filename}: {error.strerror}; expected a folder "
+            "that can"
+        ) from None
+
+
+def _try_to_write(folder: Path) -> None:
+    """As those who write there will do: permissions alone do not tell."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".deft-tvm-", dir=folder):
+        pass
 
 
 def write_artifact(

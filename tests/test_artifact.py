@@ -137,7 +137,7 @@ def test_what_is_no_artifact_is_not_replaced(tmp_path: Path, not_a_module: Path)
 
 def test_a_failed_write_leaves_the_old_artifact(tmp_path: Path, not_a_module: Path) -> None:
     target = write_artifact(tmp_path / "out" / "a", manifest_for(created="1"), not_a_module)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ArtifactError, match=r"a cannot be written: No such file or directory; wh"):
         write_artifact(target, manifest_for(created="2"), tmp_path / "absent.so")
     assert manifest.read_manifest(target).created == "1"
     assert os.listdir(target.parent) == ["a"]

@@ -6,18 +6,24 @@ import builtins
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
+from comparable import run_line, trial_line
 from small import FEW_SHOT, SPEC, module
+from toy_artifact import OTHER, manifest_for
 
 from deft_tvm import check as checking
 from deft_tvm import env
 from deft_tvm.bench import Cell
 from deft_tvm.bench.compare import Change, Verdict
+from deft_tvm.build import Decisions
 from deft_tvm.cli import main
 from deft_tvm.device import DeviceProfile
-from deft_tvm.manifest import MODULE, read_manifest
+from deft_tvm.errors import PlanError
+from deft_tvm.manifest import DEFAULT, MODULE, cache_directory, read_manifest, write_artifact
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.tuning.log import TuningLog
 from deft_tvm.workloads import parse
 
 COMMANDS = ("tune", "build", "check", "bench", "info", "show")
@@ -248,6 +254,207 @@ def test_build_writes_a_module_that_info_finds(
     assert str(tmp_path / "m") in Ran(capsys, "info").out
 
 
+class Builder:
+    """In the place of `deft_tvm.build.build`: writes empty modules at once, and may fail."""
+
+    def __init__(self, not_a_module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.module = not_a_module
+        self.fails: dict[AttentionSpec, Exception] = {}
+        self.made: dict[AttentionSpec, str] = {}
+        """What was built, and where its decision for `merge` comes from."""
+        monkeypatch.setattr("deft_tvm.build.build", self)
+
+    def __call__(
+        self, spec: AttentionSpec, device: DeviceProfile, *, out: Path | None, decisions: Decisions
+    ) -> Path:
+        if spec in self.fails:
+            raise self.fails[spec]
+        self.made[spec] = decisions.origin.get("merge", DEFAULT)
+        manifest = manifest_for(spec=str(spec), device=device.slug)
+        return write_artifact(out or cache_directory(spec, device), manifest, self.module)
+
+
+@pytest.fixture
+def builder(not_a_module: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
+    return Builder(not_a_module, monkeypatch)
+
+
+def write_log(folder: Path, spec: AttentionSpec, trial: int = 0) -> TuningLog:
+    log = TuningLog(folder / spec.slug)
+    log.append(trial_line(trial, "merge", spec=str(spec), latency_us=(1.0,), time="2026-11-21"))
+    return log
+
+
+def test_build_all_takes_every_log_of_the_device(
+    tmp_path: Path,
+    builder: Builder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = DeviceProfile.detect().slug
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path / "a", tmp_path / "b"])
+    write_log(tmp_path / "a" / here, SPEC, trial=3)
+    write_log(tmp_path / "b" / here, SPEC, trial=4)
+    write_log(tmp_path / "b" / here, OTHER, trial=5)
+    write_log(tmp_path / "b" / "another-device", AttentionSpec.parse("gqa:hq=1,hkv=1,d=16"))
+    ran = Ran(capsys, "build", "--all", "--out", str(tmp_path / "out"))
+    assert ran.code == 0
+    assert builder.made == {
+        SPEC: f"{here} trial 3, 2026-11-21",
+        OTHER: f"{here} trial 5, 2026-11-21",
+    }
+    for spec in (SPEC, OTHER):
+        folder = tmp_path / "out" / here / spec.slug
+        assert read_manifest(folder).spec == str(spec)
+        assert f"module written to {folder}\n" in ran.out
+    cached = Ran(capsys, "build", "--all", "--json").json
+    assert [entry["manifest"]["spec"] for entry in cached["modules"]] == [str(SPEC), str(OTHER)]
+    assert cached["modules"][0]["module"].endswith(f"deft_tvm/modules/{here}/{SPEC.slug}")
+
+
+def test_one_spec_that_fails_does_not_stop_the_others(
+    tmp_path: Path,
+    builder: Builder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = tmp_path / DeviceProfile.detect().slug
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path])
+    first, last = (AttentionSpec.parse(f"gqa:hq={n},hkv=1,d=16") for n in (1, 9))
+    builder.fails = {first: PlanError("a decision is 7; expected 8"), SPEC: ValueError("a fault")}
+    for spec in (first, SPEC, last):
+        write_log(root, spec)
+    TuningLog(root / OTHER.slug).append(run_line(spec=str(OTHER)))  # begun, nothing tried
+    damaged = root / "damaged" / "trials.jsonl"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # nothing will be packed
+    ran = Ran(capsys, "build", "--all", "--wheel", str(tmp_path / "dist"))
+    assert ran.code == 1
+    assert set(builder.made) == {OTHER, last}
+    assert f"deft-tvm: {first}: a decision is 7; expected 8\n" in ran.err
+    assert f"deft-tvm: {damaged.parent}: {damaged} has no line that can be read; exp" in ran.err
+    assert f"deft-tvm: {SPEC}: a fault\n" in ran.err
+    assert "Traceback" in ran.err
+    assert list((tmp_path / "dist").iterdir()) == []
+    told = Ran(capsys, "build", "--spec", str(first), "--spec", str(last), "--json").json
+    assert told["failed"] == [{"name": str(first), "error": "a decision is 7; expected 8"}]
+    assert [entry["manifest"]["spec"] for entry in told["modules"]] == [str(last)]
+    assert Ran(capsys, "build", "--spec", str(first)).code == 2
+
+
+def test_build_takes_a_folder_of_logs_as_the_device(
+    tmp_path: Path, builder: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere, folder = DeviceProfile.nominal(cores=7), tmp_path / "copied"
+    write_log(folder, SPEC, trial=6)
+    device = ("--device", str(folder))
+    assert f"{folder / 'device.json'}: No such file" in Ran(capsys, "build", "--all", *device).err
+    elsewhere.write(folder / "device.json")
+    built = Ran(capsys, "build", "--all", *device, "--json").json["modules"]
+    assert [entry["manifest"]["device"] for entry in built] == [elsewhere.slug]
+    assert builder.made == {SPEC: "copied trial 6, 2026-11-21"}
+    out = tmp_path / "out"
+    Ran(capsys, "build", "--spec", str(OTHER), "--spec", str(SPEC), *device, "--out", str(out))
+    assert builder.made[OTHER] == DEFAULT
+    assert read_manifest(out / elsewhere.slug / OTHER.slug).spec == str(OTHER)
+
+
+def test_build_packs_what_it_built(
+    tmp_path: Path, builder: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hatchling", reason="hatchling packs wheels")
+    specs, dist = ("--spec", str(SPEC), "--spec", str(OTHER)), ("--wheel", str(tmp_path / "dist"))
+    wheel = Path(Ran(capsys, "build", *specs, *dist, "--json").json["wheel"])
+    assert wheel.parent == tmp_path / "dist"
+    packed = {name.split("/")[2] for name in ZipFile(wheel).namelist() if name.endswith(".so")}
+    assert packed == {SPEC.slug, OTHER.slug}
+    out = tmp_path / "module"
+    ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(out), *dist)
+    assert ran.out.endswith(f"module written to {out}\nwheel written to {wheel}\n")
+    packed = {name.split("/")[2] for name in ZipFile(wheel).namelist() if name.endswith(".so")}
+    assert packed == {SPEC.slug}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--all", "--spec", "gqa:hq=1"), "--all is given beside --spec gqa:hq=1; expected one of"),
+        (("--all",), "--all finds no log of "),
+        (("--spec", str(SPEC), "--spec", "nsa:hq=4"), "starts with 'nsa'; expected one of gqa"),
+        (("--wheel", "/dev/null"), "/dev/null cannot be written: /dev/null: File exists; expected"),
+    ],
+)
+def test_build_refuses_before_anything_is_built(
+    arguments: tuple[str, ...],
+    sentence: str,
+    builder: Builder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    ran = Ran(capsys, "build", *arguments)
+    assert (ran.code, ran.out, builder.made) == (2, "", {})
+    assert sentence in ran.err
+
+
+def test_without_hatchling_no_wheel_is_begun(
+    builder: Builder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "hatchling" else name
+    )
+    ran = Ran(capsys, "build", "--wheel", "/dist")
+    assert (ran.code, ran.out, builder.made) == (2, "", {})
+    assert "--wheel needs hatchling; run `pip install '.[tune]'`" in ran.err
+
+
+def test_info_says_which_module_a_spec_gets_and_why(
+    tmp_path: Path,
+    not_a_module: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path / "logs"])
+    named, cached = tmp_path / "named", tmp_path / "xdg_cache_home" / "deft_tvm" / "modules"
+    monkeypatch.setenv("DEFT_TVM_MODULE_PATH", str(named))
+    asked = ("info", "--spec", str(SPEC))
+
+    def default() -> Any:
+        return Ran(capsys, *asked, "--json").json["search"]["default"]
+
+    built = "nothing else fits; built and kept when it is first used"
+    assert default() == {"decisions": "the defaults that ship", "taken": True, "reason": built}
+    log = write_log(tmp_path / "logs" / DeviceProfile.detect().slug, SPEC)
+    assert default()["decisions"] == f"the log {log.directory}"
+    monkeypatch.setattr("deft_tvm.commands.choice.is_installed", lambda name: False)
+    assert default()["reason"].startswith("no compiler to build it; run `pip install '.[tune]'`")
+
+    write_artifact(named / "other", manifest_for(spec=str(OTHER)), not_a_module)
+    write_artifact(named / "good", manifest_for(), not_a_module)
+    kept = write_artifact(cached / "device" / "spec", manifest_for(), not_a_module)
+    (kept / MODULE).write_bytes(b"something else")
+    ran, told = Ran(capsys, *asked), Ran(capsys, *asked, "--json").json
+    assert told["shares"] and "KV bytes" in ran.out
+    assert default()["reason"] == "not needed"
+    first, last = told["search"]["places"]
+    assert (first["origin"], first["folder"]) == ("DEFT_TVM_MODULE_PATH", str(named))
+    assert (last["origin"], last["folder"]) == ("the user's cache", str(cached))
+    good, other = first["modules"]
+    whole = {"taken": True, "reason": "in a folder that the user named", "damage": ""}
+    assert good == {"path": str(named / "good"), **whole}
+    assert not other["taken"] and other["reason"].startswith("manifest.json: spec is 'gqa:hq=8")
+    (second,) = last["modules"]
+    assert second["reason"] == "not in a folder that the user named"
+    assert second["damage"].startswith(f"{kept / MODULE}: sha256 is ")
+    lines = [line.strip() for line in ran.out.splitlines()]
+    assert lines.index(f"{named} (DEFT_TVM_MODULE_PATH)") < lines.index(str(named / "good"))
+    assert lines[lines.index(str(named / "good")) + 1] == f"taken: {good['reason']}"
+    assert lines[lines.index(str(kept)) + 1] == f"passed over: {second['reason']}"
+    assert lines[lines.index(str(kept)) + 2] == f"but {second['damage']}"
+
+
 def test_info_says_what_to_do_where_there_is_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +524,7 @@ def test_build_takes_the_profile_that_info_writes(
 ) -> None:
     elsewhere, targets = DeviceProfile.nominal(cores=7), []
 
-    def build(_: AttentionSpec, device: DeviceProfile, out: Path | None) -> Path:
+    def build(_: AttentionSpec, device: DeviceProfile, **options: Any) -> Path:
         targets.append(device)
         return module()
 

@@ -28,7 +28,7 @@ CORRIDOR = (
     ("schedules",),
     ("tuning.lines",),
     ("tuning.log", "tuning.defaults"),
-    ("manifest", "threads", "native"),
+    ("manifest", "finding", "threads", "native"),
     ("build",),
     ("artifact",),
     ("fp8", "layer"),
@@ -38,7 +38,7 @@ CORRIDOR = (
 COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "limit", "show", "reference"} | {
-    *("check", "peers", "bench", "compare", "figures", "cli", "commands", "demo"),
+    *("check", "peers", "bench", "compare", "figures", "cli", "commands", "demo", "wheel"),
 }
 #: Inside a function only, for one reason each.
 CROSSINGS = {

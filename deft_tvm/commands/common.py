@@ -136,5 +136,9 @@ def needs_compiler(command: str) -> None:
     Raises:
         CompilerMissing: it is not.
     """
-    if importlib.util.find_spec("tvm") is None:
+    if not is_installed("tvm"):
         raise CompilerMissing(f"`deft-tvm {command}` needs the compiler; run {installing('tune')}")
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deft_tvm.commands.choice import Choice, choose, tell
 from deft_tvm.commands.common import (
     DtypeOption,
     JsonOption,
@@ -51,12 +52,16 @@ class FittingModule:
 
 @dataclass(frozen=True)
 class SpecShares:
-    """What `spec` takes on each of several devices; `ridge` is of one, in FLOPs a byte."""
+    """What `spec` takes on each of several devices; `ridge` is of one, in FLOPs a byte.
+
+    And which module it gets on this one.
+    """
 
     spec: str
     device: str
     ridge: float
     shares: list[Share]
+    search: Choice
 
     @classmethod
     def of(cls, spec: AttentionSpec, device: DeviceProfile) -> SpecShares:
@@ -64,7 +69,8 @@ class SpecShares:
         # What would be multiplied more slowly than float32 is converted to it.
         rates = device.matrix_rate
         rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
-        return cls(str(spec), device.slug, rate / device.read_bandwidth, shares(spec))
+        ridge = rate / device.read_bandwidth
+        return cls(str(spec), device.slug, ridge, shares(spec), choose(spec, device))
 
 
 def info(
@@ -75,7 +81,9 @@ def info(
     spec: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help="Show instead what this attention caches and computes a token."
+            metavar="SPEC",
+            help="Show instead what this attention caches and computes a token, and which module "
+            "it gets.",
         ),
     ] = None,
     model: Annotated[
@@ -91,6 +99,7 @@ def info(
 
     With --spec or --model: bytes of KV on each of 1 to 8 tensor-parallel devices, and FLOPs for
     each of them beside this device's ridge, from which on sharing KV among rows gains nothing more.
+    Then all folders where modules are looked for, and why each module is taken or passed over.
 
     Example: deft-tvm info --spec gqa:hq=32,hkv=8,d=128,dtype=bf16
     """
@@ -132,17 +141,17 @@ def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
 
 def fitting_modules(device: DeviceProfile) -> list[FittingModule]:
     """All modules on the search path that run on `device`."""
-    from deft_tvm.artifact import check_fits, search_path
-    from deft_tvm.manifest import MANIFEST, read_manifest
+    from deft_tvm.finding import artifacts, check_fits, search_path
+    from deft_tvm.manifest import read_manifest
 
     found = []
-    for file in (f for root in search_path() for f in sorted(root.glob(f"**/{MANIFEST}"))):
+    for directory in (candidate.directory for candidate in artifacts(search_path())):
         try:
-            manifest = read_manifest(file.parent)
-            check_fits(file.parent, manifest, device)
+            manifest = read_manifest(directory)
+            check_fits(directory, manifest, device)
         except ArtifactError:
             continue
-        found.append(FittingModule(file.parent, manifest.spec, manifest.tuned, manifest.device))
+        found.append(FittingModule(directory, manifest.spec, manifest.tuned, manifest.device))
     return found
 
 
@@ -194,6 +203,8 @@ def _tell_shares(found: Sequence[SpecShares], device: DeviceProfile) -> None:
         f"\nUnder rows that share a token, FLOPs a byte; * where at or above the ridge of "
         f"{device.slug}, {found[0].ridge:.1f} ({provenance})."
     )
+    for each in found:
+        tell(each.spec, each.search, out)
 
 
 def _table(found: SpecShares) -> Table:

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from deft_tvm.artifact import Artifact, check_fits, find
+from deft_tvm.artifact import Artifact, find
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError, PlanError
+from deft_tvm.finding import check_fits
 from deft_tvm.manifest import AnyPath
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, Traffic, make_recipe, traffic
