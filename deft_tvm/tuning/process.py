@@ -65,7 +65,7 @@ class Worker:
         self.role, self.start_seconds = role, start_seconds
         self._command = (sys.executable, "-m", module, *(arguments or (role,)))
         self._closed, self._asking = False, threading.RLock()
-        # Linux ends a process with the thread that started it, see `worker.end_with_parent`; one
+        # Linux ends a process with the thread that started it, see `child.end_with_parent`; one
         # that asks may end long before.
         self._starter = ThreadPoolExecutor(1, "deft-tvm-starter")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
