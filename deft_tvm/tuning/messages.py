@@ -12,6 +12,9 @@ from deft_tvm.tuning.subject import Subject
 
 ERROR_PART = 400
 
+ASK, ANSWER = "deft_tvm.ask", "deft_tvm.answer"
+"""Names of the functions by which a server of a fleet takes a request and gives its answer."""
+
 
 class Build(msgspec.Struct, frozen=True, tag=True):
     """Compile a scheduled module, in TVM's JSON, into a library at `path`.
@@ -46,6 +49,10 @@ class Profile(msgspec.Struct, frozen=True, tag=True):
     """Tell what this machine's CPU or GPU is and reaches, measured the first time and kept."""
 
     kind: Literal["cpu", "cuda"] = "cpu"
+
+
+PROFILE_SECONDS = 120.0
+"""Seconds after which a machine counts as one that cannot be measured."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
