@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,20 @@ def test_a_crash_and_a_hang_end_the_candidate_alone(timer, tmp_path) -> None:
     timer.wait_until_ready()
     with pytest.raises(WorkerTimeout, match="no answer within 3 s"):
         timer.ask(Time(merge, (library(tmp_path, HANG),), "kernel", 0.1), Timed, 3)
+    assert timer.ask(Time(merge, (), "kernel", 0.1), Timed, 60).outcomes == ()
+
+
+def test_a_worker_outlives_the_thread_in_which_it_was_started_again(timer, tmp_path) -> None:
+    merge = SUBJECTS[MERGE]
+
+    def crash() -> None:
+        with pytest.raises(WorkerDied):
+            timer.ask(Time(merge, (library(tmp_path, CRASH),), "kernel", 0.1), Timed, 60)
+        timer.wait_until_ready()
+
+    thread = threading.Thread(target=crash)
+    thread.start()
+    thread.join()
     assert timer.ask(Time(merge, (), "kernel", 0.1), Timed, 60).outcomes == ()
 
 

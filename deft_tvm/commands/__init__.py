@@ -10,6 +10,7 @@ from deft_tvm.commands.check import check
 from deft_tvm.commands.compare import compare
 from deft_tvm.commands.info import info
 from deft_tvm.commands.log import log
+from deft_tvm.commands.serve_device import serve_device
 from deft_tvm.commands.show import show
 from deft_tvm.commands.tune import tune
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (tune, compare, build, check, bench, info):
+for command in (tune, serve_device, compare, build, check, bench, info):
     app.command()(command)
 app.add_typer(log, name="log")
 app.add_typer(show, name="show")

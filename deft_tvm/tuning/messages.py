@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from deft_tvm.device import DeviceProfile
 from deft_tvm.tuning.lines import Status
 from deft_tvm.tuning.subject import Subject
 
 ERROR_PART = 400
 
+ASK, ANSWER = "deft_tvm.ask", "deft_tvm.answer"
+"""Names of the functions by which a server of a fleet takes a request and gives its answer."""
+
 
 class Build(msgspec.Struct, frozen=True, tag=True):
-    """Compile a scheduled module, in TVM's JSON, into a library at `path`."""
+    """Compile a scheduled module, in TVM's JSON, into a library at `path`.
+
+    A relative path, here and in `Time`, lies in the worker's own folder.
+    """
 
     module: str
     target: dict[str, Any]
@@ -38,6 +45,16 @@ class Time(msgspec.Struct, frozen=True, tag=True):
     anchored: bool = False
 
 
+class Profile(msgspec.Struct, frozen=True, tag=True):
+    """Tell what this machine's CPU or GPU is and reaches, measured the first time and kept."""
+
+    kind: Literal["cpu", "cuda"] = "cpu"
+
+
+PROFILE_SECONDS = 120.0
+"""Seconds after which a machine counts as one that cannot be measured."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The worker has imported what it needs."""
 
@@ -46,6 +63,13 @@ class Built(msgspec.Struct, frozen=True, tag=True):
     """A library is there; it took so many seconds."""
 
     seconds: float
+
+
+class Profiled(msgspec.Struct, frozen=True, tag=True):
+    """The device, and versions of the packages that matter where it is."""
+
+    device: DeviceProfile
+    versions: dict[str, str]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -78,5 +102,5 @@ def brief(error: str) -> str:
     return f"{error[:ERROR_PART]} … {error[-ERROR_PART:]}"
 
 
-Request = Build | Time
-Answer = Ready | Built | Timed | Failed
+Request = Build | Time | Profile
+Answer = Ready | Built | Timed | Profiled | Failed

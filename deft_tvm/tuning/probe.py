@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -57,9 +58,11 @@ def write_profile(device: DeviceProfile, root: AnyPath | None = None) -> Path:
     return path
 
 
-def known_device(root: AnyPath | None = None, listener: Listener = ignore) -> DeviceProfile:
-    """This machine's CPU with its rates, which are measured the first time and kept."""
-    device = DeviceProfile.detect()
+def known_device(
+    root: AnyPath | None = None, listener: Listener = ignore, kind: Literal["cpu", "cuda"] = "cpu"
+) -> DeviceProfile:
+    """This machine's CPU or GPU with its rates, which are measured the first time and kept."""
+    device = DeviceProfile.detect(kind)
     file = device_file(device, root)
     if not file.is_file():
         listener(Progress("device", "measuring what this machine reaches"))

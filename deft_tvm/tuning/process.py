@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,6 +50,9 @@ class Worker:
         module: that Python runs as the process; by default `worker`, with `role` as its argument.
         arguments: of the module.
         start_seconds: after which a process that is not ready counts as one that cannot start.
+
+    Attributes:
+        ready: it has imported what it needs, as far as was waited for.
     """
 
     def __init__(
@@ -60,7 +64,10 @@ class Worker:
     ) -> None:
         self.role, self.start_seconds = role, start_seconds
         self._command = (sys.executable, "-m", module, *(arguments or (role,)))
-        self._closed, self._asking = False, threading.Lock()
+        self._closed, self._asking = False, threading.RLock()
+        # Linux ends a process with the thread that started it, see `child.end_with_parent`; one
+        # that asks may end long before.
+        self._starter = ThreadPoolExecutor(1, "deft-tvm-starter")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
         self._start()
 
@@ -69,15 +76,16 @@ class Worker:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._errors.seek(0)
         self._errors.truncate()
-        self._ready = False
-        self._process = subprocess.Popen(
+        self.ready = False
+        self._process = self._starter.submit(
+            subprocess.Popen,
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=os.environ | {"PYTHONPATH": path},
             start_new_session=True,
-        )
+        ).result()
 
     def wait_until_ready(self) -> None:
         """Wait for its imports.
@@ -85,13 +93,14 @@ class Worker:
         Raises:
             TuningError: it cannot start.
         """
-        if self._ready:
-            return
-        try:
-            self._receive(Ready, self.start_seconds)
-        except (WorkerDied, WorkerTimeout, RequestFailed) as error:
-            raise TuningError(f"the {self.role} process did not start: {error}") from None
-        self._ready = True
+        with self._asking:
+            if self.ready:
+                return
+            try:
+                self._receive(Ready, self.start_seconds)
+            except (WorkerDied, WorkerTimeout, RequestFailed) as error:
+                raise TuningError(f"the {self.role} process did not start: {error}") from None
+            self.ready = True
 
     def ask(self, request: Request, answer: type[T], seconds: float) -> T:
         """The answer to `request`, if it comes within `seconds`.
@@ -102,8 +111,8 @@ class Worker:
             WorkerTimeout: it did not answer and was killed; another one has been started.
             TuningError: it cannot start.
         """
-        self.wait_until_ready()
         with self._asking:
+            self.wait_until_ready()
             try:
                 self._send(request)
                 return self._receive(answer, seconds)
@@ -119,6 +128,7 @@ class Worker:
         self._kill()
         with self._asking:
             self._end()
+        self._starter.shutdown(wait=False)
 
     def _end(self) -> None:
         self._kill()

@@ -120,8 +120,9 @@ class WorkerRunner:
         self._built[key] = path, Outcome("ok", compile_s=round(outcome.seconds, 3))
         if len(self._built) > KEPT_LIBRARIES:
             oldest, _ = self._built.pop(next(iter(self._built)))
-            with suppress(OSError):
-                os.unlink(oldest)
+            if self._directory:  # otherwise it lies on another machine, and goes with the session
+                with suppress(OSError):
+                    os.unlink(oldest)
         return self._built[key]
 
     def _time(self, request: Time) -> Sequence[Outcome]:

@@ -7,14 +7,11 @@ process does: the same loader's thread pool, the same arguments.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
-from typing import Any
 
 import msgspec
 import torch
@@ -23,8 +20,10 @@ import tvm_ffi
 from deft_tvm import threads
 from deft_tvm.device import DeviceProfile
 from deft_tvm.limit import probes
+from deft_tvm.manifest import installed_versions
 from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.timing import measure
+from deft_tvm.tuning.child import answers_alone, end_with_parent, write_line
 from deft_tvm.tuning.expected import Expected, expected
 from deft_tvm.tuning.messages import (
     Answer,
@@ -32,46 +31,43 @@ from deft_tvm.tuning.messages import (
     Built,
     Failed,
     Outcome,
+    Profile,
+    Profiled,
     Ready,
     Request,
     Time,
     Timed,
     brief,
 )
+from deft_tvm.tuning.probe import known_device
 from deft_tvm.tuning.subject import Launch, cold_bytes
 
 MOST_SAMPLES = 30
 
 
 def main(role: str) -> None:
-    """Answer requests until the input ends; what libraries print goes to standard error."""
-    _end_with_parent()
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    """Answer requests until the input ends."""
+    end_with_parent()
+    answers = answers_alone()
     if role == "build":
         import deft_tvm.build  # noqa: F401  (seconds, before the first request)
-    _write(answers, Ready())
+    write_line(answers, msgspec.json.encode(Ready()))
     for line in sys.stdin.buffer:
-        _write(answers, _answer(msgspec.json.decode(line, type=Request)))
-
-
-def _write(stream: Any, answer: Answer) -> None:
-    stream.write(msgspec.json.encode(answer) + b"\n")
-    stream.flush()
+        answer = _answer(msgspec.json.decode(line, type=Request))
+        write_line(answers, msgspec.json.encode(answer))
 
 
 def _answer(request: Request) -> Answer:
     try:
-        return _build(request) if isinstance(request, Build) else _time(request)
+        match request:
+            case Build():
+                return _build(request)
+            case Time():
+                return _time(request)
+            case Profile():
+                return Profiled(known_device(kind=request.kind), installed_versions())
     except Exception as error:
         return Failed(f"{type(error).__name__}: {error}")
-
-
-def _end_with_parent() -> None:
-    """Also in the middle of a candidate that never ends; Linux only, elsewhere at the next line."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _build(request: Build) -> Built:
@@ -83,9 +79,10 @@ def _build(request: Build) -> Built:
     begin = time.perf_counter()
     executable = compile_module(module, request.target)
     on_cpu = request.target["kind"] == "llvm"
+    path = os.path.abspath(request.path)
     # A list of its own: export_library adds to it.
-    addons = [*_torch_pool(os.path.dirname(request.path))] if on_cpu else None
-    executable.export_library(request.path, addons=addons)
+    addons = [*_torch_pool(os.path.dirname(path))] if on_cpu else None
+    executable.export_library(path, addons=addons)
     return Built(time.perf_counter() - begin)
 
 
@@ -136,9 +133,10 @@ def _load(library: str, function: str, device: DeviceProfile) -> Callable[..., o
         import tvm  # noqa: F401  (its CUDA runtime)
     else:
         torch.set_num_threads(device.cores)
-    module = tvm_ffi.load_module(library)
+    path = os.path.abspath(library)
+    module = tvm_ffi.load_module(path)
     if device.kind == "cpu":
-        threads.adopt_pool(library)
+        threads.adopt_pool(path)
     return module.get_function(function)
 
 
