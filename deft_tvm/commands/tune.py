@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +22,8 @@ from deft_tvm.commands.common import (
     specs_of,
     table,
 )
-from deft_tvm.commands.progress import shown
+from deft_tvm.commands.progress import shown, told
+from deft_tvm.errors import InputError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import parse as parse_workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
@@ -28,6 +31,7 @@ from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from deft_tvm.tuning.fleet import Fleet
     from deft_tvm.tuning.result import KernelResult, TuningResult
 
 STOPPED = 130
@@ -64,11 +68,22 @@ def tune(
         ),
     ] = None,
     seed: SeedOption = 0,
+    rpc: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Measure on the machines that wait at this tracker, see `serve-device`.",
+        ),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="With --rpc: what they registered as.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Try ways to schedule the kernels on this machine, keep all results, build the best.
 
     It may be stopped at any moment: the same command goes on where it was, from its log.
+
+    With --rpc the kernels are tuned for the devices of other machines, as many candidates at once
+    as there are, and the modules built for these.
 
     Example: deft-tvm tune few_shot speculative --model ./llama --minutes 20
     """
@@ -80,15 +95,19 @@ def tune(
     # What is wrong is refused here, before anything is measured.
     for text in workload or ():
         parse_workload(text)
-    for each in specs:
-        check_place(cache_directory(each, DeviceProfile.detect()))
+    if (rpc is None) != (key is None):
+        raise InputError(f"--rpc is {rpc!r} and --key is {key!r}; expected both or neither")
+    if rpc is None:
+        for each in specs:
+            check_place(cache_directory(each, DeviceProfile.detect()))
     if trials is None and minutes is None:
         trials = TRIALS
     share = None if minutes is None else minutes / len(specs)
     found = []
     try:
-        for each in specs:
-            found.append(_tune(each, workload, trials, share, seed))
+        with _fleet(rpc, key) as fleet:
+            for each in specs:
+                found.append(_tune(each, workload, trials, share, seed, fleet))
     except KeyboardInterrupt:
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
@@ -101,14 +120,31 @@ def tune(
             _print(found)
 
 
+@contextmanager
+def _fleet(tracker: str | None, key: str | None) -> Iterator[Fleet | None]:
+    """The machines of a key; None for this one."""
+    if tracker is None or key is None:
+        yield None
+        return
+    with told() as say:
+        say(f"asking {tracker} for machines of key {key}")
+        from deft_tvm.tuning.fleet import Fleet
+
+        fleet = Fleet(tracker, key)
+    with closing(fleet):
+        yield fleet
+
+
 def _tune(
     spec: AttentionSpec,
     workloads: list[str] | None,
     trials: int | None,
     minutes: float | None,
     seed: int,
+    fleet: Fleet | None,
 ) -> tuple[AttentionSpec, TuningResult, Path]:
     """Tune one spec and build its module."""
+    device = None if fleet is None else fleet.device
     with shown(str(spec)) as listener:
         from deft_tvm.build import build
         from deft_tvm.tuning.tune import WORKLOADS, tune
@@ -118,10 +154,12 @@ def _tune(
             workloads or WORKLOADS,
             trials=trials,
             minutes=minutes,
+            device=device,
             seed=seed,
             listener=listener,
+            runner=fleet,
         )
-        return spec, found, build(spec)
+        return spec, found, build(spec, device)
 
 
 def _as_json(spec: AttentionSpec, found: TuningResult, module: Path) -> dict[str, object]:

@@ -58,6 +58,16 @@ def write_profile(device: DeviceProfile, root: AnyPath | None = None) -> Path:
     return path
 
 
+def kept(device: DeviceProfile, root: AnyPath | None = None) -> DeviceProfile:
+    """The profile beside the logs of a measured device, which is `device` if it is the first."""
+    if not device.measured:
+        return device
+    file = device_file(device, root)
+    if not file.is_file():
+        write_profile(device, root)
+    return DeviceProfile.read(file)
+
+
 def known_device(
     root: AnyPath | None = None, listener: Listener = ignore, kind: Literal["cpu", "cuda"] = "cpu"
 ) -> DeviceProfile:

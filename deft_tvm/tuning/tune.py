@@ -22,7 +22,7 @@ from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.lines import Trial
 from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, writable_root
-from deft_tvm.tuning.probe import known_device
+from deft_tvm.tuning.probe import kept, known_device
 from deft_tvm.tuning.result import Listener, Progress, TuningResult, ignore
 from deft_tvm.tuning.run import new_run
 from deft_tvm.tuning.runner import LocalRunner, Runner
@@ -55,7 +55,8 @@ def tune(
         trials: of all kernels together, earlier ones in the log included; None: all there are. A
             kernel with one decision needs none.
         minutes: after which no further trial is begun; the last measurement comes on top.
-        device: by default this machine's CPU, with rates that are measured once and kept.
+        device: by default this machine's CPU, with rates that are measured once and kept beside
+            its logs, so that plans stay the same; those of a measured device are kept, too.
         root: folder of logs, by default ``DEFT_TVM_LOGS``, else among the user's data.
         seed: of the search.
         listener: told how it goes, from the first moment.
@@ -70,7 +71,7 @@ def tune(
     slug = (device or DeviceProfile.detect()).slug
     log = TuningLog(writable_root(root) / slug / spec.slug)
     with log.only_writer():
-        device = device or known_device(root, listener)
+        device = kept(device, root) if device else known_device(root, listener=listener)
         listener(Progress("start", "preparing kernels and processes to time them"))
         reading = log.read()
         kernels = kernels_of(spec, workloads, device, reading)
