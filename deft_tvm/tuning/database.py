@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tvm.s_tir import meta_schedule as ms
-from tvm.s_tir.meta_schedule.utils import shash2hex
 from tvm.target import Target
 
 from deft_tvm.tuning.log import AnyPath
@@ -57,11 +56,11 @@ class Database:
 
     def missing(self, space: Space, numbers: Iterable[int]) -> list[int]:
         """Those of the decisions that have no record."""
-        own = shash2hex(space.module)
+        own = self._database.commit_workload(space.module)  # the one that is there, if it is
         traces = (
             record.trace
             for record in self._database.get_all_tuning_records()
-            if shash2hex(record.workload.mod) == own
+            if record.workload.same_as(own)
         )
         there = {space.number(space.decision_of(trace)) for trace in traces}
         return [number for number in numbers if number not in there]
