@@ -26,7 +26,7 @@ from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.log import TuningLog
 from deft_tvm.workloads import parse
 
-COMMANDS = ("tune", "build", "check", "bench", "info", "show")
+COMMANDS = ("tune", "serve-device", "build", "check", "bench", "info", "show")
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,7 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("show", "plan", "--grouping", "best"), "grouping is 'best'; expected one of node"),
         (("show", "tir", "--kernel", "gemm"), "kernel is 'gemm'; expected one of "),
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),
+        (("serve-device", "--tracker", "here"), "tracker is 'here'; expected HOST:PORT, as in 127"),
         (("check", "--module", "/nowhere"), "/nowhere/manifest.json"),
         (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
         (("info", "--model", "/no"), "/no: No such file or directory; expected a model's folder"),
