@@ -96,7 +96,8 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
     ) -> None:
         """Allow `max_trials` more, and teach the cost model what is known already."""
         self.left, self.batch, self.cost_model = max_trials, num_trials_per_iter, cost_model
-        known = [(n, c) for n in self.untaught if (c := self._candidate(n)) is not None]
+        untaught = self.untaught if cost_model is not None else []
+        known = [(n, c) for n in untaught if (c := self._candidate(n)) is not None]
         if cost_model is not None and known:
             results = [runner_result(self.tried[number]) for number, _ in known]
             cost_model.update(self.context, [candidate for _, candidate in known], results)
