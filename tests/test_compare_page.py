@@ -153,7 +153,7 @@ def test_the_summary_and_its_notes_are_those_of_all_renderings(found, document) 
     assert found.mean is not None
     for each in (words.summary(found), percent(found.mean.median), *words.notes(found)):
         assert each in document.text
-    assert "1 damaged lines of B were skipped" in document.text
+    assert "1 damaged line of B skipped" in document.text
 
 
 def test_surroundings_that_differ_are_said_loudly_and_before_any_number(document) -> None:

@@ -102,6 +102,23 @@ def test_a_newer_schema_is_refused(log) -> None:
         log.read()
 
 
+def test_a_line_of_the_first_schema_is_read(log) -> None:
+    """As it was written before runs had lines of their own."""
+    log.directory.mkdir(parents=True)
+    log.path.write_text(
+        '{"run":"20261122T003737-17667","trial":0,"kernel":"r4t16f32h8","spec":"gqa:hq=32,hkv=8,'
+        'd=128,dtype=f32,page=16,layout=nhd","workload":"few_shot","decision":{"out_dims":64},'
+        '"status":"ok","device":"amd-epyc-avx512bf16-2c","tile":{"lane_rows":4,"kv_tile":16,'
+        '"operand":"float32","heads":8},"latency_us":[3.0,1.0,2.0],"compile_s":0.683,"max_error":'
+        '5.46e-7,"error":"","best_us":2.0,"default":true,"final":true,"commit":"7588f8e",'
+        '"versions":{"tvm":"0.27.0.post1"},"time":"2026-11-22T00:37:40+00:00","schema":1}\n'
+    )
+    (found,) = log.read()
+    assert found.median_us == 2.0 and found.schema == 1 and found.final
+    assert (found.anchor_us, found.passes, found.limit_us) == ((), (), None)
+    assert log.read().runs == {} and log.read().skipped == 0
+
+
 def test_fields_of_a_newer_writer_are_ignored(log) -> None:
     log.append(trial(0))
     line = msgspec.json.decode(log.path.read_bytes()) | {"clock_mhz": 3000}

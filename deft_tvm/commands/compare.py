@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deft_tvm.commands.common import CHECK_FAILED, JsonOption, console, needs_compiler, print_json
+from deft_tvm.commands.common import (
+    CHECK_FAILED,
+    JsonOption,
+    console,
+    is_installed,
+    needs_compiler,
+    print_json,
+)
 from deft_tvm.files import write_whole
 
 if TYPE_CHECKING:
@@ -68,15 +75,23 @@ def compare(
 
         write_whole(html, page(found).encode())
     if plot is not None:
-        from deft_tvm.compare.plot import plot as draw
-
-        draw(found, plot)
+        _plot(found, plot)
     if as_json:
         print_json({"comparisons": [_as_json(each) for each in found], "failures": failures})
     else:
         _print(found, failures, markdown)
     if failures:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _plot(found: list[Comparison], path: Path) -> None:
+    from deft_tvm.errors import CompilerMissing, installing
+
+    if not is_installed("matplotlib"):
+        raise CompilerMissing(f"--plot needs matplotlib; run {installing('plot')}")
+    from deft_tvm.compare.plot import plot
+
+    plot(found, path)
 
 
 def _print(found: list[Comparison], failures: list[str], as_markdown: bool) -> None:

@@ -39,20 +39,11 @@ def page(found: Sequence[Comparison]) -> str:
         marks=MARKS,
         percent=percent,
         percents=percents,
-        headers=headers,
         smallest=SMALLEST,
         band=(1 / (1 + SMALLEST), 1 + SMALLEST),
         sure=SURE,
     )
     return made.strip() + "\n"
-
-
-def headers(found: Comparison) -> dict[str, tuple[str, str]]:
-    """What both logs were made on and with, by name; a dash where one does not say."""
-    one, other = dict(words.header(found.before)), dict(words.header(found.after))
-    return {
-        name: (one.get(name, "–"), other.get(name, "–")) for name in dict.fromkeys((*one, *other))
-    }
 
 
 def percent(ratio: float) -> str:

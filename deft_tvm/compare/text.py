@@ -67,10 +67,9 @@ def markdown(found: Comparison) -> str:
 def _markdown(found: Comparison) -> Iterator[str]:
     yield f"**{words.summary(found)}**\n"
     yield "| | A | B |\n| --- | --- | --- |"
-    one, other = dict(words.header(found.before)), dict(words.header(found.after))
-    for name in dict.fromkeys((*one, *other)):
+    for name, (one, other) in words.headers(found).items():
         loud = "**differs:** " if name in found.differences else ""
-        yield f"| {loud}{name} | {_cell(one.get(name, ''))} | {_cell(other.get(name, ''))} |"
+        yield f"| {loud}{name} | {_cell(one)} | {_cell(other)} |"
     if found.differences:
         names = ", ".join(found.differences)
         yield f"\n> **The surroundings differ**: {names}."

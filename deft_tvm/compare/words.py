@@ -126,7 +126,8 @@ def notes(found: Comparison) -> list[str]:
         )
     for letter, source in (("A", found.before), ("B", found.after)):
         if source.skipped:
-            told.append(f"{source.skipped} damaged lines of {letter} were skipped")
+            lines = "line" if source.skipped == 1 else "lines"
+            told.append(f"{source.skipped} damaged {lines} of {letter} skipped")
     return told
 
 
@@ -150,6 +151,13 @@ def header(source: Source) -> list[tuple[str, str]]:
         ("runner", around.runner),
     ]
     return [(name, value) for name, value in lines if value]
+
+
+def headers(found: Comparison) -> dict[str, tuple[str, str]]:
+    """What both logs were made on and with, by name; a dash where one does not say."""
+    one, other = dict(header(found.before)), dict(header(found.after))
+    names = dict.fromkeys((*one, *other))
+    return {name: (one.get(name, "–"), other.get(name, "–")) for name in names}
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
