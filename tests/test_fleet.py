@@ -312,7 +312,8 @@ def test_what_is_left_goes_on_until_nothing_is(fleet: Fleet, servers: list[Runni
     processes = first.descendants
     slept = [soon(lambda: fleet.time([calling("sleep", 2)], SUBJECT, 0.1)) for _ in range(2)]
     time.sleep(1)
-    first.kill_group()
+    first.process.kill()  # alone: what it has started ends by itself
+    first.process.wait()
     ended = sorted((future.result(PATIENCE)[0] for future in slept), key=by_status)
     assert [outcome.status for outcome in ended] == ["lost", "wrong"]
     assert statuses(fleet, *map(candidate, range(3))) == ["ok"] * 3
