@@ -1,4 +1,4 @@
-"""The command line: ``deft-tvm tune · serve-device · compare · build · check · bench · info · log · show``.
+"""The command line ``deft-tvm``: tune, serve-device, compare, build, check, bench, info, log, show.
 
 Exit codes: 0 done, 1 a check failed or one of several modules could not be built, 2 wrong use, or
 something that is refused with a reason (by deft_tvm, or by the system: a file, a folder), 70 a

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 def installing(part: str) -> str:
-    """The command for an optional part (``cli``, ``tune``, ``rpc``): from a checkout, as on no index."""
+    """The command for an optional part (``cli``, ``rpc``, ...): from a checkout, as on no index."""
     return f"`pip install '.[{part}]'` in a checkout of deft_tvm"
 
 
