@@ -85,7 +85,7 @@ class Kernel:
     @property
     def settled(self) -> bool:
         """Nothing was tried since the best ones were measured again, or nothing can be."""
-        return len(self.good) < 2 or (self.trials[-1].final and self.trials[-1].status != "lost")
+        return not self.good or (self.trials[-1].final and self.trials[-1].status != "lost")
 
     def finalists(self) -> list[int]:
         """Numbers of the best decisions, and of the default if it works."""
