@@ -11,7 +11,6 @@ import pytest
 from comparable import DEVICE, SPEC, equal, kernels, noisy, redrawn, run_line, trial_line, write_log
 
 from deft_tvm.cli import main
-from deft_tvm.compare import statistics
 from deft_tvm.compare.comparison import Comparison, Verdict, compare
 from deft_tvm.compare.convergence import convergence
 from deft_tvm.compare.gates import Gates
@@ -21,7 +20,9 @@ from deft_tvm.compare.text import markdown
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError, LogError
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning.log import TuningLog, log_folders
+from deft_tvm.timing import Summary
+from deft_tvm.tuning.lines import Trial
+from deft_tvm.tuning.log import TRIALS, TuningLog, log_folders
 
 SHIPPED = Path(__file__).parents[1] / "logs"
 
@@ -50,7 +51,7 @@ def test_rounds_of_a_slow_minute_are_not_taken_for_independent() -> None:
     """Three passes around 100, 110 and 120 µs, of many rounds each."""
     values = np.concatenate([noisy(median, 1, 0.002, 200) for median in (100, 110, 120)])
     by_pass, as_one = Samples.of(values, (200, 200, 200)), Samples.of(values)
-    steady = Samples.of(np.full(18, 110.0))
+    steady = Samples.of(np.full(18, 110.0), (6, 6, 6))
     wide, narrow = ratio(steady, by_pass), ratio(steady, as_one)
     assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
 
@@ -73,8 +74,10 @@ def test_holm_by_hand() -> None:
 
 
 def test_the_mean_of_ratios_is_geometric() -> None:
-    twice = (Samples.of([1.0] * 18), Samples.of([2.0] * 18))
-    assert mean_ratio([twice, twice[::-1]]) == statistics.Summary(1.0, 1.0, 1.0)
+    twice, half = Summary(2.0, 1.0, 4.0), Summary(0.5, 0.25, 1.0)
+    found = mean_ratio([twice, half])
+    assert found is not None and found.median == pytest.approx(1.0)
+    assert found.high == pytest.approx(2 ** (1 / 2**0.5)) and found.low * found.high == 1.0
     assert mean_ratio([]) is None
 
 
@@ -95,6 +98,29 @@ def test_a_change_below_the_smallest_is_none_however_sure(tmp_path: Path) -> Non
     after = write_log(tmp_path / "b", equal(1), latency_us=(104.0,) * 18, anchor_us=(50.0,) * 18)
     (row,) = compared(before, after).rows
     assert row.sure and row.verdict is Verdict.SAME
+
+
+def test_neighbours_that_slow_many_rounds_and_not_the_fastest_are_no_slow_kernel(
+    tmp_path: Path,
+) -> None:
+    quick = noisy(100, 1)
+    slow = tuple(us * (1.0 if number % 6 == 0 else 1.3) for number, us in enumerate(quick))
+    before = write_log(tmp_path / "a", equal(1), latency_us=quick, anchor_us=(50.0,) * 18)
+    after = write_log(tmp_path / "b", equal(1), latency_us=slow, anchor_us=(50.0,) * 18)
+    (row,) = compared(before, after).rows
+    assert row.ratio is not None and row.ratio.low > 1.1
+    assert row.fastest is not None and row.fastest.median < 1.05
+    assert row.verdict is Verdict.SAME
+
+
+def test_the_best_of_a_search_is_not_tested(tmp_path: Path) -> None:
+    before, after = tmp_path / "a", tmp_path / "b"
+    for root, median in ((before, 100.0), (after, 200.0)):
+        log = TuningLog(root)
+        log.append(trial_line(0, "k", latency_us=noisy(median, 1)))
+    (row,) = compared(before, after).rows
+    assert row.p is None and row.verdict is Verdict.SAME
+    assert "no last measurement" in markdown(compared(before, after))
 
 
 def test_a_slow_hour_of_the_machine_is_no_slow_kernel(tmp_path: Path) -> None:
@@ -292,23 +318,26 @@ def test_a_log_beside_itself_measured_again_raises_few_false_alarms(tmp_path: Pa
     assert len(rows) == 10
     false_alarms = 0
     for number in range(100):
-        sides = []
-        for side in "ab":
-            log = TuningLog(tmp_path / f"{side}{number}")
-            for place, trial in enumerate(rows):
-                drawn = redrawn(
-                    trial.latency_us, trial.passes, 1000 * number + 10 * place + len(sides)
-                )
-                log.append(
-                    msgspec.structs.replace(
-                        trial,
-                        kernel=f"row{place}",
-                        spec=str(SPEC),
-                        latency_us=tuple(np.asarray(trial.latency_us)[drawn]),
-                        anchor_us=tuple(np.asarray(trial.anchor_us)[drawn]),
-                    )
-                )
-            sides.append(Source.read(log.directory))
-        found = compare(*sides)
-        false_alarms += bool(found.having(Verdict.SLOWER, Verdict.FASTER))
+        sides = [
+            another(rows, tmp_path / side, 2 * number + place) for place, side in enumerate("ab")
+        ]
+        false_alarms += bool(compare(*sides).having(Verdict.SLOWER, Verdict.FASTER))
     assert false_alarms <= 5
+
+
+def another(rows: list[Trial], folder: Path, seed: int) -> Source:
+    """A log as it might have been, had the rounds been drawn again."""
+    lines = []
+    for place, trial in enumerate(rows):
+        drawn = redrawn(trial.passes, 100 * seed + place)
+        line = msgspec.structs.replace(
+            trial,
+            kernel=f"row{place}",
+            spec=str(SPEC),
+            latency_us=tuple(trial.latency_us[i] for i in drawn),
+            anchor_us=tuple(trial.anchor_us[i] for i in drawn),
+        )
+        lines.append(msgspec.json.encode(line))
+    folder.mkdir(exist_ok=True)
+    (folder / TRIALS).write_bytes(b"\n".join(lines) + b"\n")
+    return Source.read(folder)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from deft_tvm.compare.sources import Source, Subject, Surroundings, Tuned
-from deft_tvm.compare.statistics import Samples, holm, mean_ratio, p_value, ratio
+from deft_tvm.compare.statistics import (
+    Samples,
+    fastest_ratio,
+    holm,
+    mean_ratio,
+    p_value,
+    ratio,
+)
 from deft_tvm.timing import Summary
 
 SMALLEST = 0.05
@@ -36,6 +43,7 @@ class Row:
         before, after: what the logs say of it; None where one has it not.
         ratio: time after over time before, with its interval; None where either is missing. Across
             devices, the ratio of shares of the limit, by which neither is called faster.
+        fastest: ratio of the fastest rounds, in plain time; None where there are too few passes.
         p: corrected for the number of rows; None where too little was measured to say.
         anchored: times were taken in parts of the limit measured beside them.
         across_devices: the logs are of two devices.
@@ -45,16 +53,27 @@ class Row:
     before: Tuned | None
     after: Tuned | None
     ratio: Summary | None
+    fastest: Summary | None
     p: float | None
     anchored: bool
     across_devices: bool
 
     @property
     def sure(self) -> bool:
-        """Chance does not explain the ratio."""
+        """Neither chance nor a busy machine explains the ratio."""
         if self.across_devices or self.ratio is None or self.p is None:
             return False
-        return self.p < SURE and not self.ratio.low <= 1 <= self.ratio.high
+        return self.p < SURE and (self._all_beyond(1.0) or self._all_below(1.0))
+
+    def _all_beyond(self, ratio: float) -> bool:
+        return all(found.low > 1 and found.median > ratio for found in self._ratios)
+
+    def _all_below(self, ratio: float) -> bool:
+        return all(found.high < 1 and found.median < ratio for found in self._ratios)
+
+    @property
+    def _ratios(self) -> list[Summary]:
+        return [found for found in (self.ratio, self.fastest) if found is not None]
 
     @property
     def verdict(self) -> Verdict | None:
@@ -67,9 +86,9 @@ class Row:
             return Verdict.FAILED
         if self.across_devices:
             return None
-        if self.sure and self.ratio.median > 1 + SMALLEST:
+        if self.sure and self._all_beyond(1 + SMALLEST):
             return Verdict.SLOWER
-        if self.sure and self.ratio.median < 1 / (1 + SMALLEST):
+        if self.sure and self._all_below(1 / (1 + SMALLEST)):
             return Verdict.FASTER
         return Verdict.SAME
 
@@ -121,14 +140,16 @@ def compare(before: Source, after: Source) -> Comparison:
     subjects = dict.fromkeys((*before.tuned, *after.tuned))
     pairs = {s: (before.tuned.get(s), after.tuned.get(s)) for s in subjects}
     samples = {s: found for s, pair in pairs.items() if (found := _samples(*pair, across))}
-    values = holm([None if across else p_value(*pair) for pair in samples.values()])
+    values = holm([None if across else _p_value(*pairs[s], pair) for s, pair in samples.items()])
     p_of = dict(zip(samples, values, strict=True))
+    ratios = {subject: ratio(*pair) for subject, pair in samples.items()}
     rows = tuple(
         Row(
             subject=subject,
             before=one,
             after=other,
-            ratio=ratio(*samples[subject]) if subject in samples else None,
+            ratio=ratios.get(subject),
+            fastest=_fastest(one, other) if subject in samples and not across else None,
             p=p_of.get(subject),
             anchored=bool(one and other and one.anchored and other.anchored),
             across_devices=across,
@@ -139,7 +160,7 @@ def compare(before: Source, after: Source) -> Comparison:
         before,
         after,
         rows,
-        mean_ratio(list(samples.values())),
+        mean_ratio(list(ratios.values())),
         _differences(before.surroundings, after.surroundings),
     )
 
@@ -163,6 +184,21 @@ def _samples(
         )
         return one, other
     return before.microseconds, after.microseconds
+
+
+def _fastest(before: Tuned | None, after: Tuned | None) -> Summary | None:
+    if before is None or after is None or not (before.final and after.final):
+        return None
+    return fastest_ratio(before.microseconds, after.microseconds)
+
+
+def _p_value(
+    before: Tuned | None, after: Tuned | None, pair: tuple[Samples, Samples]
+) -> float | None:
+    """None also for the best of a search, which looks better than it is."""
+    if before is None or after is None or not (before.final and after.final):
+        return None
+    return p_value(*pair)
 
 
 def _differences(before: Surroundings, after: Surroundings) -> dict[str, tuple[str, str]]:

@@ -53,6 +53,11 @@ class Tuned:
         return found[-1] if found else None
 
     @property
+    def final(self) -> bool:
+        """The winner was measured again after the search."""
+        return self.best is not None and self.best.final
+
+    @property
     def anchored(self) -> bool:
         """The limit was measured in the same rounds as the winner."""
         return self.best is not None and len(self.best.anchor_us) == len(self.best.latency_us)

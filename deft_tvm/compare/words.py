@@ -21,7 +21,10 @@ GROUPS: dict[str, tuple[Verdict | None, ...]] = {
 }
 """Rows under headings, in the order in which they are shown."""
 
-COLUMNS = ("kernel", "workload", "A µs", "B µs", "B/A", "95 %", "p", "n", "of the limit", "")
+COLUMNS = (
+    *("kernel", "workload", "A µs", "B µs", "B/A", "95 %", "fastest", "p", "n"),
+    *("of the limit", ""),
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -34,6 +37,7 @@ def cells(row: Row) -> list[str]:
         microseconds(after),
         "" if row.ratio is None else f"{row.ratio.median:.3f}",
         "" if row.ratio is None else interval(row.ratio),
+        "–" if row.fastest is None else f"{row.fastest.median:.3f}",
         p_value(row.p),
         " + ".join(str(len(t.best.latency_us)) for t in (before, after) if t and t.best),
         f"{share(before)} → {share(after)}",
@@ -113,12 +117,8 @@ def notes(found: Comparison) -> list[str]:
             "the machine cannot be told from a slow kernel"
         )
     if untested := [row for row in rows if row.p is None and not found.across_devices]:
-        told.append(f"{len(untested)} of {len(rows)} rows have too few samples to be tested")
-    unsettled = [
-        row
-        for row in rows
-        if any(t and t.best and not t.best.final for t in (row.before, row.after))
-    ]
+        told.append(f"{len(untested)} of {len(rows)} rows have too few rounds to be tested")
+    unsettled = [row for row in rows if any(t and not t.final for t in (row.before, row.after))]
     if unsettled:
         told.append(
             f"{len(unsettled)} of {len(rows)} rows have no last measurement: the best of a noisy "

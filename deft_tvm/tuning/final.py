@@ -3,7 +3,8 @@
 The best of many noisy measurements looks better than it is (the winner's curse), so what the search
 found is not believed but measured afresh, beside the default and in the same rounds. A shared
 machine has slow minutes: rounds are spread over passes, between which the other kernels have
-theirs, and in each round stands what would limit the launch just then.
+theirs, and in each round stands what would limit the launch just then. Where tensors lie in memory
+makes some kernels faster or slower, too, so every pass has new ones.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.runner import Runner
 
-PASSES = 3
-ROUNDS = 18
+PASSES = 5
+ROUNDS = 30
 """Of all passes together; the measuring loop makes six in each, whatever they take."""
 
 MOST_SECONDS = 20.0

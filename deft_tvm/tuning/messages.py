@@ -35,7 +35,7 @@ class Time(msgspec.Struct, frozen=True, tag=True):
         libraries: paths; they are timed in turn.
         function: the symbol.
         seconds: to spend on timing all of them.
-        anchored: time beside them, in the same rounds, what limits the launch.
+        anchored: on new tensors, and beside them, in the same rounds, time what limits the launch.
     """
 
     subject: Subject

@@ -134,6 +134,12 @@ def subjects(
     return [Subject(kernel, str(spec), name, tuple(tiles), device) for kernel in kernels]
 
 
+def forget_launches() -> None:
+    """The next launch gets new tensors, which lie elsewhere in memory."""
+    _launch.cache_clear()
+    _case.cache_clear()
+
+
 @lru_cache(maxsize=16)
 def _launch(encoded: bytes) -> Launch:
     subject = msgspec.json.decode(encoded, type=Subject)

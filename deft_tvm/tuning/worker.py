@@ -40,7 +40,7 @@ from deft_tvm.tuning.messages import (
     brief,
 )
 from deft_tvm.tuning.probe import known_device
-from deft_tvm.tuning.subject import Launch, cold_bytes
+from deft_tvm.tuning.subject import Launch, cold_bytes, forget_launches
 
 MOST_SAMPLES = 30
 
@@ -92,6 +92,8 @@ def _torch_pool(directory: str) -> tuple[str, ...]:
 
 
 def _time(request: Time) -> Timed:
+    if request.anchored:
+        forget_launches()
     launch = request.subject.launch()
     device = request.subject.device
     finish = torch.cuda.synchronize if device.kind == "cuda" else None
