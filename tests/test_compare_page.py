@@ -142,7 +142,7 @@ def test_groups_come_in_order_with_how_many_are_in_them(document) -> None:
     assert [each for each in headings if each[-1].isdigit()] == [
         "worse 1",
         "better 1",
-        "unchanged, or by less than 5% 1",
+        "no sure change of 5% or more 1",
         "failed 1",
         "only in A 1",
         "only in B 1",

@@ -13,7 +13,7 @@ from deft_tvm.tuning.lines import Run
 GROUPS: dict[str, tuple[Verdict | None, ...]] = {
     "worse": (Verdict.SLOWER,),
     "better": (Verdict.FASTER,),
-    f"unchanged, or by less than {SMALLEST:.0%}": (Verdict.SAME,),
+    f"no sure change of {SMALLEST:.0%} or more": (Verdict.SAME,),
     "shares of two devices' limits": (None,),
     "failed": (Verdict.FAILED,),
     "only in A": (Verdict.ONLY_BEFORE,),
