@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +101,3 @@ def kernels(count: int) -> list[str]:
 def equal(count: int, median: float = 100.0) -> dict[str, float]:
     """So many kernels that take the same time."""
     return dict.fromkeys(kernels(count), median)
-
-
-def redrawn(passes: Sequence[int], seed: int) -> np.ndarray:
-    """Other places in recorded rounds, as another measurement might have met them: of each pass as
-    many as it has, from that pass."""
-    rng = np.random.default_rng(seed)
-    ends = np.cumsum(passes)
-    return np.concatenate(
-        [rng.integers(end - size, end, size) for end, size in zip(ends, passes, strict=True)]
-    )

@@ -78,6 +78,16 @@ def test_specs_and_devices_go_to_places_of_their_own(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["another", DEVICE.slug]
 
 
+def test_a_log_without_a_line_that_can_be_read_is_left_out(tmp_path: Path) -> None:
+    """A tuning that was stopped before its first trial, and one that never wrote a line."""
+    source = write(tmp_path / "one", "a", 1, "2026-11-20T10:00:00+00:00")
+    place(tmp_path / "stopped").append(run_line("b"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "trials.jsonl").touch()
+    (found,) = merge([source, tmp_path / "stopped", tmp_path / "empty"], tmp_path / "all")
+    assert found.lines == 3 and set(found.log.read().runs) == {"a", "b"}
+
+
 def test_the_newest_measured_profile_is_kept(tmp_path: Path) -> None:
     for name, date in (("one", "2026-11-20"), ("two", "2026-11-21"), ("three", "")):
         root = write(tmp_path / name, name, 1, "2026-11-20T10:00:00+00:00")
@@ -86,6 +96,10 @@ def test_the_newest_measured_profile_is_kept(tmp_path: Path) -> None:
     merge([tmp_path / name for name in ("one", "two", "three")], tmp_path / "all")
     kept = tmp_path / "all" / DEVICE.slug / PROFILE
     assert type(DEVICE).read(kept).name == "two"
+    later = msgspec.structs.replace(DEVICE, date="2026-11-30", measured=True, name="four")
+    later.write(tmp_path / "one" / DEVICE.slug / PROFILE)
+    merge([tmp_path / "one"], tmp_path / "all")
+    assert type(DEVICE).read(kept).name == "two", "by which the logs there were planned"
 
 
 def test_a_log_that_is_being_tuned_is_left_alone(tmp_path: Path) -> None:
@@ -103,6 +117,12 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["log", "merge", str(source), "--into", str(tmp_path / "all")])
     assert not ended.value.code
     assert "3 lines added, 3 in all" in capsys.readouterr().out
+
+
+def test_a_log_that_is_not_there_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match=r"has no trial in it; expected a tuning log"):
+        export_t4(TuningLog(tmp_path / "absent"), tmp_path / "t4")
+    assert not (tmp_path / "t4").exists()
 
 
 def test_t4_has_every_trial_with_its_status_and_times_in_ms(tmp_path: Path) -> None:

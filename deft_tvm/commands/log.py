@@ -65,13 +65,13 @@ def merge(
 @log.command()
 def measure(
     log: LogArgument,
+    into: Annotated[
+        Path,
+        typer.Option(help="Folder of logs to write to, another than those that are built from."),
+    ],
     kernel: KernelOption = None,
     workload: Annotated[
         str | None, typer.Option(help="The workload it was tuned on; by default each.")
-    ] = None,
-    into: Annotated[
-        Path | None,
-        typer.Option(help="Folder of logs to write to; by default the user's own."),
     ] = None,
 ) -> None:
     """Measure the winners of a log again, as tuning does at its end.

@@ -65,6 +65,13 @@ class Row:
             return False
         return self.p < SURE and (self._all_beyond(1.0) or self._all_below(1.0))
 
+    @property
+    def surely_slower_by(self) -> float:
+        """By what part at least, the smaller of both ratios; 0 where nothing is sure."""
+        if not (self.sure and self._all_beyond(1.0)):
+            return 0.0
+        return min(found.median for found in self._ratios) - 1
+
     def _all_beyond(self, ratio: float) -> bool:
         return all(found.low > 1 and found.median > ratio for found in self._ratios)
 

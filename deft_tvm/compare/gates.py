@@ -54,11 +54,11 @@ class Gates:
         if self.regression is None:
             return
         for row in found.rows:
-            slower = row.ratio.median - 1 if row.ratio and row.sure else 0.0
+            slower = row.surely_slower_by
             if slower > self.regression:
                 yield (
                     f"{row.subject.kernel} on {row.subject.workload} is {slower:.1%} slower; "
-                    f"expected {self.regression:.0%} or less"
+                    f"expected {100 * self.regression:g}% or less"
                 )
 
     def _mean(self, found: Comparison) -> Iterator[str]:
@@ -66,11 +66,14 @@ class Gates:
         if most is None or mean is None or found.across_devices:
             return
         if mean.low > 1 and mean.median > 1 + most:
-            yield f"the geometric mean is {mean.median - 1:.1%} slower; expected {most:.0%} or less"
+            slower = mean.median - 1
+            yield f"the geometric mean is {slower:.1%} slower; expected {100 * most:g}% or less"
 
     def _missing(self, found: Comparison) -> Iterator[str]:
         if self.missing:
             for row in found.having(Verdict.ONLY_BEFORE, Verdict.FAILED):
+                if row.after is not None and row.after.best is not None:
+                    continue  # it is A that has none
                 yield f"{row.subject.kernel} on {row.subject.workload} has no time in B"
 
 

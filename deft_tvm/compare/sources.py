@@ -89,7 +89,7 @@ class Tuned:
     def command(self) -> str:
         """What measures the winner again."""
         parts = ("--kernel", self.subject.kernel, "--workload", self.subject.workload)
-        return shlex.join(("deft-tvm", "log", "measure", str(self.log), *parts))
+        return shlex.join(("deft-tvm", "log", "measure", str(self.log), "--into", "again", *parts))
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def summary(found: Comparison) -> str:
             for word, verdict in (
                 ("slower", Verdict.SLOWER),
                 ("faster", Verdict.FASTER),
-                ("unchanged", Verdict.SAME),
+                ("not surely changed", Verdict.SAME),
             )
         )
         what = ", ".join(counts)
@@ -116,19 +116,35 @@ def notes(found: Comparison) -> list[str]:
             f"{len(plain)} of {len(rows)} rows have no limit measured beside them: a slow hour of "
             "the machine cannot be told from a slow kernel"
         )
-    if untested := [row for row in rows if row.p is None and not found.across_devices]:
+    settled = [row for row in rows if all(t and t.final for t in (row.before, row.after))]
+    if untested := [row for row in settled if row.p is None and not found.across_devices]:
         told.append(f"{len(untested)} of {len(rows)} rows have too few rounds to be tested")
-    unsettled = [row for row in rows if any(t and not t.final for t in (row.before, row.after))]
-    if unsettled:
+    if unsettled := [row for row in rows if row not in settled]:
         told.append(
             f"{len(unsettled)} of {len(rows)} rows have no last measurement: the best of a noisy "
             "search looks better than it is"
+        )
+    if (
+        not found.across_devices
+        and len({_rates(s) for s in (found.before, found.after)} - {None}) > 1
+    ):
+        told.append(
+            "the rates in device.json differ, by which work is divided: kernels may have had other "
+            "work to do"
         )
     for letter, source in (("A", found.before), ("B", found.after)):
         if source.skipped:
             lines = "line" if source.skipped == 1 else "lines"
             told.append(f"{source.skipped} damaged {lines} of {letter} skipped")
     return told
+
+
+def _rates(source: Source) -> tuple[float, ...] | None:
+    """By which the last run planned; None where a log does not tell."""
+    if not source.runs:
+        return None
+    last = source.runs[-1]
+    return (last.read_bandwidth, *last.matrix_rate.values())
 
 
 def header(source: Source) -> list[tuple[str, str]]:

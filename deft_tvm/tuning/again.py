@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec
@@ -9,7 +11,7 @@ from deft_tvm.tuning.budget import Budget
 from deft_tvm.tuning.final import settle
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
-from deft_tvm.tuning.log import AnyPath, TuningLog, winner, writable_root
+from deft_tvm.tuning.log import AnyPath, TuningLog, winner
 from deft_tvm.tuning.logged import logged_device, logged_kernels
 from deft_tvm.tuning.probe import device_file, write_profile
 from deft_tvm.tuning.result import Listener, Progress, ignore
@@ -23,7 +25,7 @@ def measure_again(
     *,
     kernel: str | None = None,
     workload: str | None = None,
-    into: AnyPath | None = None,
+    into: AnyPath,
     listener: Listener = ignore,
     runner: Runner | None = None,
 ) -> TuningLog:
@@ -32,8 +34,8 @@ def measure_again(
     Args:
         log: whose winners.
         kernel, workload: only this one.
-        into: folder of logs to write to, as `writable_root`; the lines are added to the log of the
-            same device and spec there.
+        into: folder of logs to write to, best one of its own: modules are built from the last
+            measurement of a log, and this one knows the winners alone.
         listener: told how it goes.
         runner: where candidates are timed, by default this machine; it stays open.
 
@@ -51,7 +53,7 @@ def measure_again(
     kernels = logged_kernels(log, device, kernel, workload)
     finalists = {each: [_winner(each, log)] for each in kernels}
     spec = AttentionSpec.parse(kernels[0].space.subject.spec)
-    target = TuningLog(writable_root(into) / device.slug / spec.slug)
+    target = TuningLog(Path(into) / device.slug / spec.slug)
     with target.only_writer(), opened(runner) as chosen:
         if not device_file(device, into).is_file():
             write_profile(device, into)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from deft_tvm.errors import LogError
 from deft_tvm.files import write_whole
 from deft_tvm.tuning.lines import Status, Trial
 from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject
@@ -35,18 +36,22 @@ def export_t4(log: TuningLog, directory: AnyPath) -> list[Path]:
     """Write the trials of each kernel and workload into a file of the folder.
 
     Raises:
+        LogError: there is no trial in it.
         OSError: the folder cannot be written.
     """
+    trials = by_subject(log.read())
+    if not trials:
+        raise LogError(f"{log.directory} has no trial in it; expected a tuning log")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     names: Counter[str] = Counter()
     paths = []
-    for (kernel, _), trials in by_subject(log.read()).items():
+    for (kernel, _), found in trials.items():
         names[kernel] += 1
         name = kernel if names[kernel] == 1 else f"{kernel}-{names[kernel]}"
-        found = {"schema_version": T4_VERSION, "results": [_result(trial) for trial in trials]}
+        content = {"schema_version": T4_VERSION, "results": [_result(trial) for trial in found]}
         path = folder / f"{name}.t4.json"
-        write_whole(path, msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+        write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
         paths.append(path)
     return paths
 

@@ -15,17 +15,15 @@ from collections.abc import Mapping, Sequence
 from tvm import IRModule
 
 from deft_tvm.schedules import schedule
+from deft_tvm.timing import FEWEST_ROUNDS
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.runner import Runner
 
 PASSES = 5
-ROUNDS = 30
-"""Of all passes together; the measuring loop makes six in each, whatever they take."""
-
-MOST_SECONDS = 20.0
-"""Of timing the finalists of one kernel."""
+ROUNDS = PASSES * FEWEST_ROUNDS
+"""Of all passes together."""
 
 BESIDE_SECONDS = 0.03
 """What a round takes beside the candidates: emptying caches, and the anchor."""
@@ -54,7 +52,7 @@ def _measure(
     kernel: Kernel, numbers: Sequence[int], modules: Sequence[IRModule], runner: Runner
 ) -> Sequence[Outcome]:
     """One pass; another try where the machine went away."""
-    seconds = min(MOST_SECONDS, ROUNDS * _round_seconds(kernel, numbers)) / PASSES
+    seconds = FEWEST_ROUNDS * _round_seconds(kernel, numbers)
     outcomes: Sequence[Outcome] = ()
     for _ in range(2):
         outcomes = runner.time(modules, kernel.space.subject, seconds, anchored=True)

@@ -179,6 +179,8 @@ class Fleet:
                 found = place.profile().device
             except TuningError as error:
                 return self._give_up(place, error)
+            except Exception as error:  # a place that is neither free nor given up is waited for
+                return self._give_up(place, TuningError(f"{type(error).__name__}: {error}"))
             with self._changed:
                 self._devices.setdefault(found.slug, found)
                 right = found.slug == next(iter(self._devices))

@@ -85,7 +85,8 @@ class Kernel:
     @property
     def settled(self) -> bool:
         """Nothing was tried since the best ones were measured again, or nothing can be."""
-        return not self.good or (self.trials[-1].final and self.trials[-1].status != "lost")
+        last = [t for t in self.trials if t.final and t.run == self.trials[-1].run]
+        return not self.good or (self.trials[-1].final and any(t.status == "ok" for t in last))
 
     def finalists(self) -> list[int]:
         """Numbers of the best decisions, and of the default if it works."""

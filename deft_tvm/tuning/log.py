@@ -5,9 +5,9 @@
     logs/<device>/<spec>/database_*.json      rebuilt from them for MetaSchedule; not shipped
     logs/default-<kind>/decisions.json        default decisions, where there are any
 
-A line is written, flushed and synchronised before the next trial starts, so that a kill at any
-moment costs at most the trial that was running. A line that was cut off is skipped and counted, and
-the next one begins on a line of its own.
+A line is written, flushed and synchronised as soon as its trial has ended, so that a kill at any
+moment costs at most the trials that were running. A line that was cut off is skipped and counted,
+and the next one begins on a line of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import filelock
 import msgspec
@@ -182,8 +183,9 @@ def by_subject(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
 def winner(trials: Sequence[Trial]) -> Trial:
     """The lowest median of the last final measurement, or of all where there was none.
 
-    In a final measurement the default gives way only to what was faster in so many rounds that
-    chance explains it in fewer than 2.5 % of cases (sign test, normal approximation).
+    In a final measurement the default gives way only to what was faster in so many rounds that, if
+    rounds were independent, chance would explain it in fewer than 2.5 % of cases, divided among its
+    rivals (sign test, normal approximation).
     """
     final = [trial for trial in trials if trial.final]
     last = [trial for trial in final if trial.run == final[-1].run]
@@ -191,7 +193,8 @@ def winner(trials: Sequence[Trial]) -> Trial:
     default = next((trial for trial in last if trial.default), lowest)
     rounds = list(zip(lowest.latency_us, default.latency_us, strict=False))
     faster = sum(own < other for own, other in rounds)
-    return lowest if faster > len(rounds) / 2 + 0.98 * math.sqrt(len(rounds)) else default
+    sure = NormalDist().inv_cdf(1 - 0.025 / max(1, len(last) - 1))
+    return lowest if faster > (len(rounds) + sure * math.sqrt(len(rounds))) / 2 else default
 
 
 def log_folders(path: AnyPath) -> list[Path]:
@@ -234,9 +237,10 @@ def writable_root(root: AnyPath | None = None) -> Path:
 
 
 def find_log(spec: AttentionSpec, device: DeviceProfile) -> TuningLog | None:
-    """The first log of `spec` on this very device that is on disk; None if there is none."""
+    """The first log of `spec` on this very device in which a trial worked; None without one."""
     logs = (TuningLog(root / device.slug / spec.slug) for root in log_roots())
-    return next((log for log in logs if log.exists()), None)
+    worked = (log for log in logs if any(trial.status == "ok" for trial in log.read()))
+    return next(worked, None)
 
 
 def measured(device: DeviceProfile) -> DeviceProfile:

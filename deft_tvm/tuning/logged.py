@@ -18,7 +18,7 @@ def logged_device(log: TuningLog) -> DeviceProfile:
     Raises:
         LogError: there is none.
     """
-    return DeviceProfile.read(log.directory.parent / DEVICE)
+    return DeviceProfile.read(log.directory.resolve().parent / DEVICE)
 
 
 def logged_kernels(

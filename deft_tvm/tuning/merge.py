@@ -12,7 +12,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.files import write_whole
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning.lines import Line, Run, Trial, decode
+from deft_tvm.tuning.lines import Line, Run, decode
 from deft_tvm.tuning.log import DEVICE, TRIALS, AnyPath, TuningLog, log_folders
 
 Identity = tuple[str, int]
@@ -28,7 +28,7 @@ class Merged:
         sources: logs whose lines it has beside those that it had.
         lines: in it now.
         added: of these, new ones.
-        skipped: damaged lines of the sources.
+        skipped: damaged lines, of the sources and of the log itself, that are left out.
     """
 
     log: TuningLog
@@ -52,9 +52,10 @@ def merge(paths: Sequence[AnyPath], into: AnyPath) -> list[Merged]:
     folders = [folder for path in paths for folder in _some(path)]
     by_place: dict[Path, list[Path]] = {}
     for folder in folders:
-        trial = _first_trial(folder)
-        place = Path(into, trial.device, AttentionSpec.parse(trial.spec).slug)
-        by_place.setdefault(place, []).append(folder)
+        line = _first_line(folder)
+        if line is not None:
+            place = Path(into, line.device, AttentionSpec.parse(line.spec).slug)
+            by_place.setdefault(place, []).append(folder)
     return [_merge(TuningLog(place), sources) for place, sources in by_place.items()]
 
 
@@ -65,24 +66,24 @@ def _some(path: AnyPath) -> list[Path]:
     return found
 
 
-def _first_trial(folder: Path) -> Trial:
-    trial = next(iter(TuningLog(folder).read()), None)
-    if trial is None:
-        raise LogError(f"{folder} has no trial that can be read")
-    return trial
+def _first_line(folder: Path) -> Line | None:
+    """What tells device and spec; None for a log in which nothing can be read."""
+    reading = TuningLog(folder).read()
+    return next(iter((*reading.runs.values(), *reading)), None)
 
 
 def _merge(log: TuningLog, sources: Sequence[Path]) -> Merged:
     with log.only_writer():
-        kept, _ = _lines([log.directory] if log.exists() else [])
+        kept, damaged = _lines([log.directory] if log.exists() else [])
         found, skipped = _lines(sources)
         both = {**kept, **found}
         for identity in kept.keys() & found.keys():
             _check_equal(identity, kept[identity], found[identity], log.path)
-        ordered = sorted(both.items(), key=lambda pair: _began(both, pair[0][0]))
+        began = _beginnings(both)
+        ordered = sorted(both.items(), key=lambda pair: (began[pair[0][0]], pair[0][0]))
         write_whole(log.path, b"".join(line + b"\n" for _, line in ordered))
         _keep_profile(log.directory.parent, [source.parent for source in sources])
-    return Merged(log, tuple(sources), len(both), len(both) - len(kept), skipped)
+    return Merged(log, tuple(sources), len(both), len(both) - len(kept), skipped + damaged)
 
 
 def _lines(folders: Iterable[Path]) -> tuple[dict[Identity, bytes], int]:
@@ -116,16 +117,19 @@ def _check_equal(identity: Identity, one: bytes, other: bytes, path: Path) -> No
         raise LogError(f"{path}: {what} is there twice, and differs; expected the same line")
 
 
-def _began(lines: dict[Identity, bytes], run: str) -> tuple[str, str]:
-    """When a run's first line was written, and its name: sorting is stable within it."""
-    first = next(line for (name, _), line in lines.items() if name == run)
-    return decode(first).time, run
+def _beginnings(lines: dict[Identity, bytes]) -> dict[str, str]:
+    """When the first line of each run was written: sorting is stable within it."""
+    began: dict[str, str] = {}
+    for (run, _), line in lines.items():
+        if run not in began:
+            began[run] = decode(line).time
+    return began
 
 
 def _keep_profile(folder: Path, others: Sequence[Path]) -> None:
-    """The newest measured profile of the device, beside its logs."""
-    files = [file for each in (folder, *others) if (file := each / DEVICE).is_file()]
-    if files:
+    """The one beside the logs, by which their work was divided; else the newest of the others."""
+    files = [file for each in others if (file := each / DEVICE).is_file()]
+    if files and not (folder / DEVICE).is_file():
         DeviceProfile.read(max(files, key=_measured_on)).write(folder / DEVICE)
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,7 +117,9 @@ class Worker:
             try:
                 self._send(request)
                 return self._receive(answer, seconds)
-            except (WorkerDied, WorkerTimeout):
+            except RequestFailed:
+                raise
+            except BaseException:  # an answer may yet come, which would be taken for the next one
                 if not self._closed:
                     self._end()
                     self._start()
@@ -139,7 +142,8 @@ class Worker:
 
     def _kill(self) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # another thread has just waited for it
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, request: Request) -> None:
         assert self._process.stdin is not None
@@ -150,10 +154,15 @@ class Worker:
             raise WorkerDied(self._last_words()) from None
 
     def _receive(self, expected: type[T], seconds: float) -> T:
-        answer: Answer = msgspec.json.decode(self._line(seconds), type=Answer)
+        line = self._line(seconds)
+        try:
+            answer: Answer = msgspec.json.decode(line, type=Answer)
+        except msgspec.MsgspecError as error:
+            raise WorkerDied(f"an answer that cannot be read: {error}") from None
         if isinstance(answer, Failed):
             raise RequestFailed(answer.error)
-        assert isinstance(answer, expected)
+        if not isinstance(answer, expected):
+            raise WorkerDied(f"it answered {type(answer).__name__}; expected {expected.__name__}")
         return answer
 
     def _line(self, seconds: float) -> bytes:

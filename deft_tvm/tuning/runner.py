@@ -90,7 +90,11 @@ class WorkerRunner:
         built = [self._build(module, subject) for module in modules]
         libraries = tuple(path for path, outcome in built if outcome.status == "ok")
         symbol = str(modules[0].get_global_vars()[0].name_hint)
-        timed = iter(self._time(Time(subject, libraries, symbol, seconds, anchored)))
+        found = self._time(Time(subject, libraries, symbol, seconds, anchored))
+        if isinstance(found, Outcome) and len(modules) > 1:  # who is to blame?
+            each = seconds / len(modules)
+            return [self.time([module], subject, each, anchored)[0] for module in modules]
+        timed = iter([found] if isinstance(found, Outcome) else found)
         return [
             msgspec.structs.replace(next(timed), compile_s=outcome.compile_s)
             if outcome.status == "ok"
@@ -125,14 +129,13 @@ class WorkerRunner:
                     os.unlink(oldest)
         return self._built[key]
 
-    def _time(self, request: Time) -> Sequence[Outcome]:
+    def _time(self, request: Time) -> Sequence[Outcome] | Outcome:
+        """What came of each library, or of the process that was to time them all."""
         if not request.libraries:
             return ()
         limit = self.run_limit + request.seconds
         timed = self._answered("running", "runtime", lambda: self._timer.ask(request, Timed, limit))
-        if isinstance(timed, Outcome):
-            return (timed,) * len(request.libraries)
-        return timed.outcomes
+        return timed if isinstance(timed, Outcome) else timed.outcomes
 
     def _answered(self, doing: str, failed: Status, ask: Callable[[], T]) -> T | Outcome:
         """The answer, or what it says of the candidate that there is none."""

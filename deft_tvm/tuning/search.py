@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
@@ -82,26 +83,29 @@ class Search:
         kernel.context.pre_tuning(trials, batch, [], None, self._cost_model)
         while not self.budget.late and (candidates := kernel.context.generate_measure_candidates()):
             self._try(kernel, list(zip(kernel.search.proposed, candidates, strict=True)))
-            results = [runner_result(kernel.tried[n]) for n in kernel.search.proposed]
+            results = [runner_result(kernel.tried.get(n, ())) for n in kernel.search.proposed]
             kernel.context.notify_runner_results(candidates, results)
         kernel.context.post_tuning()
 
     def _try(self, kernel: Kernel, candidates: Candidates) -> None:
-        """Measure as many at once as the runner can; record each as it ends.
+        """Measure as many at once as the runner can; record each before another begins.
 
-        One that was lost with its machine is measured again, until `Kernel.tried` blames it.
+        One that was lost with its machine is measured again, until `Kernel.tried` blames it. Once
+        the time is over, no other one begins.
         """
-        by_number = dict(candidates)
+        by_number, waiting = dict(candidates), deque(number for number, _ in candidates)
+        running: dict[Future[Outcome], int] = {}
         pool = ThreadPoolExecutor(self.runner.width)
         try:
-            running = {self._begin(pool, kernel, c): number for number, c in by_number.items()}
-            while running:
+            while running or (waiting and not self.budget.late):
+                while waiting and len(running) < self.runner.width and not self.budget.late:
+                    number = waiting.popleft()
+                    running[self._begin(pool, kernel, by_number[number])] = number
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     number = running.pop(future)
-                    candidate = by_number[number]
-                    self.journal.tried(kernel, number, candidate, future.result())
+                    self.journal.tried(kernel, number, by_number[number], future.result())
                     if number not in kernel.tried:
-                        running[self._begin(pool, kernel, candidate)] = number
+                        waiting.append(number)
         finally:
             # Not waiting: after Ctrl-C a candidate may go on until its process is ended.
             pool.shutdown(wait=False, cancel_futures=True)

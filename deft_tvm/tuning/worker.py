@@ -22,7 +22,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.limit import probes
 from deft_tvm.manifest import installed_versions
 from deft_tvm.native import TORCH_POOL, compile_c
-from deft_tvm.timing import measure
+from deft_tvm.timing import FEWEST_ROUNDS, measure
 from deft_tvm.tuning.child import answers_alone, end_with_parent, write_line
 from deft_tvm.tuning.expected import Expected, expected
 from deft_tvm.tuning.messages import (
@@ -94,6 +94,7 @@ def _torch_pool(directory: str) -> tuple[str, ...]:
 def _time(request: Time) -> Timed:
     if request.anchored:
         forget_launches()
+        _expected.cache_clear()
     launch = request.subject.launch()
     device = request.subject.device
     finish = torch.cuda.synchronize if device.kind == "cuda" else None
@@ -112,7 +113,7 @@ def _time(request: Time) -> Timed:
         {**calls, **anchors},
         budget=request.seconds,
         warmup=1,
-        most_rounds=MOST_SAMPLES,
+        most_rounds=FEWEST_ROUNDS if request.anchored else MOST_SAMPLES,
         cold_bytes=cold_bytes(device),
         synchronize=finish,
     )
