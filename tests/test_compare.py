@@ -336,7 +336,7 @@ def test_a_log_beside_itself_measured_again_raises_few_false_alarms(tmp_path: Pa
     by_row: defaultdict[tuple[str, ...], list[Trial]] = defaultdict(list)
     for trial in measured:
         if trial.status == "ok" and trial.final and trial.anchor_us:
-            by_row[trial.spec, *trial.subject].append(trial)
+            by_row[(trial.spec, *trial.subject)].append(trial)
     rows = [row for row in by_row.values() if len(row) == 4][:10]
     assert len(rows) == 10
     rng = np.random.default_rng(0)
