@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from comparable import run_line
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
@@ -168,6 +169,16 @@ def test_logs_are_found_in_order(roots, tmp_path, monkeypatch) -> None:
     assert log_roots()[0] == named
     found = find_log(SPEC, DEVICE)
     assert found is not None and found.directory.is_relative_to(roots[0])
+
+
+def test_a_log_in_which_nothing_worked_hides_no_other(roots) -> None:
+    """A tuning that was stopped before its first trial leaves the line of its run."""
+    stopped, other = (TuningLog(root / DEVICE.slug / SPEC.slug) for root in roots)
+    other.append(trial())
+    stopped.append(run_line(spec=str(SPEC), device=DEVICE.slug))
+    stopped.append(trial(status="timeout", latency_us=()))
+    found = find_log(SPEC, DEVICE)
+    assert found is not None and found.directory == other.directory
 
 
 def test_a_log_of_another_device_is_not_found(roots) -> None:

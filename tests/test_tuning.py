@@ -6,6 +6,7 @@ import random
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ from deft_tvm.spec import AttentionSpec, CacheBuffer, Region
 from deft_tvm.tuning.budget import allot
 from deft_tvm.tuning.defaults import default_decision, default_for
 from deft_tvm.tuning.expected import expected
-from deft_tvm.tuning.messages import Time, Timed
+from deft_tvm.tuning.messages import Build, Built, Outcome, Time, Timed
 from deft_tvm.tuning.process import Worker, WorkerDied, WorkerTimeout
-from deft_tvm.tuning.runner import LocalRunner
+from deft_tvm.tuning.runner import LocalRunner, WorkerRunner
 from deft_tvm.tuning.space import Space, specialise
 from deft_tvm.tuning.strategy import GreedySearch, new_cost_model, runner_result
 from deft_tvm.tuning.subject import MERGE, subjects
@@ -336,3 +337,26 @@ def test_candidates_are_judged_and_timed() -> None:
     assert outcomes[1].max_error is not None and outcomes[1].max_error > 1e-3
     assert "the largest error" in outcomes[1].error
     assert outcomes[2].compile_s is None and outcomes[2].error
+
+
+class Answering:
+    """Stands for a process that compiles and times; it dies of one module."""
+
+    def __init__(self, deadly: str) -> None:
+        self.deadly, self.modules = deadly, {}
+
+    def ask(self, request: Build | Time, answer: type, seconds: float) -> Built | Timed:
+        if isinstance(request, Build):
+            self.modules[request.path] = request.module
+            return Built(0.1)
+        if any(self.modules[library] == self.deadly for library in request.libraries):
+            raise WorkerDied("gone")
+        return Timed(tuple(Outcome("ok", (1.0,)) for _ in request.libraries))
+
+
+def test_of_several_that_are_timed_together_the_one_that_dies_fails_alone(largest) -> None:
+    modules = [largest.candidate(number).sch.mod for number in (largest.start, 0)]
+    worker: Any = Answering(str(tvm.ir.save_json(modules[1])))
+    outcomes = WorkerRunner(worker, worker, "").time(modules, largest.subject, 0.1, anchored=True)
+    assert [outcome.status for outcome in outcomes] == ["ok", "runtime"]
+    assert outcomes[1].error == "gone"
