@@ -280,14 +280,14 @@ def test_winners_are_measured_again_beside_nothing(tuned, tmp_path) -> None:
 
 def test_what_cannot_be_measured_again_is_refused(tuned, tmp_path) -> None:
     with pytest.raises(LogError, match=r"has nothing of kernel r999t1f32 .* expected one of: "):
-        measure_again(tuned, kernel="r999t1f32", runner=FakeRunner())
+        measure_again(tuned, kernel="r999t1f32", into=tmp_path, runner=FakeRunner())
     log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
     write_profile(DEVICE, tmp_path)
     for trial in tuned.read():
         changed = {**trial.decision, "no_such_choice": 1}
         log.append(Trial(**{**_fields(trial), "decision": changed}))
     with pytest.raises(LogError, match=r"was decided as .*no_such_choice.* does not know"):
-        measure_again(log, runner=FakeRunner())
+        measure_again(log, into=tmp_path, runner=FakeRunner())
 
 
 def _fields(trial: Trial) -> dict:

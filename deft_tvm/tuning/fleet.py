@@ -160,7 +160,7 @@ class Fleet:
 
     def _assemble(self) -> DeviceProfile:
         """Wait for all machines; what they have in common."""
-        for place in self._places:
+        for place in tuple(self._places):  # of which one may be given up meanwhile
             self._prepare(place)
         with self._changed:
             self._changed.wait_for(lambda: len(self._free) == len(self._places))
