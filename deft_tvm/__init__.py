@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from deft_tvm.fp8 import dequantize, quantize
     from deft_tvm.pages import PageTable
     from deft_tvm.plan import Plan, Traffic
+    from deft_tvm.pool import PagePool
     from deft_tvm.pytorch import (
+        PagedKVCache,
+        Step,
         TreeAttention,
         TreeAttentionModule,
         absorb_query,
@@ -37,8 +40,11 @@ __all__ = [
     "DeftError",
     "DeviceProfile",
     "Forest",
+    "PagePool",
     "PageTable",
+    "PagedKVCache",
     "Plan",
+    "Step",
     "Traffic",
     "TreeAttention",
     "TreeAttentionModule",
@@ -61,8 +67,11 @@ _HOMES = {
     "DeftError": "errors",
     "DeviceProfile": "device",
     "Forest": "tree",
+    "PagePool": "pool",
     "PageTable": "pages",
+    "PagedKVCache": "pytorch",
     "Plan": "plan",
+    "Step": "pytorch",
     "Traffic": "plan",
     "TreeAttention": "pytorch",
     "TreeAttentionModule": "pytorch",

@@ -4,6 +4,7 @@ DeftError
 ├── SpecError       a specification that is not attention (also ValueError)
 ├── TreeError       parents, lengths or rows that are not a forest (also ValueError)
 ├── PageError       a page table that does not hold the forest's tokens (also ValueError)
+│   └── OutOfPages  a pool has fewer free pages than are needed; nothing was changed
 ├── PlanError       a plan that cannot be made from what was given (also ValueError)
 ├── InputError      tensors that do not fit the spec or the plan (also ValueError)
 ├── WorkloadError   a workload string or a recorded tree that cannot be read (also ValueError)
@@ -38,6 +39,10 @@ class TreeError(DeftError, ValueError):
 
 class PageError(DeftError, ValueError):
     """A page table does not hold the tokens of its forest."""
+
+
+class OutOfPages(PageError):
+    """A pool has fewer free pages than are needed; nothing was changed."""
 
 
 class PlanError(DeftError, ValueError):

@@ -37,6 +37,23 @@ def specs(
 ) -> tuple[AttentionSpec, ...]:
     """The distinct specs of a model's layers, in the order in which layers first use them.
 
+    Args and errors: those of `layers`, but that the number of layers need not be known.
+    """
+    found, _ = _specs(config, dtype)
+    return tuple(
+        dict.fromkeys(replace(layer, page_size=page_size, layout=layout) for layer in found)
+    )
+
+
+def layers(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    dtype: Dtype | None = None,
+    page_size: int = 16,
+    layout: Layout = "NHD",
+) -> tuple[AttentionSpec, ...]:
+    """The spec of each of a model's layers.
+
     Args:
         config: a model's folder, its ``config.json``, or the fields of that. Of a multimodal
             model, its ``text_config`` is taken.
@@ -48,6 +65,17 @@ def specs(
         SpecError: the file cannot be read, its model type is none of those known here, or a field
             is missing, of another type, or out of range.
     """
+    found, count = _specs(config, dtype)
+    if count is None:
+        raise SpecError("num_hidden_layers is missing or null; expected the number of layers")
+    each = found if len(found) == count else found * count
+    return tuple(replace(layer, page_size=page_size, layout=layout) for layer in each)
+
+
+def _specs(
+    config: str | os.PathLike[str] | Mapping[str, Any], dtype: Dtype | None
+) -> tuple[list[AttentionSpec], int | None]:
+    """The spec of each layer, or one where all are the same, and how many layers there are."""
     where, fields = _read(config)
     try:
         header = msgspec.convert(fields, _Header)
@@ -55,12 +83,9 @@ def specs(
         if text is not header:
             where, fields = f"{where}: text_config", fields["text_config"]
         family = msgspec.convert(fields, _family(text.model_type))
-        layers = list(family.layers(dtype or _dtype(text, header)))
+        return list(family.layers(dtype or _dtype(text, header))), text.num_hidden_layers
     except (SpecError, msgspec.ValidationError) as error:
         raise SpecError(f"{where}: {error}") from None
-    return tuple(
-        dict.fromkeys(replace(layer, page_size=page_size, layout=layout) for layer in layers)
-    )
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -69,6 +94,7 @@ class _Header(msgspec.Struct, frozen=True):
     model_type: str | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
+    num_hidden_layers: Count | None = None
     text_config: _Header | None = None
 
 

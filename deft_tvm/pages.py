@@ -109,6 +109,18 @@ class PageTable:
             f"PageTable(nodes={self.num_nodes}, pages={self.num_pages}, page_size={self.page_size})"
         )
 
+    def row_slots(self, forest: Forest) -> NDArray[np.int64]:
+        """int64[rows], the slot of each row's own token, rows in the caller's order.
+
+        Slots are counted through all pages: slot s of page p is ``p * page_size + s``. Each node
+        with rows must have tokens.
+        """
+        node = np.repeat(np.arange(forest.num_nodes), forest.rows)
+        token = consecutive(forest.lengths - forest.rows, forest.rows)
+        place = self.first_slot[node] + token
+        page = self.page_indices[self.page_indptr[node] + place // self.page_size]
+        return page * np.int64(self.page_size) + place % self.page_size
+
     def check(self, forest: Forest) -> None:
         """That every token of `forest` has a slot, and no two the same.
 

@@ -23,6 +23,7 @@ CORRIDOR = (
     ("env", "arrays", "files"),
     ("debug",),
     ("spec", "notation", "models", "device", "preorder", "prefixes", "tree", "pages", "context"),
+    ("pool",),
     ("plan",),
     ("kernels",),
     ("schedules",),
@@ -33,6 +34,7 @@ CORRIDOR = (
     ("artifact",),
     ("fp8", "layer"),
     ("pytorch",),
+    ("decoding",),
     ("integrations",),
 )
 COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}

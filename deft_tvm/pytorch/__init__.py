@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deft_tvm.pytorch.attention import TreeAttention, load
+from deft_tvm.pytorch.cache import PagedKVCache, Step
 from deft_tvm.pytorch.distributed import gather_heads, merge_ranks
 from deft_tvm.pytorch.latent import absorb_query, expand_output
 from deft_tvm.pytorch.layer import TreeAttentionModule
@@ -10,6 +11,8 @@ from deft_tvm.pytorch.merge import merge_states
 from deft_tvm.pytorch.sinks import apply_sinks
 
 __all__ = [
+    "PagedKVCache",
+    "Step",
     "TreeAttention",
     "TreeAttentionModule",
     "absorb_query",

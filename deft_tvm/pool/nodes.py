@@ -1,0 +1,220 @@
+"""Nodes of growing trees, whose tokens lie in pages: cut, joined and split as branches come and go.
+
+See `deft_tvm.pool.pool` for what stays true of them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deft_tvm.pool.ledger import Ledger
+
+Int64 = NDArray[np.int64]
+
+
+class Node:
+    """Tokens that the same branches share.
+
+    Attributes:
+        parent: None at the beginning of a tree.
+        children: none, or two and more.
+        pages: int32, those with tokens of the node; it shares the first with its parent where it
+            begins inside a page that the parent half filled.
+        start: position of the node's first token.
+        length: tokens of the node.
+        draft: parents of the last tokens, which are a tree and not yet part of the path, each the
+            number of an earlier one or `ROOT`.
+    """
+
+    __slots__ = ("children", "draft", "length", "pages", "parent", "start")
+
+    def __init__(self, parent: Node | None, start: int) -> None:
+        self.parent = parent
+        self.children: list[Node] = []
+        self.pages = array("i")
+        self.start = start
+        self.length = 0
+        self.draft: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def settled(self) -> int:
+        """Tokens that are part of the path."""
+        return self.length - len(self.draft)
+
+
+class Nodes:
+    """The nodes of all trees of a pool, the pages that they hold, and the copies that they want.
+
+    Attributes:
+        ledger: who holds which pages.
+        moves: for each slot that is to be copied to, the slot to copy from, all as if at once.
+        version: another number after each change of who descends from whom.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.moves: dict[int, int] = {}
+        self.version = 0
+
+    def below(self, parent: Node) -> Node:
+        """A new empty leaf at the end of a node."""
+        node = Node(parent, parent.end)
+        parent.children.append(node)
+        self.version += 1
+        return node
+
+    def try_out(self, leaf: Node, parents: Sequence[int]) -> None:
+        """The newest tokens of a leaf are a draft; see `deft_tvm.pool.PagePool.append`."""
+        leaf.draft = tuple(parents)
+        self.version += 1
+
+    def keep(self, leaf: Node, path: Sequence[int]) -> None:
+        """Of a leaf's draft only these tokens, which are numbered as in it."""
+        base = leaf.start + leaf.settled
+        source = self.slots(leaf, [base + token for token in path])
+        target = self.slots(leaf, range(base, base + len(path)))
+        leaf.draft = ()
+        self.move(source, target)
+        self.cut(leaf, base + len(path))
+        self.version += 1
+
+    def grow(self, grown: list[tuple[Node, int]]) -> None:
+        """Room for so many more tokens in leaves.
+
+        Raises:
+            OutOfPages: there are too few free pages; nothing was changed.
+        """
+        ledger, size = self.ledger, self.ledger.page_size
+        entered: dict[int, Node] = {}
+        for leaf, count in grown:
+            page = self._half_full(leaf) if count else None
+            if page is not None:
+                entered.setdefault(page, leaf)
+        wanted = [
+            -(-(leaf.end + count) // size) - leaf.start // size if count else len(leaf.pages)
+            for leaf, count in grown
+        ]
+        held = sum(len(leaf.pages) for leaf, _ in grown) + len(entered)
+        ledger.demand(sum(wanted) - held)
+        for page, leaf in entered.items():
+            ledger.hold(page)
+            leaf.pages.append(page)
+        for (leaf, count), want in zip(grown, wanted, strict=True):
+            last = max(len(leaf.pages) - 1, 0)
+            leaf.pages.extend(ledger.take() for _ in range(want - len(leaf.pages)))
+            leaf.length += count
+            for page in leaf.pages[last:] if count else ():
+                ledger.filled[page] = size
+            self._mark_end(leaf)
+
+    def _half_full(self, leaf: Node) -> int | None:
+        """The page in which an empty leaf may go on after the node above it."""
+        slot = leaf.start % self.ledger.page_size
+        if leaf.parent is None or leaf.length or slot == 0:
+            return None
+        page = leaf.parent.pages[-1]
+        return page if self.ledger.filled[page] == slot else None
+
+    def slots(self, node: Node, positions: Sequence[int] | range) -> Int64:
+        """Where tokens at positions of the path lie, all of them in `node`."""
+        at = np.asarray(positions, np.int64)
+        pages = np.frombuffer(node.pages, np.int32) if node.pages else np.zeros(0, np.int32)
+        block = at // self.ledger.page_size - node.start // self.ledger.page_size
+        return pages[block] * np.int64(self.ledger.page_size) + at % self.ledger.page_size
+
+    def move(self, source: Int64, target: Int64) -> None:
+        """Copy later, as if at once with what is to be copied already."""
+        origins = [self.moves.get(slot, slot) for slot in source.tolist()]
+        for slot, origin in zip(target.tolist(), origins, strict=True):
+            self.moves[slot] = origin
+
+    def cut(self, leaf: Node, end: int) -> None:
+        """Let a leaf end at a position that is not before its start."""
+        size, ledger = self.ledger.page_size, self.ledger
+        length = end - leaf.start
+        if length == leaf.length:
+            return
+        keep = -(-end // size) - leaf.start // size if length else 0
+        for place in reversed(range(keep, len(leaf.pages))):
+            ledger.release(leaf.pages[place], leaf.start % size if place == 0 else 0)
+        del leaf.pages[keep:]
+        leaf.length = length
+        self._mark_end(leaf)
+
+    def _mark_end(self, leaf: Node) -> None:
+        """The last page of a leaf is filled up to the leaf's end."""
+        if leaf.length:
+            self.ledger.filled[leaf.pages[-1]] = (leaf.end - 1) % self.ledger.page_size + 1
+
+    def drop(self, leaf: Node) -> None:
+        """Take a leaf out of its tree."""
+        self.version += 1
+        self.cut(leaf, leaf.start)
+        parent = leaf.parent
+        if parent is None:
+            return
+        parent.children.remove(leaf)
+        if len(parent.children) == 1:
+            self._join(parent, parent.children[0])
+
+    def _join(self, node: Node, child: Node) -> None:
+        """Make one node of two, `child`, where it is the only one below `node`."""
+        size, ledger = self.ledger.page_size, self.ledger
+        slot, pages = child.start % size, node.pages
+        if child.length and node.length and slot:
+            half = pages.pop()
+            if half == child.pages[0]:
+                ledger.references[half] -= 1
+            else:
+                first = max(node.start, child.start - slot)
+                shared = np.arange(first, child.start) % size
+                self.move(half * size + shared, child.pages[0] * size + shared)
+                ledger.release(half, first % size)
+        child.pages = pages + child.pages
+        child.start, child.length = node.start, node.length + child.length
+        _put_in_place(child, node)
+
+    def leaf_at(self, node: Node, position: int) -> Node:
+        """A new empty leaf after the first tokens of the path to the end of `node`."""
+        while node.parent is not None and node.start >= position:
+            node = node.parent
+        if position == node.end:
+            return self.below(node)
+        if position == 0:
+            return Node(None, 0)
+        upper = Node(None, node.start)
+        size = self.ledger.page_size
+        count = -(-position // size) - node.start // size
+        upper.pages, rest = node.pages[:count], node.pages[position // size - node.start // size :]
+        if position % size:
+            self.ledger.hold(rest[0])
+        upper.length, node.length = position - node.start, node.end - position
+        node.pages, node.start = rest, position
+        _put_in_place(upper, node)
+        node.parent = upper
+        upper.children.append(node)
+        return self.below(upper)
+
+
+def _put_in_place(node: Node, other: Node) -> None:
+    """Let `node` be where `other` is among the children of its parent."""
+    node.parent = other.parent
+    if other.parent is not None:
+        siblings = other.parent.children
+        siblings[siblings.index(other)] = node
+
+
+def above(leaf: Node) -> Iterator[Node]:
+    """The nodes above, the nearest first."""
+    node = leaf.parent
+    while node is not None:
+        yield node
+        node = node.parent
