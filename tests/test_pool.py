@@ -1,0 +1,312 @@
+"""Page pools: random operations beside full copies, the documented examples, and every refusal."""
+
+from __future__ import annotations
+
+import doctest
+import pickle
+import re
+
+import numpy as np
+import pytest
+from hypothesis.stateful import run_state_machine_as_test
+from pool_machine import PoolMachine, many
+
+from deft_tvm import pool as room
+from deft_tvm.errors import OutOfPages, PageError
+from deft_tvm.pool import ROOT, PagePool
+
+
+def test_documented_example() -> None:
+    assert doctest.testmod(room.pool) == (0, 10)
+
+
+def test_random_operations() -> None:
+    before = PoolMachine.operations
+    run_state_machine_as_test(PoolMachine, settings=many(14_000))
+    assert PoolMachine.operations - before >= 10_000
+
+
+def forked(*counts: int, num_pages: int = 20) -> tuple[PagePool, list[int]]:
+    """A prompt of 6 tokens in pages 0 and 1 of 4, and branches of it that grew in this order."""
+    pool = PagePool(num_pages, page_size=4)
+    prompt = pool.root()
+    pool.append({prompt: 6})
+    branches = [prompt, *pool.fork(prompt, len(counts) - 1)]
+    for branch, count in zip(branches, counts, strict=True):
+        pool.append({branch: count})
+    return pool, branches
+
+
+def moves(pool: PagePool) -> list[tuple[int, int]]:
+    source, target = pool.take_moves()
+    assert source.dtype == target.dtype == np.int64
+    return list(zip(source.tolist(), target.tolist(), strict=True))
+
+
+def test_a_fork_moves_nothing_and_takes_no_page() -> None:
+    pool, _ = forked(0, 0, 0)
+    assert pool.num_free == 18 and moves(pool) == []
+    assert repr(pool) == "PagePool(num_pages=20, page_size=4, free=18, branches=3)"
+
+
+def test_the_first_to_go_on_takes_the_half_full_page() -> None:
+    pool, (one, two, three) = forked(0, 0, 0)
+    pool.append({two: 1})
+    pool.append({three: 1, one: 1})
+    assert [pool.slots(branch)[-1] // 4 for branch in (one, two, three)] == [3, 1, 2]
+    assert pool.references[:4] == [1, 2, 1, 1]
+    assert [pool.slots(branch)[-1] % 4 for branch in (one, two, three)] == [2, 2, 2]
+    assert moves(pool) == []
+
+
+def test_of_several_that_go_on_at_once_the_first_takes_it() -> None:
+    pool, (one, two, three) = forked(0, 0, 0)
+    pool.append({three: 1, one: 2, two: 9})
+    assert pool.slots(three)[-1] == 6 and pool.references[:6] == [1, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("left, copies", [
+    (0, []),  # it goes on in the half-full page
+    (1, [(4, 8), (5, 9)]),  # it has page 2
+    (2, [(4, 12), (5, 13)]),
+])  # fmt: skip
+def test_shared_tokens_are_copied_when_sharers_part(left: int, copies: list) -> None:
+    pool, branches = forked(1, 1, 1)
+    other = branches[:left] + branches[left + 1 :]
+    pool.prune(other[0])
+    assert moves(pool) == []
+    pool.prune(other[1])
+    assert moves(pool) == copies and pool.num_free == 18
+    forest, _ = pool.forest({branches[left]: 1})
+    assert forest.num_nodes == 1 and forest.num_tokens == 7
+
+
+def test_a_page_that_was_left_is_gone_on_in() -> None:
+    pool, (one, _, three) = forked(1, 1, 0)
+    pool.prune(one)
+    pool.append({three: 1})
+    assert pool.slots(three)[-1] == 6
+
+
+def test_moves_of_moves_are_from_where_the_tokens_are() -> None:
+    """Three levels inside one page, whose sharers part from the lowest level up."""
+    pool = PagePool(9, page_size=4)
+    one = pool.root()
+    pool.append({one: 1})
+    two = pool.fork(one)[0]
+    pool.append({one: 1, two: 1})  # pages 0 and 1
+    three = pool.fork(two)[0]
+    pool.append({two: 1, three: 1})  # pages 1 and 2
+    pool.prune(two)
+    pool.prune(one)
+    assert pool.slots(three).tolist() == [8, 9, 10] and pool.num_free == 8
+    assert moves(pool) == [(5, 9), (0, 8)]
+    assert moves(pool) == []
+
+
+def test_a_draft_of_64_tokens_takes_4_pages_of_16() -> None:
+    pool = PagePool(10, page_size=16)
+    branch = pool.root()
+    pool.append({branch: 32})
+    parents = [ROOT, *(token // 2 for token in range(63))]
+    pool.append({}, {branch: parents})
+    assert pool.num_free == 10 - 2 - 4 and pool.length(branch) == 32
+    forest, pages = pool.forest({branch: 64})
+    pages.check(forest)
+    assert forest.rows.tolist() == [0] + [1] * 64
+    assert forest.lengths.tolist() == [32] + [1] * 64
+    assert forest.parents.tolist() == [-1, *(parent + 1 for parent in parents)]
+    assert pages.row_slots(forest).tolist() == list(range(32, 96))
+
+
+def test_what_is_accepted_moves_together() -> None:
+    pool = PagePool(10, page_size=4)
+    branch = pool.root()
+    pool.append({branch: 3})
+    pool.append({}, {branch: [ROOT, ROOT, 1, 0, 2, 4]})
+    pool.accept(branch, [1, 2, 4])
+    assert pool.length(branch) == 6 and pool.num_free == 8
+    assert moves(pool) == [(4, 3), (5, 4), (7, 5)]
+
+
+def test_a_draft_that_is_refused_as_a_whole_leaves_no_page() -> None:
+    pool, (one, two) = forked(0, 0)
+    pool.append({one: 1}, {two: [ROOT, 0, 0]})
+    assert pool.num_free == 16
+    pool.accept(two, [])
+    assert pool.num_free == 18 and pool.length(two) == 6
+    pool.append({}, {two: []})
+    pool.accept(two, [])
+    assert pool.length(two) == 6
+
+
+def test_rewinding_past_a_fork_leaves_the_others_what_they_had() -> None:
+    pool, (one, two, three) = forked(5, 1, 1)
+    before = pool.slots(one).tolist(), pool.slots(two).tolist()
+    pool.rewind(three, 3)
+    assert (pool.slots(one).tolist(), pool.slots(two).tolist()) == before
+    forest, pages = pool.forest({one: 1, two: 1, three: 0})
+    assert forest.parents.tolist() == [1, -1, 0, 0, 1]
+    assert forest.lengths.tolist() == [3, 3, 5, 1, 0]
+    assert pages.first_slot.tolist() == [3, 0, 2, 2, 3]
+    assert pool.references[:3] == [2, 2, 1] and moves(pool) == []
+    pool.append({three: 1})
+    assert pool.slots(three)[-1] % 4 == 3 and pool.slots(three)[-1] != pool.slots(one)[3]
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_rewinding_the_only_branch(length: int) -> None:
+    pool, (one, two) = forked(1, 1)
+    pool.prune(two)
+    pool.rewind(one, length)
+    assert pool.length(one) == length and pool.num_free == 20 - -(-length // 4)
+
+
+def test_rewinding_to_the_beginning_begins_another_tree() -> None:
+    pool, (one, two) = forked(1, 1)
+    pool.rewind(two, 0)
+    forest, _ = pool.forest({one: 1, two: 0})
+    assert forest.parents.tolist() == [-1, -1] and forest.lengths.tolist() == [7, 0]
+
+
+def test_defragment_brings_a_path_together() -> None:
+    pool, (one, two, three) = forked(1, 5, 9)
+    assert moves(pool) == []
+    pool.prune(one)
+    order = pool.defragment()
+    # Page 1 is the prompt's, and nobody else's; then what two has, then what three has.
+    assert order.dtype == np.int32 and order.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    pool.prune(two)
+    pool.append({three: 0})
+    assert moves(pool) == [(4, 16), (5, 17)]
+    assert pool.defragment().tolist() == [0, 4, 5, 6]
+    assert pool.slots(three).tolist() == list(range(15))
+    pool.append({three: 2})
+    assert pool.slots(three).tolist() == list(range(17)), "free pages are taken from the front"
+
+
+def test_resize_keeps_what_is_in_use() -> None:
+    pool, (one, two) = forked(1, 1)
+    pool.resize(3)
+    assert (pool.num_pages, pool.num_free) == (3, 0)
+    pool.resize(5)
+    assert (pool.num_pages, pool.num_free) == (5, 2)
+    pool.append({one: 2, two: 2})
+    assert pool.num_free == 0
+
+
+def test_a_pool_without_pages() -> None:
+    pool = PagePool(0, page_size=4)
+    branch = pool.root()
+    assert pool.defragment().tolist() == [] and pool.slots(branch).tolist() == []
+    forest, _ = pool.forest({branch: 0})
+    assert forest.num_nodes == 1 and pool.forest({})[0].num_nodes == 0
+
+
+def test_pages_that_are_half_empty_at_both_ends() -> None:
+    """The most that branches may waste: the first to go on is gone, and leaves the shared page."""
+    pool = PagePool(30, page_size=4)
+    one = pool.root()
+    pool.append({one: 3})
+    branches = [one, *pool.fork(one, 2)]
+    pool.append(dict.fromkeys(branches, 2))
+    assert (30 - pool.num_free) * 4 - 9 == 15 < 3 * 2 * 4
+    pool.prune(one)
+    assert (30 - pool.num_free) * 4 - 7 == 13 < 2 * 3 * 4
+
+
+def test_topology_is_found_once() -> None:
+    pool, (one, two) = forked(1, 1)
+    forest, _ = pool.forest({one: 1, two: 1})
+    pool.append({one: 1, two: 1})
+    again, _ = pool.forest({one: 1, two: 1})
+    assert again.preorder is forest.preorder and again.lengths.tolist() == [6, 2, 2]
+    assert pool.forest({two: 1, one: 1})[0].preorder is not forest.preorder
+
+
+def refusals(pool: PagePool, one: int, two: int) -> list:
+    """What is refused of a pool of 20 pages where `two` has a draft of 3, and both end at 7."""
+    return [
+        (lambda: pool.length(9), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.slots(9), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.fork(9), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.fork(one, -1), "count is -1; expected 0 or more new branches"),
+        (lambda: pool.fork(two), "branch 1 has a draft; expected accept before anything else"),
+        (lambda: pool.append({one: 1, 9: 1}), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.append({one: 1}, {9: [ROOT]}), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.append({one: -2}), "counts[0] is -2; expected 0 or more tokens"),
+        (lambda: pool.append({one: 1}, {one: []}), "branch 0 is in counts and in drafts; expected"),
+        (lambda: pool.append({one: 1, two: 1}), "branch 1 has a draft; expected accept before"),
+        (lambda: pool.append({one: 1}, {two: [ROOT]}), "branch 1 has a draft; expected accept"),
+        (
+            lambda: pool.append({}, {one: [ROOT, 1]}),
+            "drafts[0][1] is 1; expected an earlier token of the draft, or -1",
+        ),
+        (lambda: pool.append({}, {one: [-2]}), "drafts[0][0] is -2; expected an earlier token of"),
+        (lambda: pool.accept(9, []), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.accept(one, [0]), "path[0] is 0; expected a token of the draft below -1"),
+        (lambda: pool.accept(two, [1]), "path[0] is 1; expected a token of the draft below -1"),
+        (lambda: pool.accept(two, [0, 2]), "path[1] is 2; expected a token of the draft below 0"),
+        (lambda: pool.accept(two, [0, -1]), "path[1] is -1; expected a token of the draft below"),
+        (lambda: pool.accept(two, [3]), "path[0] is 3; expected a token of the draft below -1"),
+        (lambda: pool.prune(one, 9), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.prune(one, one), "branch 0 is named twice; expected each once"),
+        (lambda: pool.rewind(9, 0), "branch is 9; expected one of 0, 1"),
+        (lambda: pool.rewind(two, 0), "branch 1 has a draft; expected accept before anything else"),
+        (lambda: pool.rewind(one, 8), "length is 8; expected 0 to 7, the tokens of branch 0"),
+        (lambda: pool.rewind(one, -1), "length is -1; expected 0 to 7, the tokens of branch 0"),
+        (lambda: pool.forest({9: 0}), "branch is 9; expected one of 0, 1"),
+        (
+            lambda: pool.forest({one: 2}),
+            "rows[0] is 2; expected at most 1, the tokens that the branch has for itself",
+        ),
+        (lambda: pool.resize(-1), "num_pages is -1; expected 0 or more"),
+        (
+            lambda: pool.resize(3),
+            "num_pages is 3 and page 3 is in use; expected more than that, or a pool that was "
+            "defragmented",
+        ),
+    ]
+
+
+def test_refusals_change_nothing() -> None:
+    pool, (one, two) = forked(1, 1)
+    pool.append({}, {two: [ROOT, 0, ROOT]})
+    pool.forest({one: 1, two: 0})
+    for refused, text in refusals(pool, one, two):
+        before = pickle.dumps((pool._leaves, pool._ledger, pool._nodes))
+        with pytest.raises(PageError, match=re.escape(text)):
+            refused()
+        assert pickle.dumps((pool._leaves, pool._ledger, pool._nodes)) == before, text
+
+
+def test_without_pages_nothing_changes() -> None:
+    pool, (one, two) = forked(1, 1, num_pages=5)
+    before = pickle.dumps(pool)
+    for counts, drafts, needed in (
+        ({one: 1, two: 10}, {}, 3),  # one token still fits in its page, ten take 3 more pages
+        ({one: 1}, {two: [ROOT] * 10}, 3),
+        ({one: 6, two: 2 + 4}, {}, 4),
+    ):
+        text = (
+            f"{needed} more pages are needed and 2 of num_pages=5 are free; prune branches, or "
+            "give the pool more pages"
+        )
+        with pytest.raises(OutOfPages, match=re.escape(text)):
+            pool.append(counts, drafts)
+        assert pickle.dumps(pool) == before
+
+
+def test_refusals_of_a_pool_itself() -> None:
+    with pytest.raises(PageError, match="num_pages is -1; expected 0 or more"):
+        PagePool(-1, 4)
+    for size in (0, 3, -4):
+        with pytest.raises(PageError, match=f"page_size is {size}; expected a power of two"):
+            PagePool(4, size)
+    with pytest.raises(PageError, match="branch is 0; expected one of none, there are no branches"):
+        PagePool(4, 4).prune(0)
+    pool = PagePool(4, 4)
+    for _ in range(9):
+        pool.root()
+    with pytest.raises(PageError, match="expected one of 0, 1, 2, 3, 4, 5, 6, 7, …"):
+        pool.length(9)
