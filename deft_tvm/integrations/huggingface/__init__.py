@@ -1,0 +1,36 @@
+"""Models of Hugging Face transformers over `deft_tvm`'s trees, none of their classes replaced.
+
+Under ``generate()``, or in any loop that hands a cache on, `TreeCache` is the cache. It keeps what
+rows of a batch share once: a prompt under all its beams and samples::
+
+    register()
+    model.set_attn_implementation("deft_tvm")
+    cache = TreeCache(model)
+    cache.prefill(model, input_ids)
+    model.generate(input_ids, past_key_values=cache, num_beams=8)
+
+`HuggingFaceModel` is the model that `deft_tvm.decoding` drives, one step of a tree at a time.
+
+Exact for the model types that `deft_tvm.models` knows. Latent attention (DeepSeek-V2 and V3) runs
+absorbed: latents are cached and attended to, never expanded. What attention here cannot do is
+refused before it runs: dropout, gradients, attention weights as an output, masks that are not
+causal with padding on the left.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    from deft_tvm.errors import installing
+
+    raise ImportError(
+        f"transformers cannot be imported ({error}); expected it installed: {installing('hf')}"
+    ) from None
+
+from deft_tvm.integrations.huggingface.attention import NAME, register
+from deft_tvm.integrations.huggingface.cache import TreeCache
+from deft_tvm.integrations.huggingface.model import HuggingFaceModel
+from deft_tvm.integrations.huggingface.step import StepCache
+
+__all__ = ["NAME", "HuggingFaceModel", "StepCache", "TreeCache", "register"]
