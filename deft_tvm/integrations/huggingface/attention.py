@@ -14,6 +14,9 @@ from deft_tvm.integrations.huggingface.latent import Absorbed
 from deft_tvm.integrations.platforms import check_platform
 from deft_tvm.pytorch.checks import check_no_gradient
 
+IN_THE_MASK = "in the mask"
+"""The window of a model that masks by it, and does not tell its attention."""
+
 
 def register() -> None:
     """Let models be given ``attn_implementation="deft_tvm"``; may be called again.
@@ -54,7 +57,7 @@ def attention(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | str | None = IN_THE_MASK,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **asked: Any,
@@ -69,7 +72,7 @@ def attention(
         attention_mask: None, or ``[B, columns]``, see `padding`.
         scaling: of the scores; None: as the width says.
         dropout: 0.
-        sliding_window: as the layer's spec has it.
+        sliding_window: as the layer's spec has it; by default it is that of the model's mask.
         softcap: the same.
         s_aux: ``[heads]``, sinks where the spec has them.
         asked: other keywords of the model, see `check_asked`.
@@ -87,6 +90,8 @@ def attention(
     check_no_gradient(query, note.new)
     check_asked(module, dropout, asked)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window == IN_THE_MASK:
+        sliding_window = None if spec.window is None else module.config.sliding_window
     check_agrees(layer, spec, scale, sliding_window, softcap, s_aux)
     latent = None if spec.rope is None else Absorbed(module, spec, query.shape[-1])
     step, rows = cache.begin(layer, query, attention_mask, asked.get("position_ids"))

@@ -12,10 +12,7 @@ from deft_tvm.errors import InputError
 from deft_tvm.spec import AttentionSpec
 
 #: Keywords that change nothing in attention.
-HARMLESS = {
-    *("position_ids", "use_cache", "output_hidden_states", "output_router_logits", "return_dict"),
-    *("position_embeddings", "cache_position", "num_items_in_batch", "logits_to_keep"),
-}
+HARMLESS = {"position_ids", "use_cache", "output_hidden_states", "output_router_logits"}
 
 
 def check_asked(module: Any, dropout: float, asked: Mapping[str, Any]) -> None:
@@ -48,7 +45,7 @@ def check_agrees(
     layer: int,
     spec: AttentionSpec,
     scaling: float,
-    sliding_window: int | None,
+    sliding_window: Any,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> None:

@@ -1,0 +1,55 @@
+"""`HuggingFaceModel`: rows of trees through models of transformers, beside whole sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nudged import explained, sequence_logits
+from tiny_models import FAMILIES, adapted, tiny, tokens
+from torch import Tensor
+
+from deft_tvm.integrations.huggingface import HuggingFaceModel
+from deft_tvm.pool import ROOT
+from deft_tvm.pytorch import PagedKVCache, Step
+
+TEXT, BRANCHES = tokens(11), [tokens(n, seed=n) for n in (1, 3, 6)]
+DRAFT, PARENTS = tokens(5, seed=7), [ROOT, 0, 0, ROOT, 2]
+
+
+class Tree:
+    """A model over a prompt, branches and a draft, and what it said of each token."""
+
+    def __init__(self, model: HuggingFaceModel) -> None:
+        self.model = model
+        self.cache: PagedKVCache = model.new_cache(32)
+
+    def read(self, new: Tensor, step: Step) -> Tensor:
+        return self.model(new, step, torch.arange(step.num_rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_tree_are_those_of_each_sequence(family: str) -> None:
+    model = tiny(family)
+    tree = Tree(adapted(model))
+    pool = tree.cache.pool
+    prompt = pool.root()
+    found = [tree.read(TEXT, tree.cache.step({prompt: len(TEXT)}))]
+    wanted = [sequence_logits(model, TEXT)]
+
+    branches = [prompt, *pool.fork(prompt, 2)]
+    step = tree.cache.step({b: len(t) for b, t in zip(branches, BRANCHES, strict=True)})
+    found.append(tree.read(torch.cat(BRANCHES), step))
+    wanted += [sequence_logits(model, torch.cat([TEXT, t]))[len(TEXT) :] for t in BRANCHES]
+
+    step = tree.cache.step({branches[1]: 1}, {branches[2]: PARENTS})
+    found.append(tree.read(torch.cat([DRAFT[:1], DRAFT]), step))
+    paths = [[0], [0, 1], [0, 2], [3], [0, 2, 4]]
+    texts = [torch.cat([TEXT, BRANCHES[1], DRAFT[:1]])]
+    texts += [torch.cat([TEXT, BRANCHES[2], DRAFT[path]]) for path in paths]
+    wanted += [sequence_logits(model, text)[-1:] for text in texts]
+
+    error = float((torch.cat(found) - torch.cat(wanted)).abs().max())
+    bound = explained(model, [TEXT, *texts])
+    assert 0 < error <= bound
+    # The bound is worth something: it is far below what another token would do.
+    assert bound < 1e-2 * float(torch.cat(wanted).std())
