@@ -131,8 +131,9 @@ class Decoding:
 
     def close(self) -> None:
         """Prune the live branches; `live` keeps what they were."""
-        if self.live and self.live[0].number in self.cache.pool.branches:
-            self.cache.pool.prune(*(branch.number for branch in self.live))
+        pool = self.cache.pool
+        there = set(pool.branches)
+        pool.prune(*(branch.number for branch in self.live if branch.number in there))
 
     def __enter__(self) -> Decoding:
         return self
@@ -179,12 +180,7 @@ class Decoding:
             step = self.cache.step(sizes)
             whole = [b.number for b in self.live if b.number in part and not self._missing(b)]
             keep = torch.tensor([last[number] - 1 for number in whole], dtype=torch.int64)
-            logits = self._model(rows.to(device), step, keep.to(device))
-            if logits.dim() != 2 or len(logits) != len(keep):
-                raise InputError(
-                    f"model returned logits of shape {tuple(logits.shape)}; expected "
-                    f"({len(keep)}, vocabulary), a row for each of keep"
-                )
+            logits = logits_of(self._model, rows.to(device), step, keep.to(device))
         except BaseException:
             for number, length in before.items():
                 pool.rewind(number, length)
@@ -192,6 +188,21 @@ class Decoding:
         self._logits.update(zip(whole, logits.unbind(), strict=True))
         if self._observe is not None:
             self._observe(step, tuple(self.live))
+
+
+def logits_of(model: Model, tokens: Tensor, step: Step, keep: Tensor) -> Tensor:
+    """What `Model` returns.
+
+    Raises:
+        InputError: it is something else.
+    """
+    logits = model(tokens, step, keep)
+    if logits.dim() != 2 or len(logits) != len(keep):
+        raise InputError(
+            f"model returned logits of shape {tuple(logits.shape)}; expected "
+            f"({len(keep)}, vocabulary), a row for each of keep"
+        )
+    return logits
 
 
 def decode(

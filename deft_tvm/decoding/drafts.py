@@ -1,0 +1,79 @@
+"""Drafts: small trees of tokens that somebody guesses and one pass of the model verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from deft_tvm.errors import InputError
+from deft_tvm.pool import ROOT
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """Tokens that may follow a sequence.
+
+    Attributes:
+        tokens: in any order in which parents come before their children.
+        parents: of each token the number of the token before it, -1 after the sequence itself.
+        probabilities: ``[tokens, vocabulary]``, of each token the distribution that it was drawn
+            from, independently of the others after the same parent; None where the tokens were
+            not drawn but chosen.
+    """
+
+    tokens: Sequence[int] = ()
+    parents: Sequence[int] = ()
+    probabilities: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raises:
+        InputError: the arrays do not fit each other, a parent is no earlier token, or a token was
+            drawn from a distribution that does not have it.
+        """
+        count = len(self.tokens)
+        if len(self.parents) != count:
+            raise InputError(
+                f"parents has {len(self.parents)} entries; expected {count}, as tokens"
+            )
+        for token, parent in enumerate(self.parents):
+            if not ROOT <= parent < token:
+                raise InputError(
+                    f"parents[{token}] is {parent}; expected an earlier token, or {ROOT}"
+                )
+        if self.probabilities is None:
+            return
+        if self.probabilities.dim() != 2 or len(self.probabilities) != count:
+            raise InputError(
+                f"probabilities has shape {tuple(self.probabilities.shape)}; expected ({count}, "
+                "vocabulary), a distribution for each token"
+            )
+        for token, value in enumerate(self.tokens):
+            chance = float(self.probabilities[token, value])
+            if not chance > 0:
+                raise InputError(
+                    f"probabilities[{token}, {value}] is {chance}; expected more than 0, as "
+                    f"tokens[{token}] is {value}"
+                )
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], probabilities: Tensor | None = None) -> Draft:
+        """Tokens one after another, as drafters without trees make them."""
+        return cls(tokens, range(-1, len(tokens) - 1), probabilities)
+
+    def children(self, parent: int) -> list[int]:
+        """Numbers of the tokens after a token, or after the sequence where `parent` is -1."""
+        return [token for token, above in enumerate(self.parents) if above == parent]
+
+
+class Drafter(Protocol):
+    """Any callable from a sequence to a draft of what follows."""
+
+    def __call__(self, tokens: Sequence[int], /) -> Draft:
+        """A draft below the last of `tokens`, which are prompt and answer as far as they are known.
+
+        A draft without tokens makes the step one of plain decoding.
+        """
+        ...
