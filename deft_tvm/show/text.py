@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +33,23 @@ Group = tuple[Nodes, bool]
 """Siblings, and whether they are only counted; a node that is drawn is a group of its own."""
 
 
-def tree(forest: Forest) -> str:
+def tree(
+    forest: Forest,
+    label: Callable[[int], str] | None = None,
+    most_children: int = MOST_CHILDREN,
+) -> str:
     """A line for each node, children below their parent.
 
-    Of more than `MOST_CHILDREN` siblings, levels beyond `MOST_LEVELS` and lines beyond
+    Of more than `most_children` siblings, levels beyond `MOST_LEVELS` and lines beyond
     `MOST_LINES` only numbers are told; siblings with children are shown before those without.
+
+    Args:
+        forest: what to draw.
+        label: what to say of a node; by default its number, its tokens and its rows.
+        most_children: see above.
     """
     lines, drawn = [forest_size(forest)], 0
-    for line, nodes in _branches(forest):
+    for line, nodes in _branches(forest, label or partial(_node, forest), most_children):
         if len(lines) > MOST_LINES:
             lines.append(f"… {forest.num_nodes - drawn} more nodes")
             break
@@ -86,12 +96,12 @@ def pieces(plan: Plan, item: int) -> list[tuple[int, int, int]]:
     return list(zip(node.tolist(), begin.tolist(), end.tolist(), strict=True))
 
 
-def _branches(forest: Forest) -> Iterator[tuple[str, int]]:
+def _branches(forest: Forest, label: Callable[[int], str], most: int) -> Iterator[tuple[str, int]]:
     """The lines of a tree, and how many nodes each stands for."""
     children: list[Nodes] = [[] for _ in range(forest.num_nodes + 1)]
     for node, parent in enumerate(forest.parents.tolist()):
         children[parent].append(node)
-    waiting = [(group, "", "", 1) for group in _cut(children, -1, MOST_CHILDREN)[::-1]]
+    waiting = [(group, "", "", 1) for group in _cut(children, -1, most)[::-1]]
     while waiting:
         (nodes, hidden), fork, indent, level = waiting.pop()
         if hidden:
@@ -99,8 +109,8 @@ def _branches(forest: Forest) -> Iterator[tuple[str, int]]:
             yield fork + _elided(forest, below), len(below)
             continue
         (node,) = nodes
-        yield fork + _node(forest, node), 1
-        groups = _cut(children, node, MOST_CHILDREN if level < MOST_LEVELS else 0)
+        yield fork + label(node), 1
+        groups = _cut(children, node, most if level < MOST_LEVELS else 0)
         for place, group in enumerate(groups[::-1]):
             fork, bar = ("├─ ", "│  ") if place else ("└─ ", "   ")
             waiting.append((group, indent + fork, indent + bar, level + 1))

@@ -1,0 +1,130 @@
+"""The three jobs of the demo, each as a tree and with plain transformers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from deft_tvm.decoding import NGramDrafter, Sampling
+from deft_tvm.demo.smollm2 import ours, plain, prompts
+from deft_tvm.demo.smollm2.decoded import Decoded
+from deft_tvm.demo.smollm2.weights import Pretrained
+from deft_tvm.integrations.huggingface import HuggingFaceModel
+
+SAMPLES, BEAMS = 16, 8
+ANSWER_TOKENS, DRAFTED_TOKENS = 40, 80
+TEMPERATURE, TOP_K = 0.8, 50
+SEED = 0
+PAGES = 128
+
+EAGLE: tuple[tuple[int, ...], ...] = (
+    *((a,) for a in range(4)),
+    *((0, a) for a in range(3)),
+    *((1, a) for a in range(2)),
+    *((2, a) for a in range(2)),
+    (3, 0),
+    *((0, 0, a) for a in range(3)),
+    *((0, 1, a) for a in range(2)),
+    *((0, 2, a) for a in range(2)),
+    (1, 0, 0),
+    *((0, 0, 0, a) for a in range(3)),
+    *((0, 0, 0, 0, a) for a in range(2)),
+)
+"""A draft tree in the shape of EAGLE's (Li et al. 2024, arXiv 2401.15077): 25 tokens, which with
+the one that is known are 26 nodes."""
+
+
+class Job(NamedTuple):
+    """One way to decode, and what both came to.
+
+    Attributes:
+        name: what it is.
+        prompt: tokens.
+        tree: decoded as a tree.
+        plain: by transformers alone.
+    """
+
+    name: str
+    prompt: list[int]
+    tree: Decoded
+    plain: Decoded
+
+    @property
+    def same(self) -> bool:
+        """Both came to the same tokens."""
+        return self.tree.texts == self.plain.texts
+
+
+class Bench:
+    """Model, cache and tokens that all jobs need.
+
+    Attributes:
+        model: the model, as trees drive it.
+        cache: of all jobs in turn.
+        question: tokens of the few-shot prompt.
+        repeated: tokens of a text that can be guessed.
+        eos: tokens that end an answer.
+    """
+
+    def __init__(self, pretrained: Pretrained) -> None:
+        tokenizer = pretrained.tokenizer
+        self.model = HuggingFaceModel(pretrained.model)
+        self.cache = self.model.new_cache(PAGES)
+        self.question = prompts.tokens(tokenizer, prompts.few_shot())
+        self.repeated = prompts.tokens(tokenizer, prompts.REPEATED)
+        (newline,) = prompts.tokens(tokenizer, "\n")
+        self.eos = [tokenizer.eos_token_id, newline]
+
+    def plain(self, prompt: list[int], eos: list[int], **options: Any) -> Decoded:
+        """By ``generate``, as anybody calls it."""
+        self.model.model.set_attn_implementation("sdpa")
+        found = plain.generated(
+            self.model.model, prompt, eos_token_id=eos, pad_token_id=eos[0], **options
+        )
+        return found.without_padding(eos)
+
+    def samples(self) -> Job:
+        """Self-consistency: many answers to one question (Wang et al. 2023, arXiv 2203.11171)."""
+        control = Sampling(
+            SAMPLES, temperature=TEMPERATURE, top_k=TOP_K, eos=self.eos, max_tokens=ANSWER_TOKENS
+        )
+        torch.manual_seed(SEED)
+        tree = ours.samples(self.model, self.cache, self.question, control)
+        torch.manual_seed(SEED)
+        other = self.plain(
+            self.question,
+            self.eos,
+            do_sample=True,
+            num_return_sequences=SAMPLES,
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            max_new_tokens=ANSWER_TOKENS,
+        )
+        return Job(f"{SAMPLES} samples", self.question, tree, other)
+
+    def beams(self) -> Job:
+        """Beam search, in both cases by transformers' own."""
+        options = {
+            "num_beams": BEAMS,
+            "num_return_sequences": BEAMS,
+            "max_new_tokens": ANSWER_TOKENS,
+        }
+        ends = {"eos_token_id": self.eos, "pad_token_id": self.eos[0]}
+        tree = ours.generated(self.model.model, self.question, **options, **ends)
+        other = self.plain(self.question, self.eos, **options)
+        return Job(f"{BEAMS} beams", self.question, tree.without_padding(self.eos), other)
+
+    def drafts(self) -> Job:
+        """Speculative decoding by a draft tree, beside greedy decoding."""
+        eos = self.eos[:1]
+        tree = ours.drafted(
+            self.model,
+            self.cache,
+            self.repeated,
+            NGramDrafter(choices=EAGLE),
+            max_tokens=DRAFTED_TOKENS,
+            eos=eos,
+        )
+        other = self.plain(self.repeated, eos, do_sample=False, max_new_tokens=DRAFTED_TOKENS)
+        return Job(f"drafts of {len(EAGLE) + 1} nodes", self.repeated, tree, other)

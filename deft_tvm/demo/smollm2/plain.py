@@ -1,0 +1,104 @@
+"""The same decoding with plain transformers: SDPA, and a cache of its own for each sequence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from deft_tvm.demo.smollm2.clock import Clock
+from deft_tvm.demo.smollm2.decoded import Decoded
+
+NAME = "sdpa_on_the_clock"
+
+
+@contextmanager
+def on_the_clock(clock: Clock, model: Any) -> Iterator[None]:
+    """While this lasts, `model` attends by SDPA, and `clock` counts that and the cache's copies."""
+    AttentionInterface.register(NAME, clock.counted("attention", sdpa_attention_forward))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    with clock.watching(
+        (DynamicCache, "update", "attention"), (DynamicCache, "reorder_cache", "attention")
+    ):
+        yield
+
+
+def held(cache: DynamicCache) -> int:
+    """Bytes of K and V in all layers."""
+    return sum(tensor.nbytes for layer in _layers(cache) for tensor in (layer.keys, layer.values))
+
+
+def generated(
+    model: Any, prompt: Sequence[int], copies: int = 1, *, read_once: bool = False, **options: Any
+) -> Decoded:
+    """What ``generate`` adds to a prompt.
+
+    Args:
+        model: attends by SDPA.
+        prompt: tokens.
+        copies: sequences that are decoded at once, samples or beams.
+        read_once: read the prompt once and copy its KV for each of them, as a careful caller does;
+            ``generate`` by itself reads it for each.
+        options: of ``generate``.
+    """
+    ids = torch.tensor([prompt])
+    cache = DynamicCache(config=model.config)
+    began = time.perf_counter()
+    if read_once:
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(copies)
+    found = model.generate(ids, past_key_values=cache, **options)
+    seconds = time.perf_counter() - began
+    assert isinstance(found, Tensor)
+    kv = held(cache)
+    return Decoded([row[len(prompt) :].tolist() for row in found], seconds, kv, kv)
+
+
+def verify(
+    model: Any, cache: DynamicCache, tokens: Sequence[int], parents: Sequence[int]
+) -> Tensor:
+    """Logits ``[tokens, vocabulary]`` of a draft, by one masked call over cache and draft.
+
+    Args:
+        model: attends by SDPA.
+        cache: what is known; it holds the whole draft afterwards, see `keep`.
+        tokens: of the draft.
+        parents: number of the token before each, -1 for the newest that is cached.
+    """
+    cached = cache.get_seq_length()
+    seen = torch.eye(len(tokens), dtype=torch.bool)
+    for token, parent in enumerate(parents):
+        if parent >= 0:
+            seen[token] |= seen[parent]
+    depth = seen.sum(dim=1) - 1
+    mask = torch.cat([torch.ones(len(tokens), cached, dtype=torch.bool), seen], dim=1)
+    found: Tensor = model(
+        torch.tensor([tokens]),
+        attention_mask=mask[None, None],
+        position_ids=(cached + depth)[None],
+        past_key_values=cache,
+    ).logits[0]
+    return found
+
+
+def keep(cache: DynamicCache, cached: int, path: Sequence[int]) -> None:
+    """Of a draft after the first `cached` tokens, keep those of one path."""
+    accepted = cached + torch.tensor(path, dtype=torch.int64)
+    for layer in _layers(cache):
+        layer.keys, layer.values = (
+            torch.cat([states[:, :, :cached], states[:, :, accepted]], dim=2)
+            for states in (layer.keys, layer.values)
+        )
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    """Those that hold something."""
+    return [layer for layer in cache.layers if layer.is_initialized]
