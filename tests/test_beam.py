@@ -20,12 +20,13 @@ RULES: dict[str, dict[str, Any]] = {
     "sums": {"length_penalty": 0.0, "early_stopping": "never"},
     "early": {"early_stopping": True},
     "never": {"early_stopping": "never", "length_penalty": 0.6},
+    "never, means": {"early_stopping": "never"},
 }
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("beams", "eos"), [(2, [3]), (3, []), (3, [3]), (4, [3, 5, 8])])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("beams", "eos"), [(2, [3, 5, 8]), (3, []), (3, [3]), (4, [3, 5])])
+@pytest.mark.parametrize("seed", range(12))
 def test_results_are_those_of_generate(seed: int, beams: int, eos: list[int], rule: str) -> None:
     pytest.importorskip("transformers")
     model = llama(seed, 20)

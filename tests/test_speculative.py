@@ -28,6 +28,7 @@ from deft_tvm.decoding import (
     match,
     speculate,
 )
+from deft_tvm.decoding.accept import residual
 from deft_tvm.errors import InputError, OutOfPages, PageError
 
 VOCABULARY = 8
@@ -295,6 +296,23 @@ def test_the_statistic_sees_a_rule_that_is_not_lossless() -> None:
 
     exact = _exact(BASE, [1, 0, 1], Warp())
     assert _surprise(_samples(Drawn(7, [2, 2]), accept), exact) > 0
+
+
+@given(
+    weights=st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=6
+    ).filter(lambda pairs: all(sum(column) for column in zip(*pairs, strict=True)))
+)
+def test_what_is_kept_and_what_is_drawn_instead_add_up_to_the_models_distribution(
+    weights: list[tuple[int, int]],
+) -> None:
+    """A token x is drawn with q(x) and kept with min(1, p(x) / q(x)), and so on: exactly p."""
+    p, q = torch.tensor(weights, dtype=torch.float64).T
+    p, q = p / p.sum(), q / q.sum()
+    kept = torch.minimum(p, q)
+    total = kept + (1 - kept.sum()) * residual(p, q)
+    # Sums of six numbers up to 1, rounded once each; a difference of p and q is exact or as large.
+    torch.testing.assert_close(total, p, rtol=0, atol=64 * 2**-53)
 
 
 def test_certain_acceptance_is_matching() -> None:

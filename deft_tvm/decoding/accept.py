@@ -96,9 +96,15 @@ class Lossless:
             else:
                 q += draft.probabilities[child].to(q.device)
             chance = torch.rand((), dtype=p.dtype, device=p.device, generator=self.generator)
-            rest = (p - q).clamp(min=0)
+            rest = residual(p, q)
             # Where nothing is left, p is q but for rounding.
             if chance * q[token] < p[token] or not rest.any():
                 return child, p
-            p = rest / rest.sum()
+            p = rest
         return ROOT, p
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """What the distribution p has more than q, as a distribution; all 0 where that is nothing."""
+    more = (p - q).clamp(min=0)
+    return more / more.sum().clamp(min=torch.finfo(more.dtype).tiny)

@@ -74,7 +74,8 @@ class Replay:
         self.first, self.last = first, steps if last is None else last
         if not 1 <= self.first <= self.last <= steps:
             raise InputError(
-                f"first is {first} and last is {last}; expected steps from 1 to {steps}, in order"
+                f"first is {first} and last is {self.last}; expected steps from 1 to {steps}, "
+                "in order"
             )
         self.prompt_length = min(self._nodes[0].end, 0) - self._nodes[0].start + 1
         if self.prompt_length < 1:
