@@ -107,6 +107,7 @@ def test_and_so_over_a_real_cache(drafter: Callable[[Sequence[int]], Draft]) -> 
     found = speculate(cached, cache, PROMPTS, drafter, max_tokens=24)
     plain = decode(cached, kv_cache(), PROMPTS, greedy(max_tokens=24))
     assert [speculated.tokens for speculated in found] == [branch.tokens for branch in plain]
+    assert sum(speculated.accepted for speculated in found) > 0
     assert cache.pool.num_free == 64
 
 

@@ -1,6 +1,6 @@
 """The loop: a control says which branches go on, split or end, the pool and the model follow.
 
-The paper's branch controller (DeFT, section 3.1) decides after each step what becomes of the tree;
+The paper's branch controller (DeFT, ICLR 2025) decides after each step what becomes of the tree;
 here it is any callable, and never touches KV. A split copies nothing, a pruned branch gives its
 pages back, and only rows of new tokens run through the model.
 """
@@ -90,9 +90,10 @@ class Decoding:
         return torch.stack([self._logits[branch.number] for branch in self.live])
 
     def choose(self, nexts: Sequence[Next]) -> None:
-        """Split, go on with and prune the live branches; their new tokens are cached by `run`.
+        """Split, go on with and prune the live branches; `run` caches their new tokens.
 
-        Of what was chosen in vain nothing is cached: pages move only where a branch forks or goes.
+        Nothing is copied for a branch that forks. Where one is left alone after another was
+        pruned, at most the half-full page that they shared is.
 
         Raises:
             InputError: a parent is no place among the live branches; nothing was changed.
