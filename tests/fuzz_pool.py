@@ -5,11 +5,13 @@ python tests/fuzz_pool.py 100000
 
 from __future__ import annotations
 
+import secrets
 import sys
 
-from hypothesis.stateful import run_state_machine_as_test
-from pool_machine import PoolMachine, many
+from pool_machine import PoolMachine, run
 
 if __name__ == "__main__":
-    run_state_machine_as_test(PoolMachine, settings=many(int(sys.argv[1]), derandomize=False))
+    first_seed = secrets.randbits(32)
+    print(f"first seed {first_seed}")
+    run(int(sys.argv[1]), first_seed)
     print(f"{PoolMachine.operations} operations")

@@ -10,9 +10,16 @@ import pickle
 from collections.abc import Callable
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from deft_tvm.errors import OutOfPages, PageError
 from deft_tvm.pages import PageTable
@@ -24,8 +31,13 @@ NOTHING = -1
 
 MOST_BRANCHES = 12
 
-STEPS = 100
-"""Operations on one pool."""
+SETTINGS = settings(
+    max_examples=40,
+    stateful_step_count=100,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 picks = st.integers(0, 99)
 several = st.lists(st.tuples(picks, st.integers(0, 9)), min_size=1, max_size=5)
@@ -90,25 +102,53 @@ class PoolMachine(RuleBasedStateMachine):
         self.next_token += count
         return list(range(self.next_token - count, self.next_token))
 
-    def tried(self, operation: Callable[[], None], lengths: dict[int, int]) -> bool:
-        """Whether it found pages; if not, nothing changed, and there really were too few.
+    def tried(
+        self, operation: Callable[[], None], lengths: dict[int, int], going_on: dict[int, int]
+    ) -> bool:
+        """Whether it found pages, which it shall where there are enough; if not, nothing changed.
 
         Args:
             operation: what appends.
             lengths: by how many tokens each branch grows.
+            going_on: which of them need no page for the first.
         """
         size, free, before = self.pool.page_size, self.pool.num_free, pickle.dumps(self.pool)
-        ends = [(len(self.copies[branch]), count) for branch, count in lengths.items()]
-        fewest = sum(-(-(end + count) // size) - -(-end // size) for end, count in ends)
+        needed = 0
+        for branch, count in lengths.items():
+            end = len(self.copies[branch])
+            begins = count > 0 and end % size > 0 and branch not in going_on
+            needed += -(-(end + count) // size) - -(-end // size) + begins
         try:
             operation()
         except OutOfPages:
-            assert pickle.dumps(self.pool) == before
-            first_half_full = sum(count > 0 and end % size > 0 for end, count in ends)
-            assert free < fewest + first_half_full
+            assert needed > free and pickle.dumps(self.pool) == before
             return False
-        assert fewest <= free
+        assert self.pool.num_free == free - needed
         return True
+
+    def going_on(self, lengths: dict[int, int]) -> dict[int, int]:
+        """Branches that grow in the page of their last token, and its number.
+
+        Each does where nobody else has a token behind it, and of several with the same last token
+        the first.
+        """
+        size, pages = self.pool.page_size, {}
+        taken = set(self.held_slots().tolist())
+        for branch, count in lengths.items():
+            if not count or len(self.copies[branch]) % size == 0:
+                continue
+            last = int(self.pool.slots(branch)[-1])
+            page = last // size
+            behind = range(last + 1, (page + 1) * size)
+            if taken.isdisjoint(behind) and page not in pages.values():
+                pages[branch] = page
+        return pages
+
+    def held_slots(self) -> np.ndarray:
+        """Where tokens lie, of branches and of drafts."""
+        kept = [self.pool.slots(branch) for branch in self.copies]
+        kept += [self.draft_slots(branch) for branch in self.drafts]
+        return np.concatenate([np.zeros(0, int), *kept])
 
     @rule()
     @precondition(lambda self: len(self.copies) < 4)
@@ -151,26 +191,24 @@ class PoolMachine(RuleBasedStateMachine):
         self.append(counts, drafts)
 
     def append(self, counts: dict[int, int], drafts: dict[int, list[int]]) -> None:
+        """Write the new tokens where the rows of the step are, if there are pages."""
         rows = {**counts, **{branch: len(parents) for branch, parents in drafts.items()}}
-        if self.tried(lambda: self.pool.append(counts, drafts), rows):
-            self.fill(counts, drafts, rows)
-
-    def fill(
-        self, counts: dict[int, int], drafts: dict[int, list[int]], rows: dict[int, int]
-    ) -> None:
-        """Write the new tokens where the rows of the step are."""
+        going_on = self.going_on(rows)
+        if not self.tried(lambda: self.pool.append(counts, drafts), rows, going_on):
+            return
         forest, pages = self.pool.forest(rows)
         pages.check(forest)
-        for branch, count in counts.items():
-            self.copies[branch] += self.new_tokens(count)
-        for branch, parents in drafts.items():
-            if parents:
-                self.drafts[branch] = Draft(parents, self.new_tokens(len(parents)))
-        written = [token for b, n in counts.items() if n for token in self.copies[b][-n:]]
-        for branch in filter(self.drafts.__contains__, drafts):
-            written += self.drafts[branch].tokens
+        slots, before = pages.row_slots(forest), 0
         self.settle()
-        self.memory[pages.row_slots(forest)] = written
+        for branch, count in rows.items():
+            new, own = self.new_tokens(count), slots[before : before + count]
+            assert branch not in going_on or own[0] // self.pool.page_size == going_on[branch]
+            self.memory[own] = new
+            before += count
+            if branch in counts:
+                self.copies[branch] += new
+            elif new:
+                self.drafts[branch] = Draft(drafts[branch], new)
         self.check_positions(forest, counts, drafts)
 
     def check_positions(
@@ -221,10 +259,8 @@ class PoolMachine(RuleBasedStateMachine):
         """Do what is to be moved, and spoil all slots without tokens."""
         source, target = self.pool.take_moves()
         self.memory[target] = self.memory[source]
-        kept = [self.pool.slots(branch) for branch in self.copies]
-        kept += [self.draft_slots(branch) for branch in self.drafts]
         spoiled = np.ones(len(self.memory), bool)
-        spoiled[np.concatenate([np.zeros(0, int), *kept])] = False
+        spoiled[self.held_slots()] = False
         self.memory[spoiled] = NOTHING
 
     @rule(num_pages=st.none() | st.integers(0, 60))
@@ -314,13 +350,9 @@ class PoolMachine(RuleBasedStateMachine):
             assert not any(self.pool.references) and self.pool.branches == []
 
 
-def many(operations: int, *, derandomize: bool = True) -> settings:
-    """For `run_state_machine_as_test`: so many operations or a few more."""
-    return settings(
-        max_examples=-(-operations // STEPS),
-        stateful_step_count=STEPS,
-        deadline=None,
-        derandomize=derandomize,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+def run(operations: int, first_seed: int = 0) -> None:
+    """So many random operations or a few more, always the same ones after one seed."""
+    goal, number = PoolMachine.operations + operations, first_seed
+    while PoolMachine.operations < goal:
+        run_state_machine_as_test(seed(number)(PoolMachine), settings=SETTINGS)
+        number += 1
