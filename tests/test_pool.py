@@ -352,3 +352,15 @@ def test_refusals_of_a_pool_itself() -> None:
         pool.root()
     with pytest.raises(PageError, match="expected one of 0, 1, 2, 3, 4, 5, 6, 7, …"):
         pool.length(9)
+
+
+def test_what_waits_to_be_moved_is_moved_before_pages_are_numbered_anew() -> None:
+    for renumber in (lambda pool: pool.defragment(), lambda pool: pool.resize(20)):
+        pool, (one, _) = forked(1, 1)
+        pool.prune(one)
+        with pytest.raises(
+            PageError, match="there are moves that nobody took; expected take_moves before"
+        ):
+            renumber(pool)
+        assert moves(pool) == [(4, 8), (5, 9)]
+        renumber(pool)

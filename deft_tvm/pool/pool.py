@@ -293,8 +293,7 @@ class PagePool:
         Raises:
             PageError: there are moves that nobody took.
         """
-        if self._nodes.moves:
-            raise PageError("there are moves that nobody took; expected take_moves before")
+        self._check_settled()
         nodes = list(self._preorder())
         order = list(dict.fromkeys(page for node in nodes for page in node.pages))
         number = {page: place for place, page in enumerate(order)}
@@ -307,9 +306,15 @@ class PagePool:
         """Have more pages, or fewer.
 
         Raises:
-            PageError: `num_pages` is negative, or a page that would go is in use.
+            PageError: `num_pages` is negative, a page that would go is in use, or there are moves
+                that nobody took.
         """
+        self._check_settled()
         self._ledger.resize(num_pages)
+
+    def _check_settled(self) -> None:
+        if self._nodes.moves:
+            raise PageError("there are moves that nobody took; expected take_moves before")
 
     def _leaf(self, branch: int) -> Node:
         if branch not in self._leaves:
