@@ -145,6 +145,30 @@ def test_what_is_accepted_moves_together() -> None:
     assert moves(pool) == [(4, 3), (5, 4), (7, 5)]
 
 
+def test_what_is_accepted_where_it_is_does_not_move() -> None:
+    pool = PagePool(10, page_size=4)
+    branch = pool.root()
+    pool.append({}, {branch: [ROOT, 0, 1, 1]})
+    pool.accept(branch, [0, 1, 3])
+    assert moves(pool) == [(3, 2)] and pool.length(branch) == 3
+
+
+def test_a_token_that_would_move_back_stays() -> None:
+    """It is to go from page 0 to page 1, which is then given up for page 0, free in between."""
+    pool = PagePool(2, page_size=2)
+    one = pool.root()
+    pool.append({one: 1})
+    two = pool.fork(one)[0]
+    pool.append({one: 1, two: 1})
+    pool.prune(one)
+    three = pool.fork(two)[0]
+    pool.rewind(two, 1)
+    pool.append({two: 1})
+    pool.prune(three)
+    assert pool.slots(two).tolist() == [0, 1]
+    assert moves(pool) == [(0, 2)], "to a page that is free, and not from slot 0 to itself"
+
+
 def test_a_draft_that_is_refused_as_a_whole_leaves_no_page() -> None:
     pool, (one, two) = forked(0, 0)
     pool.append({one: 1}, {two: [ROOT, 0, 0]})

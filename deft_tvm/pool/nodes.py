@@ -134,7 +134,9 @@ class Nodes:
         """Copy later, as if at once with what is to be copied already."""
         origins = [self.moves.get(slot, slot) for slot in source.tolist()]
         for slot, origin in zip(target.tolist(), origins, strict=True):
-            self.moves[slot] = origin
+            self.moves.pop(slot, None)
+            if slot != origin:
+                self.moves[slot] = origin
 
     def cut(self, leaf: Node, end: int) -> None:
         """Let a leaf end at a position that is not before its start."""
