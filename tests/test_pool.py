@@ -135,6 +135,14 @@ def test_a_draft_of_64_tokens_takes_4_pages_of_16() -> None:
     assert pages.row_slots(forest).tolist() == list(range(32, 96))
 
 
+def test_of_a_draft_all_tokens_are_rows() -> None:
+    pool, (one, two) = forked(1, 1)
+    pool.append({}, {two: [ROOT, 0]})
+    for said in (-1, 0, 1, 9):
+        forest, _ = pool.forest({one: 1, two: said})
+        assert forest.rows.tolist() == [0, 1, 0, 1, 1]
+
+
 def test_what_is_accepted_moves_together() -> None:
     pool = PagePool(10, page_size=4)
     branch = pool.root()
@@ -324,8 +332,9 @@ def refusals(pool: PagePool, one: int, two: int) -> list:
         (lambda: pool.forest({9: 0}), "branch is 9; expected one of 0, 1"),
         (
             lambda: pool.forest({one: 2}),
-            "rows[0] is 2; expected at most 1, the tokens that the branch has for itself",
+            "rows[0] is 2; expected 0 to 1, the tokens that the branch has for itself",
         ),
+        (lambda: pool.forest({two: 1, one: -1}), "rows[0] is -1; expected 0 to 1, the tokens that"),
         (lambda: pool.resize(-1), "num_pages is -1; expected 0 or more"),
         (
             lambda: pool.resize(3),

@@ -234,18 +234,19 @@ class PagePool:
             of `rows`.
 
         Raises:
-            PageError: there is no such branch, or it has fewer tokens of its own.
+            PageError: there is no such branch, it has fewer tokens of its own, or a number of rows
+                is negative.
         """
+        for branch, count in rows.items():
+            leaf = self._leaf(branch)
+            if not (leaf.draft or 0 <= count <= leaf.length):
+                raise PageError(
+                    f"rows[{branch}] is {count}; expected 0 to {leaf.length}, the tokens that the "
+                    "branch has for itself"
+                )
         wanted = (self._nodes.version, *rows.items())
         if self._known is None or self._known.wanted != wanted:
             self._known = _Topology(wanted, *self._topology(rows))
-        for branch, count in rows.items():
-            own = self._leaves[branch].length
-            if count > own:
-                raise PageError(
-                    f"rows[{branch}] is {count}; expected at most {own}, the tokens that the "
-                    "branch has for itself"
-                )
         size = self.page_size
         lengths, first, indptr = [], [], [0]
         indices = array("i")
