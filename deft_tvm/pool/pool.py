@@ -30,7 +30,7 @@ fewer than 2 n nodes and less than a page of slots without tokens for each of th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -197,10 +197,12 @@ class PagePool:
         Raises:
             PageError: there is no such branch, or it is named twice.
         """
-        for place, branch in enumerate(branches):
+        named = set()
+        for branch in branches:
             self._leaf(branch)
-            if branch in branches[:place]:
+            if branch in named:
                 raise PageError(f"branch {branch} is named twice; expected each once")
+            named.add(branch)
         for branch in branches:
             self._nodes.drop(self._leaves.pop(branch))
 
@@ -256,7 +258,7 @@ class PagePool:
             indices.extend(node.pages)
             indptr.append(len(indices))
             if node.draft:
-                slots = self._nodes.slots(node, range(node.start + node.settled, node.end))
+                slots = self._nodes.slots(node, node.start + node.settled, node.end)
                 lengths += [1] * len(slots)
                 first += (slots % size).tolist()
                 indptr += range(len(indices) + 1, len(indices) + len(slots) + 1)
@@ -271,9 +273,9 @@ class PagePool:
             PageError: there is no such branch.
         """
         leaf = self._leaf(branch)
-        parts = [self._nodes.slots(leaf, range(leaf.start, leaf.start + leaf.settled))]
-        parts += [self._nodes.slots(node, range(node.start, node.end)) for node in above(leaf)]
-        return np.concatenate(parts[::-1]).astype(np.int64)
+        parts = [self._nodes.slots(leaf, leaf.start, leaf.start + leaf.settled)]
+        parts += [self._nodes.slots(node, node.start, node.end) for node in above(leaf)]
+        return np.concatenate(parts[::-1])
 
     def take_moves(self) -> tuple[Int64, Int64]:
         """Slots to copy from and to, as if all at once, before any tensor is written or read.
@@ -336,7 +338,7 @@ class PagePool:
     def _topology(self, rows: Mapping[int, int]) -> tuple[Forest, list[Node]]:
         """Nodes that branches share first, then leaves; each is followed by its draft's tokens."""
         leaves = [self._leaf(branch) for branch in rows]
-        inner = dict.fromkeys(node for leaf in leaves for node in above(leaf))
+        inner = _inner(leaves)
         nodes = [*inner, *leaves]
         before = accumulate((1 + len(node.draft) for node in nodes), initial=0)
         number = dict(zip(nodes, before, strict=False))
@@ -348,12 +350,23 @@ class PagePool:
         return Forest.from_parents(parents, [0] * len(parents), counts), nodes
 
     def _preorder(self) -> Iterator[Node]:
-        roots = dict.fromkeys((leaf, *above(leaf))[-1] for leaf in self._leaves.values())
-        waiting = list(roots)[::-1]
+        nodes = [*_inner(self._leaves.values()), *self._leaves.values()]
+        waiting = [node for node in reversed(nodes) if node.parent is None]
         while waiting:
             node = waiting.pop()
             yield node
             waiting += reversed(node.children)
+
+
+def _inner(leaves: Iterable[Node]) -> dict[Node, None]:
+    """All nodes above leaves, each once."""
+    found: dict[Node, None] = {}
+    for leaf in leaves:
+        for node in above(leaf):
+            if node in found:
+                break
+            found[node] = None
+    return found
 
 
 def _check_draft(branch: int, parents: Sequence[int]) -> None:
