@@ -269,7 +269,24 @@ def test_topology_is_found_once() -> None:
     pool.append({one: 1, two: 1})
     again, _ = pool.forest({one: 1, two: 1})
     assert again.preorder is forest.preorder and again.lengths.tolist() == [6, 2, 2]
-    assert pool.forest({two: 1, one: 1})[0].preorder is not forest.preorder
+    pool.append({two: 1})
+    swapped, pages = pool.forest({two: 1, one: 1})
+    assert swapped.lengths.tolist() == [6, 3, 2]
+    assert pages.row_slots(swapped).tolist() == [pool.slots(two)[-1], pool.slots(one)[-1]]
+
+
+def test_topology_of_a_draft_like_the_last_one_is_found_once() -> None:
+    pool = PagePool(10, page_size=4)
+    branch = pool.root()
+    preorders = []
+    for parents in ([ROOT, 0, 0], [ROOT, 0, 0], [ROOT, 0, 1]):
+        pool.append({}, {branch: parents})
+        forest, _ = pool.forest({branch: 3})
+        assert forest.parents.tolist() == [-1, *(parent + 1 for parent in parents)]
+        assert forest.lengths.tolist() == [pool.length(branch), 1, 1, 1]
+        preorders.append(forest.preorder)
+        pool.accept(branch, [0, 1])
+    assert preorders[0] is preorders[1] is not preorders[2]
 
 
 CHANGES = {

@@ -9,8 +9,10 @@ share a page, and whoever fills a page may go on in it. A fork copies nothing: o
 go on after a half-full page, the first goes on in it, each other one begins a page of its own at
 the same slot. The slots before that are for the copy that is put off until the sharers part: when
 one of them is left, it takes the shared tokens of the half-full page over, and the page is free.
-With that a node never has just one child, and whatever happened before, a tree of n branches has
-fewer than 2 n nodes and less than a page of slots without tokens for each of them.
+With that a node never has just one child, and a tree of n branches has fewer than 2 n nodes.
+Slots without tokens are those behind a branch's last token, and those before the first in a page
+that it began inside: less than two pages for each branch, or three where the one that had gone on
+in a half-full page is gone.
 
 >>> pool = PagePool(num_pages=8, page_size=4)
 >>> prompt = pool.root()
@@ -30,9 +32,8 @@ fewer than 2 n nodes and less than a page of slots without tokens for each of th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,24 +42,11 @@ from deft_tvm.errors import PageError
 from deft_tvm.pages import PageTable
 from deft_tvm.pool.ledger import Ledger
 from deft_tvm.pool.nodes import Int64, Node, Nodes, above
+from deft_tvm.pool.topology import Topology, inner
 from deft_tvm.tree import Forest
 
 ROOT = -1
 """The parent of a draft's first tokens: the end of the branch that it goes on."""
-
-
-class _Topology(NamedTuple):
-    """What `PagePool.forest` found when it was last asked.
-
-    Attributes:
-        wanted: the version of the trees, then branches with the rows of each.
-        forest: of the right shape, with nodes that are empty.
-        nodes: in its order, drafts left out.
-    """
-
-    wanted: tuple[Any, ...]
-    forest: Forest
-    nodes: list[Node]
 
 
 class PagePool:
@@ -77,7 +65,8 @@ class PagePool:
         self._nodes = Nodes(self._ledger)
         self._leaves: dict[int, Node] = {}
         self._next = 0
-        self._known: _Topology | None = None
+        self._known: Topology | None = None
+        self._wanted: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -247,24 +236,11 @@ class PagePool:
                     "branch has for itself"
                 )
         wanted = (self._nodes.version, *rows.items())
-        if self._known is None or self._known.wanted != wanted:
-            self._known = _Topology(wanted, *self._topology(rows))
-        size = self.page_size
-        lengths, first, indptr = [], [], [0]
-        indices = array("i")
-        for node in self._known.nodes:
-            lengths.append(node.settled)
-            first.append(node.start % size)
-            indices.extend(node.pages)
-            indptr.append(len(indices))
-            if node.draft:
-                slots = self._nodes.slots(node, node.start + node.settled, node.end)
-                lengths += [1] * len(slots)
-                first += (slots % size).tolist()
-                indptr += range(len(indices) + 1, len(indices) + len(slots) + 1)
-                indices.extend((slots // size).tolist())
-        pages = PageTable(np.frombuffer(indices, np.int32), indptr, first, page_size=size)
-        return self._known.forest.with_lengths(lengths), pages
+        if self._known is None or self._wanted != wanted:
+            leaves = [self._leaves[branch] for branch in rows]
+            self._known = Topology.of(leaves, list(rows.values()), self._known)
+            self._wanted = wanted
+        return self._known.filled(self._nodes)
 
     def slots(self, branch: int) -> Int64:
         """int64[length], slots of the tokens on a branch's path, counted through all pages.
@@ -335,38 +311,13 @@ class PagePool:
         self._leaves[branch] = leaf
         return branch
 
-    def _topology(self, rows: Mapping[int, int]) -> tuple[Forest, list[Node]]:
-        """Nodes that branches share first, then leaves; each is followed by its draft's tokens."""
-        leaves = [self._leaf(branch) for branch in rows]
-        inner = _inner(leaves)
-        nodes = [*inner, *leaves]
-        before = accumulate((1 + len(node.draft) for node in nodes), initial=0)
-        number = dict(zip(nodes, before, strict=False))
-        parents, counts = [], []
-        for node, count in zip(nodes, [0] * len(inner) + list(rows.values()), strict=True):
-            parents.append(-1 if node.parent is None else number[node.parent])
-            parents += [number[node] + 1 + token for token in node.draft]
-            counts += [0] + [1] * len(node.draft) if node.draft else [count]
-        return Forest.from_parents(parents, [0] * len(parents), counts), nodes
-
     def _preorder(self) -> Iterator[Node]:
-        nodes = [*_inner(self._leaves.values()), *self._leaves.values()]
+        nodes = [*inner(self._leaves.values()), *self._leaves.values()]
         waiting = [node for node in reversed(nodes) if node.parent is None]
         while waiting:
             node = waiting.pop()
             yield node
             waiting += reversed(node.children)
-
-
-def _inner(leaves: Iterable[Node]) -> dict[Node, None]:
-    """All nodes above leaves, each once."""
-    found: dict[Node, None] = {}
-    for leaf in leaves:
-        for node in above(leaf):
-            if node in found:
-                break
-            found[node] = None
-    return found
 
 
 def _check_draft(branch: int, parents: Sequence[int]) -> None:
