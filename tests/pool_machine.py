@@ -32,7 +32,7 @@ NOTHING = -1
 MOST_BRANCHES = 12
 
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=20,
     stateful_step_count=100,
     deadline=None,
     database=None,

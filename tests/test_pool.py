@@ -135,6 +135,14 @@ def test_a_draft_of_64_tokens_takes_4_pages_of_16() -> None:
     assert pages.row_slots(forest).tolist() == list(range(32, 96))
 
 
+def test_of_a_draft_all_tokens_are_rows() -> None:
+    pool, (one, two) = forked(1, 1)
+    pool.append({}, {two: [ROOT, 0]})
+    for said in (-1, 0, 1, 9):
+        forest, _ = pool.forest({one: 1, two: said})
+        assert forest.rows.tolist() == [0, 1, 0, 1, 1]
+
+
 def test_what_is_accepted_moves_together() -> None:
     pool = PagePool(10, page_size=4)
     branch = pool.root()
@@ -143,6 +151,30 @@ def test_what_is_accepted_moves_together() -> None:
     pool.accept(branch, [1, 2, 4])
     assert pool.length(branch) == 6 and pool.num_free == 8
     assert moves(pool) == [(4, 3), (5, 4), (7, 5)]
+
+
+def test_what_is_accepted_where_it_is_does_not_move() -> None:
+    pool = PagePool(10, page_size=4)
+    branch = pool.root()
+    pool.append({}, {branch: [ROOT, 0, 1, 1]})
+    pool.accept(branch, [0, 1, 3])
+    assert moves(pool) == [(3, 2)] and pool.length(branch) == 3
+
+
+def test_a_token_that_would_move_back_stays() -> None:
+    """It is to go from page 0 to page 1, which is then given up for page 0, free in between."""
+    pool = PagePool(2, page_size=2)
+    one = pool.root()
+    pool.append({one: 1})
+    two = pool.fork(one)[0]
+    pool.append({one: 1, two: 1})
+    pool.prune(one)
+    three = pool.fork(two)[0]
+    pool.rewind(two, 1)
+    pool.append({two: 1})
+    pool.prune(three)
+    assert pool.slots(two).tolist() == [0, 1]
+    assert moves(pool) == [(0, 2)], "to a page that is free, and not from slot 0 to itself"
 
 
 def test_a_draft_that_is_refused_as_a_whole_leaves_no_page() -> None:
@@ -237,7 +269,24 @@ def test_topology_is_found_once() -> None:
     pool.append({one: 1, two: 1})
     again, _ = pool.forest({one: 1, two: 1})
     assert again.preorder is forest.preorder and again.lengths.tolist() == [6, 2, 2]
-    assert pool.forest({two: 1, one: 1})[0].preorder is not forest.preorder
+    pool.append({two: 1})
+    swapped, pages = pool.forest({two: 1, one: 1})
+    assert swapped.lengths.tolist() == [6, 3, 2]
+    assert pages.row_slots(swapped).tolist() == [pool.slots(two)[-1], pool.slots(one)[-1]]
+
+
+def test_topology_of_a_draft_like_the_last_one_is_found_once() -> None:
+    pool = PagePool(10, page_size=4)
+    branch = pool.root()
+    preorders = []
+    for parents in ([ROOT, 0, 0], [ROOT, 0, 0], [ROOT, 0, 1]):
+        pool.append({}, {branch: parents})
+        forest, _ = pool.forest({branch: 3})
+        assert forest.parents.tolist() == [-1, *(parent + 1 for parent in parents)]
+        assert forest.lengths.tolist() == [pool.length(branch), 1, 1, 1]
+        preorders.append(forest.preorder)
+        pool.accept(branch, [0, 1])
+    assert preorders[0] is preorders[1] is not preorders[2]
 
 
 CHANGES = {
@@ -300,8 +349,9 @@ def refusals(pool: PagePool, one: int, two: int) -> list:
         (lambda: pool.forest({9: 0}), "branch is 9; expected one of 0, 1"),
         (
             lambda: pool.forest({one: 2}),
-            "rows[0] is 2; expected at most 1, the tokens that the branch has for itself",
+            "rows[0] is 2; expected 0 to 1, the tokens that the branch has for itself",
         ),
+        (lambda: pool.forest({two: 1, one: -1}), "rows[0] is -1; expected 0 to 1, the tokens that"),
         (lambda: pool.resize(-1), "num_pages is -1; expected 0 or more"),
         (
             lambda: pool.resize(3),
@@ -352,3 +402,15 @@ def test_refusals_of_a_pool_itself() -> None:
         pool.root()
     with pytest.raises(PageError, match="expected one of 0, 1, 2, 3, 4, 5, 6, 7, …"):
         pool.length(9)
+
+
+def test_what_waits_to_be_moved_is_moved_before_pages_are_numbered_anew() -> None:
+    for renumber in (lambda pool: pool.defragment(), lambda pool: pool.resize(20)):
+        pool, (one, _) = forked(1, 1)
+        pool.prune(one)
+        with pytest.raises(
+            PageError, match="there are moves that nobody took; expected take_moves before"
+        ):
+            renumber(pool)
+        assert moves(pool) == [(4, 8), (5, 9)]
+        renumber(pool)

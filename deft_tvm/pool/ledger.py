@@ -35,7 +35,7 @@ class Ledger:
         return len(self._free)
 
     def demand(self, count: int) -> None:
-        """Refuse what `take` could not give `count` times.
+        """Refuse what `take` could not give.
 
         Raises:
             OutOfPages: there are fewer free pages.
@@ -46,12 +46,14 @@ class Ledger:
                 f"{self.num_pages} are free; prune branches, or give the pool more pages"
             )
 
-    def take(self) -> int:
-        """A free page, held once."""
-        page = self._free.pop()
-        self.references[page] = 1
-        self.filled[page] = 0
-        return page
+    def take(self, count: int) -> list[int]:
+        """Free pages, one or more, each held once and full, as all are but a node's last."""
+        pages = self._free[: -count - 1 : -1]
+        del self._free[-count:]
+        for page in pages:
+            self.references[page] = 1
+            self.filled[page] = self.page_size
+        return pages
 
     def hold(self, page: int) -> None:
         """Another node has tokens in `page`."""

@@ -79,10 +79,9 @@ class Nodes:
     def keep(self, leaf: Node, path: Sequence[int]) -> None:
         """Of a leaf's draft only these tokens, which are numbered as in it."""
         base = leaf.start + leaf.settled
-        source = self.slots(leaf, [base + token for token in path])
-        target = self.slots(leaf, range(base, base + len(path)))
+        slots = self.slots(leaf, base, leaf.end)
         leaf.draft = ()
-        self.move(source, target)
+        self.move(slots[np.array(path, np.intp)], slots[: len(path)])
         self.cut(leaf, base + len(path))
         self.version += 1
 
@@ -93,48 +92,48 @@ class Nodes:
             OutOfPages: there are too few free pages; nothing was changed.
         """
         ledger, size = self.ledger, self.ledger.page_size
+        growing = [(leaf, count) for leaf, count in grown if count]
         entered: dict[int, Node] = {}
-        for leaf, count in grown:
-            page = self._half_full(leaf) if count else None
-            if page is not None:
-                entered.setdefault(page, leaf)
-        wanted = [
-            -(-(leaf.end + count) // size) - leaf.start // size if count else len(leaf.pages)
-            for leaf, count in grown
-        ]
-        held = sum(len(leaf.pages) for leaf, _ in grown) + len(entered)
-        ledger.demand(sum(wanted) - held)
+        missing = []
+        for leaf, count in growing:
+            page = None if leaf.length else self._half_full(leaf)
+            enters = page is not None and entered.setdefault(page, leaf) is leaf
+            pages = -(-(leaf.end + count) // size) - leaf.start // size
+            missing.append(pages - len(leaf.pages) - enters)
+        ledger.demand(sum(missing))
         for page, leaf in entered.items():
             ledger.hold(page)
             leaf.pages.append(page)
-        for (leaf, count), want in zip(grown, wanted, strict=True):
-            last = max(len(leaf.pages) - 1, 0)
-            leaf.pages.extend(ledger.take() for _ in range(want - len(leaf.pages)))
+        for (leaf, count), number in zip(growing, missing, strict=True):
+            if number:
+                if leaf.pages:
+                    ledger.filled[leaf.pages[-1]] = size
+                leaf.pages.extend(ledger.take(number))
             leaf.length += count
-            for page in leaf.pages[last:] if count else ():
-                ledger.filled[page] = size
             self._mark_end(leaf)
 
     def _half_full(self, leaf: Node) -> int | None:
         """The page in which an empty leaf may go on after the node above it."""
         slot = leaf.start % self.ledger.page_size
-        if leaf.parent is None or leaf.length or slot == 0:
+        if leaf.parent is None or slot == 0:
             return None
         page = leaf.parent.pages[-1]
         return page if self.ledger.filled[page] == slot else None
 
-    def slots(self, node: Node, positions: Sequence[int] | range) -> Int64:
-        """Where tokens at positions of the path lie, all of them in `node`."""
-        at = np.asarray(positions, np.int64)
-        pages = np.frombuffer(node.pages, np.int32) if node.pages else np.zeros(0, np.int32)
-        block = at // self.ledger.page_size - node.start // self.ledger.page_size
-        return pages[block] * np.int64(self.ledger.page_size) + at % self.ledger.page_size
+    def slots(self, node: Node, begin: int, end: int) -> Int64:
+        """Where the tokens from one position of the path to another lie, all of them in `node`."""
+        size = self.ledger.page_size
+        at = np.arange(begin, end, dtype=np.int64)
+        pages = np.array(node.pages, np.int64)
+        return pages[at // size - node.start // size] * size + at % size
 
     def move(self, source: Int64, target: Int64) -> None:
         """Copy later, as if at once with what is to be copied already."""
         origins = [self.moves.get(slot, slot) for slot in source.tolist()]
         for slot, origin in zip(target.tolist(), origins, strict=True):
-            self.moves[slot] = origin
+            self.moves.pop(slot, None)
+            if slot != origin:
+                self.moves[slot] = origin
 
     def cut(self, leaf: Node, end: int) -> None:
         """Let a leaf end at a position that is not before its start."""

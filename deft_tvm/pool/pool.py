@@ -9,8 +9,10 @@ share a page, and whoever fills a page may go on in it. A fork copies nothing: o
 go on after a half-full page, the first goes on in it, each other one begins a page of its own at
 the same slot. The slots before that are for the copy that is put off until the sharers part: when
 one of them is left, it takes the shared tokens of the half-full page over, and the page is free.
-With that a node never has just one child, and whatever happened before, a tree of n branches has
-fewer than 2 n nodes and less than a page of slots without tokens for each of them.
+With that a node never has just one child, and a tree of n branches has fewer than 2 n nodes.
+Slots without tokens are those behind a branch's last token, and those before the first in a page
+that it began inside: less than two pages for each branch, or three where the one that had gone on
+in a half-full page is gone.
 
 >>> pool = PagePool(num_pages=8, page_size=4)
 >>> prompt = pool.root()
@@ -31,8 +33,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -41,24 +42,11 @@ from deft_tvm.errors import PageError
 from deft_tvm.pages import PageTable
 from deft_tvm.pool.ledger import Ledger
 from deft_tvm.pool.nodes import Int64, Node, Nodes, above
+from deft_tvm.pool.topology import Topology, inner
 from deft_tvm.tree import Forest
 
 ROOT = -1
 """The parent of a draft's first tokens: the end of the branch that it goes on."""
-
-
-class _Topology(NamedTuple):
-    """What `PagePool.forest` found when it was last asked.
-
-    Attributes:
-        wanted: the version of the trees, then branches with the rows of each.
-        forest: of the right shape, with nodes that are empty.
-        nodes: in its order, drafts left out.
-    """
-
-    wanted: tuple[Any, ...]
-    forest: Forest
-    nodes: list[Node]
 
 
 class PagePool:
@@ -77,7 +65,8 @@ class PagePool:
         self._nodes = Nodes(self._ledger)
         self._leaves: dict[int, Node] = {}
         self._next = 0
-        self._known: _Topology | None = None
+        self._known: Topology | None = None
+        self._wanted: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -197,10 +186,12 @@ class PagePool:
         Raises:
             PageError: there is no such branch, or it is named twice.
         """
-        for place, branch in enumerate(branches):
+        named = set()
+        for branch in branches:
             self._leaf(branch)
-            if branch in branches[:place]:
+            if branch in named:
                 raise PageError(f"branch {branch} is named twice; expected each once")
+            named.add(branch)
         for branch in branches:
             self._nodes.drop(self._leaves.pop(branch))
 
@@ -234,34 +225,22 @@ class PagePool:
             of `rows`.
 
         Raises:
-            PageError: there is no such branch, or it has fewer tokens of its own.
+            PageError: there is no such branch, it has fewer tokens of its own, or a number of rows
+                is negative.
         """
-        wanted = (self._nodes.version, *rows.items())
-        if self._known is None or self._known.wanted != wanted:
-            self._known = _Topology(wanted, *self._topology(rows))
         for branch, count in rows.items():
-            own = self._leaves[branch].length
-            if count > own:
+            leaf = self._leaf(branch)
+            if not (leaf.draft or 0 <= count <= leaf.length):
                 raise PageError(
-                    f"rows[{branch}] is {count}; expected at most {own}, the tokens that the "
+                    f"rows[{branch}] is {count}; expected 0 to {leaf.length}, the tokens that the "
                     "branch has for itself"
                 )
-        size = self.page_size
-        lengths, first, indptr = [], [], [0]
-        indices = array("i")
-        for node in self._known.nodes:
-            lengths.append(node.settled)
-            first.append(node.start % size)
-            indices.extend(node.pages)
-            indptr.append(len(indices))
-            if node.draft:
-                slots = self._nodes.slots(node, range(node.start + node.settled, node.end))
-                lengths += [1] * len(slots)
-                first += (slots % size).tolist()
-                indptr += range(len(indices) + 1, len(indices) + len(slots) + 1)
-                indices.extend((slots // size).tolist())
-        pages = PageTable(np.frombuffer(indices, np.int32), indptr, first, page_size=size)
-        return self._known.forest.with_lengths(lengths), pages
+        wanted = (self._nodes.version, *rows.items())
+        if self._known is None or self._wanted != wanted:
+            leaves = [self._leaves[branch] for branch in rows]
+            self._known = Topology.of(leaves, list(rows.values()), self._known)
+            self._wanted = wanted
+        return self._known.filled(self._nodes)
 
     def slots(self, branch: int) -> Int64:
         """int64[length], slots of the tokens on a branch's path, counted through all pages.
@@ -270,9 +249,9 @@ class PagePool:
             PageError: there is no such branch.
         """
         leaf = self._leaf(branch)
-        parts = [self._nodes.slots(leaf, range(leaf.start, leaf.start + leaf.settled))]
-        parts += [self._nodes.slots(node, range(node.start, node.end)) for node in above(leaf)]
-        return np.concatenate(parts[::-1]).astype(np.int64)
+        parts = [self._nodes.slots(leaf, leaf.start, leaf.start + leaf.settled)]
+        parts += [self._nodes.slots(node, node.start, node.end) for node in above(leaf)]
+        return np.concatenate(parts[::-1])
 
     def take_moves(self) -> tuple[Int64, Int64]:
         """Slots to copy from and to, as if all at once, before any tensor is written or read.
@@ -293,8 +272,7 @@ class PagePool:
         Raises:
             PageError: there are moves that nobody took.
         """
-        if self._nodes.moves:
-            raise PageError("there are moves that nobody took; expected take_moves before")
+        self._check_settled()
         nodes = list(self._preorder())
         order = list(dict.fromkeys(page for node in nodes for page in node.pages))
         number = {page: place for place, page in enumerate(order)}
@@ -307,9 +285,15 @@ class PagePool:
         """Have more pages, or fewer.
 
         Raises:
-            PageError: `num_pages` is negative, or a page that would go is in use.
+            PageError: `num_pages` is negative, a page that would go is in use, or there are moves
+                that nobody took.
         """
+        self._check_settled()
         self._ledger.resize(num_pages)
+
+    def _check_settled(self) -> None:
+        if self._nodes.moves:
+            raise PageError("there are moves that nobody took; expected take_moves before")
 
     def _leaf(self, branch: int) -> Node:
         if branch not in self._leaves:
@@ -327,23 +311,9 @@ class PagePool:
         self._leaves[branch] = leaf
         return branch
 
-    def _topology(self, rows: Mapping[int, int]) -> tuple[Forest, list[Node]]:
-        """Nodes that branches share first, then leaves; each is followed by its draft's tokens."""
-        leaves = [self._leaf(branch) for branch in rows]
-        inner = dict.fromkeys(node for leaf in leaves for node in above(leaf))
-        nodes = [*inner, *leaves]
-        before = accumulate((1 + len(node.draft) for node in nodes), initial=0)
-        number = dict(zip(nodes, before, strict=False))
-        parents, counts = [], []
-        for node, count in zip(nodes, [0] * len(inner) + list(rows.values()), strict=True):
-            parents.append(-1 if node.parent is None else number[node.parent])
-            parents += [number[node] + 1 + token for token in node.draft]
-            counts += [0] + [1] * len(node.draft) if node.draft else [count]
-        return Forest.from_parents(parents, [0] * len(parents), counts), nodes
-
     def _preorder(self) -> Iterator[Node]:
-        roots = dict.fromkeys((leaf, *above(leaf))[-1] for leaf in self._leaves.values())
-        waiting = list(roots)[::-1]
+        nodes = [*inner(self._leaves.values()), *self._leaves.values()]
+        waiting = [node for node in reversed(nodes) if node.parent is None]
         while waiting:
             node = waiting.pop()
             yield node
