@@ -37,7 +37,7 @@ def explained(model: Any, texts: Sequence[Tensor]) -> float:
     AttentionMaskInterface.register(NAME, eager_mask)
     random.manual_seed(0)
     moves = [sequence_logits(model, t, NAME) - sequence_logits(model, t) for t in texts]
-    return max(float(move.abs().max()) for move in moves)
+    return max(float(move.float().abs().max()) for move in moves)
 
 
 random = torch.Generator()
@@ -58,9 +58,10 @@ def _attention(
         logit *= 2  # `deft_tvm.reference.sensitivity` is at most that
     if asked.get("s_aux") is not None:
         logit = max(logit, float(asked["s_aux"].abs().max()))
-    exact = Exact(out, out, logit, values, key.shape[2])
+    exact = Exact(out.float(), out, logit, values, key.shape[2])
+    dtype = str(out.dtype).removeprefix("torch.")
     signs = torch.randint(0, 2, out.shape, generator=random) * 2 - 1
-    return out + 2 * exact.bound().out * signs, None
+    return (out + 2 * exact.bound(dtype, dtype).out * signs).to(out.dtype), None
 
 
 def _terms(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[float, float]:
@@ -71,6 +72,7 @@ def _terms(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[floa
     last two; expanded, keys and values are rounded as those sums are. A latent comes out of an
     RMS norm, so that its length is at most the square root of its width, times the norm's weight.
     """
+    query, key = query.float(), key.float()
     longest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
     if not hasattr(module, "kv_b_proj"):
         return longest, float(value.abs().max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from nudged import explained, sequence_logits
-from tiny_models import FAMILIES, adapted, tiny, tokens
+from tiny_models import FAMILIES, VOCABULARY, adapted, tiny, tokens
 from torch import Tensor
 
 from deft_tvm.integrations.huggingface import HuggingFaceModel
@@ -53,3 +53,41 @@ def test_logits_of_a_tree_are_those_of_each_sequence(family: str) -> None:
     assert 0 < error <= bound
     # The bound is worth something: it is far below what another token would do.
     assert bound < 1e-2 * float(torch.cat(wanted).std())
+
+
+def test_a_call_leaves_the_models_attention_as_it_was() -> None:
+    model = tiny()
+    tree = Tree(adapted(model))
+    pool = tree.cache.pool
+    for implementation in ("sdpa", "eager", "deft_tvm"):
+        model.set_attn_implementation(implementation)
+        tree.read(TEXT, tree.cache.step({pool.root(): len(TEXT)}))
+        assert model.config._attn_implementation == implementation
+    model.set_attn_implementation("sdpa")
+    model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tree.read(TEXT, tree.cache.step({pool.root(): len(TEXT)}))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_only_rows_to_keep_have_logits() -> None:
+    model = tiny("deepseek_v3")
+    tree = Tree(adapted(model))
+    keep = torch.tensor([7, 2])
+    step = tree.cache.step({tree.cache.pool.root(): len(TEXT)})
+    found = tree.model(TEXT, step, keep)
+    assert found.shape == (2, VOCABULARY)
+    error = (found - sequence_logits(model, TEXT)[keep]).abs().max()
+    assert error <= explained(model, [TEXT])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_16_bits(dtype: torch.dtype) -> None:
+    """Within what rounding to 16 bits in attention explains of transformers in the same dtype."""
+    model = tiny("llama").to(dtype)
+    tree = Tree(adapted(model))
+    step = tree.cache.step({tree.cache.pool.root(): len(TEXT)})
+    found = tree.read(TEXT, step)
+    assert found.dtype is dtype
+    error = (found.float() - sequence_logits(model, TEXT).float()).abs().max()
+    assert error <= explained(model, [TEXT])

@@ -67,7 +67,7 @@ def attention(
     Args:
         module: the layer's attention, with ``layer_idx``.
         query: ``[B, heads, L, width]``, rotated.
-        key: what the cache's ``update`` returned, not read here.
+        key: as the cache's ``update`` returned it, or made of that; not read.
         value: the same.
         attention_mask: None, or ``[B, columns]``, see `padding`.
         scaling: of the scores; None: as the width says.
@@ -84,7 +84,7 @@ def attention(
         InputError: the cache is none of deft_tvm's, or the model asks for what cannot be done.
         OutOfPages: the cache may not grow any more.
     """
-    note = take_note(getattr(module, "layer_idx", None))
+    note = take_note(getattr(module, "layer_idx", None), key)
     layer, cache = note.layer, note.cache
     spec = cache.specs[layer]
     check_no_gradient(query, note.new)

@@ -46,7 +46,7 @@ class TreeCache(HandoverCache):
     branches continues each branch k times, as ``num_beams`` and ``num_return_sequences`` want it.
     Rows of an empty cache are read each for itself; `prefill` reads what they share once.
 
-    A pass that fails, whether in a layer or between two, leaves the cache as it was before it.
+    A pass that fails before its last layer has attended leaves the cache as it was before it.
 
     Attributes:
         paged: pages and branches.
@@ -198,15 +198,22 @@ class TreeCache(HandoverCache):
             try:
                 return self.paged.step(counts)
             except OutOfPages:
-                pages = self.paged.pool.num_pages
                 needed = sum(self.paged.pages_for(count) for count in counts.values())
-                wanted = max(2 * pages, pages + needed, 1)
-                if self.max_pages is not None:
-                    wanted = min(wanted, self.max_pages)
-                if wanted <= pages:
+                if not self._grow(needed - self.paged.pool.num_free):
                     raise
+
+    def _grow(self, more: int) -> bool:
+        """Double the pages, until there are so many more, or as many as may be."""
+        pages = self.paged.pool.num_pages
+        wanted = max(2 * pages, 1)
+        while wanted - pages < more:
+            wanted *= 2
+        if self.max_pages is not None:
+            wanted = min(wanted, self.max_pages)
+        if wanted > pages:
             with torch.inference_mode(False):
                 self.paged.resize(wanted)
+        return wanted > pages
 
     def _recover(self) -> None:
         """Forget what a pass that was not ended has begun."""
@@ -230,17 +237,31 @@ class TreeCache(HandoverCache):
             self._columns = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on after what row ``beam_idx[i]`` has been, as beams do."""
+        """Let row i go on after what row ``beam_idx[i]`` has been, as beams do.
+
+        Raises:
+            InputError: there is no such row.
+        """
         self._select(self._numbers("beam_idx", beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows: int64[rows], or bool for each."""
+        """Keep these rows: int64[rows], or bool for each.
+
+        Raises:
+            InputError: there is no such row.
+        """
         if indices.dtype is torch.bool:
             indices = indices.nonzero()[:, 0]
         self._select(self._numbers("indices", indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Let each row be so many."""
+        """Let each row be so many.
+
+        Raises:
+            InputError: `repeats` is less than 1.
+        """
+        if repeats < 1:
+            raise InputError(f"repeats is {repeats}; expected 1 or more")
         self._select([row for row in range(len(self._branches)) for _ in range(repeats)])
 
     def _numbers(self, name: str, rows: Tensor) -> list[int]:

@@ -32,11 +32,21 @@ class Note(NamedTuple):
         layer: its number.
         new: what the layer has to cache, keys and values or latents and rotated keys, each
             ``[B, heads, L, width]``.
+        returned: what the layer got of the first for it.
     """
 
     cache: HandoverCache
     layer: int
     new: tuple[Tensor, Tensor]
+    returned: Tensor
+
+    def is_for(self, layer: int | None, key: Tensor) -> bool:
+        """Whether it is a layer's that attends to `key`, and was not left by one that failed."""
+        if self.layer != layer:
+            return False
+        if self.cache.specs[self.layer].rope is None:
+            return key is self.returned
+        return (len(key), key.shape[2]) == (len(self.returned), 1)
 
 
 # One slot: nothing else of a model runs between the update of a cache and the attention function.
@@ -44,15 +54,15 @@ class Note(NamedTuple):
 _note: ContextVar[Note | None] = ContextVar("deft_tvm_note", default=None)
 
 
-def take_note(layer: int | None) -> Note:
-    """The note for a layer, which is gone then.
+def take_note(layer: int | None, key: Tensor) -> Note:
+    """The note for a layer that was given `key`; it is gone then.
 
     Raises:
         InputError: there is none.
     """
     note = _note.get()
     _note.set(None)
-    if note is None or note.layer != layer:
+    if note is None or not note.is_for(layer, key):
         raise InputError(
             f"past_key_values of layer {layer} is no cache of deft_tvm; expected a TreeCache"
         )
@@ -94,10 +104,11 @@ class HandoverCache(Cache):
                 f"layer_idx is {layer_idx}; expected one of {len(self.specs)} layers, those of the "
                 f"model that the cache was made for"
             )
-        _note.set(Note(self, layer_idx, (key_states, value_states)))
-        if self.specs[layer_idx].rope is None:
-            return key_states, value_states
-        return key_states[:, :, :1], value_states[:, :, :1]
+        new = keys, values = (key_states, value_states)
+        if self.specs[layer_idx].rope is not None:
+            keys, values = keys[:, :, :1], values[:, :, :1]
+        _note.set(Note(self, layer_idx, new, keys))
+        return keys, values
 
     @abstractmethod
     def begin(

@@ -48,12 +48,13 @@ class Absorbed:
 
 
 def _weight(module: Any) -> Tensor:
-    projection = getattr(module, "kv_b_proj", None)
+    projection: Any = getattr(module, "kv_b_proj", None)
     # An adapter or a quantised layer computes something else than its weight says.
-    if type(projection) is not torch.nn.Linear or projection.bias is not None:
+    plain = type(projection) is torch.nn.Linear
+    if not plain or projection.bias is not None:
         raise InputError(
-            f"kv_b_proj is {type(projection).__name__}; expected a torch.nn.Linear without bias, "
-            f"whose weight can be absorbed"
+            f"kv_b_proj is {type(projection).__name__}{' with bias' * plain}; expected a "
+            f"torch.nn.Linear without bias, whose weight can be absorbed"
         )
     weight: Tensor = projection.weight
     return weight

@@ -28,6 +28,7 @@ def read_prompts(pool: PagePool, texts: Sequence[Tensor], read: Read) -> list[in
     table, counts = padded("input_ids", [text.tolist() for text in texts])
     found = shared_prefixes("input_ids", table, counts, 1)
     parents, lengths, _, through = (array.tolist() for array in found)
+    first = len(parents) - len(texts)  # before it are nodes that end no text
     waiting = [(node, pool.root(), 0) for node, parent in enumerate(parents) if parent < 0]
     branches = {}
     while waiting:
@@ -39,9 +40,9 @@ def read_prompts(pool: PagePool, texts: Sequence[Tensor], read: Read) -> list[in
         for node, branch, start in waiting:
             branches[node] = branch
             children = [child for child, parent in enumerate(parents) if parent == node]
-            split = [branch, *pool.fork(branch, len(children) - 1)] if children else []
+            goes_on = [branch] if node < first else []
+            split = goes_on + pool.fork(branch, len(children) - len(goes_on))
             end = start + lengths[node]
             below += [(child, own, end) for child, own in zip(children, split, strict=True)]
         waiting = below
-    first = len(parents) - len(texts)
     return [branches[first + number] for number in range(len(texts))]
