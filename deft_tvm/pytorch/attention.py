@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -86,6 +87,12 @@ class TreeAttention:
 
     def __repr__(self) -> str:
         return f"TreeAttention({str(self.spec)!r}, {str(self.device)!r}, plan={self.last_plan})"
+
+    def copy(self) -> TreeAttention:
+        """The same attention by the same module, without a plan: it may follow another one."""
+        made = copy(self)
+        made._step = None
+        return made
 
     def plan(
         self,

@@ -54,11 +54,13 @@ class PagedKVCache:
                 page size.
             num_pages: pages of each layer, `pages_for` says how many tokens need.
             device: where the tensors live.
-            attention: what runs specs of `layers`, instead of the best module for each.
+            attention: what runs specs of `layers`, instead of the best module for each; the cache
+                takes copies, which follow its own plans.
             scale: see the attributes.
 
         Raises:
             SpecError: there are no layers, or they have different page sizes.
+            InputError: one of `attention` is for none of `layers`.
             ArtifactError, CompilerMissing: as `TreeAttention`.
         """
         sizes = sorted({spec.page_size for spec in layers})
@@ -67,11 +69,7 @@ class PagedKVCache:
         self.layers = tuple(layers)
         self.device = torch.device(device)
         self.pool = PagePool(num_pages, sizes[0])
-        given = {runner.spec: runner for runner in attention}
-        self.attention = {
-            spec: given.get(spec) or TreeAttention(spec, device=self.device)
-            for spec in dict.fromkeys(self.layers)
-        }
+        self.attention = runners(self.layers, self.device, attention)
         self.scale = scale
         self.buffers = [self._zeros(spec, num_pages) for spec in self.layers]
         self._scales = [
@@ -166,6 +164,8 @@ class PagedKVCache:
                 tensor[:kept] = old[:kept]
             self.buffers[number] = new
 
+    # Under inference mode too they are ordinary tensors, which can be written to outside of it.
+    @torch.inference_mode(False)
     def _zeros(self, spec: AttentionSpec, num_pages: int) -> tuple[Tensor, ...]:
         shapes = (
             (spec.page_size, b.heads) if spec.layout == "NHD" else (b.heads, spec.page_size)
@@ -253,6 +253,27 @@ class Step:
         cache = self.cache
         kv = (*cache.buffers[layer], *cache._scales[layer])
         return cache.attention[cache.layers[layer]].run(q, kv, sinks=sinks)
+
+
+def runners(
+    layers: Iterable[AttentionSpec],
+    device: torch.device | str,
+    attention: Iterable[TreeAttention] = (),
+) -> dict[AttentionSpec, TreeAttention]:
+    """What runs each distinct spec: copies of `attention` where there are any, else the best.
+
+    Raises:
+        InputError: one of `attention` is for none of `layers`.
+    """
+    distinct = dict.fromkeys(layers)
+    given = {runner.spec: runner for runner in attention}
+    for spec in given.keys() - distinct.keys():
+        wanted = ", ".join(map(str, distinct))
+        raise InputError(f"attention has one for {spec}; expected {wanted}")
+    return {
+        spec: given[spec].copy() if spec in given else TreeAttention(spec, device=device)
+        for spec in distinct
+    }
 
 
 def _by_token(spec: AttentionSpec, tensor: Tensor) -> Tensor:

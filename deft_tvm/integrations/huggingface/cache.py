@@ -11,7 +11,7 @@ from torch import Tensor
 from deft_tvm.errors import InputError, OutOfPages, PageError
 from deft_tvm.integrations.huggingface.attention import register
 from deft_tvm.integrations.huggingface.handover import HandoverCache, config_of
-from deft_tvm.integrations.huggingface.model import new_cache, run_step, runners, specs_of
+from deft_tvm.integrations.huggingface.model import run_step, specs_of
 from deft_tvm.integrations.huggingface.prompts import read_prompts
 from deft_tvm.integrations.huggingface.rows import (
     Rows,
@@ -82,8 +82,7 @@ class TreeCache(HandoverCache):
             raise InputError(f"num_pages is {num_pages}; expected at most max_pages={max_pages}")
         specs = specs_of(model, page_size)
         super().__init__(config_of(model), specs)
-        own = runners(specs, model.device, attention)
-        self.paged: PagedKVCache = new_cache(specs, num_pages, model.device, own)
+        self.paged = PagedKVCache(specs, num_pages, model.device, attention=attention)
         self.max_pages = max_pages
         self._branches: list[int] = []
         self._columns = 0
@@ -211,8 +210,7 @@ class TreeCache(HandoverCache):
         if self.max_pages is not None:
             wanted = min(wanted, self.max_pages)
         if wanted > pages:
-            with torch.inference_mode(False):
-                self.paged.resize(wanted)
+            self.paged.resize(wanted)
         return wanted > pages
 
     def _recover(self) -> None:

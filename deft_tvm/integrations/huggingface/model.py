@@ -15,6 +15,7 @@ from deft_tvm.integrations.huggingface.handover import config_of
 from deft_tvm.integrations.huggingface.step import StepCache
 from deft_tvm.models import layers
 from deft_tvm.pytorch import PagedKVCache, Step, TreeAttention
+from deft_tvm.pytorch.cache import runners
 from deft_tvm.spec import AttentionSpec, Dtype
 
 _DTYPES: dict[torch.dtype, Dtype] = {
@@ -58,7 +59,7 @@ class HuggingFaceModel:
             raise InputError("model is in training mode; expected model.eval()")
         self.model = model
         self.layers = specs_of(model, page_size)
-        self.attention = runners(self.layers, model.device, attention)
+        self.attention = list(runners(self.layers, model.device, attention).values())
 
     def __repr__(self) -> str:
         return f"HuggingFaceModel({type(self.model).__name__}, layers={len(self.layers)})"
@@ -85,7 +86,7 @@ class HuggingFaceModel:
         Args:
             num_pages: pages of each layer.
         """
-        return new_cache(self.layers, num_pages, self.model.device, self.attention)
+        return PagedKVCache(self.layers, num_pages, self.model.device, attention=self.attention)
 
 
 def specs_of(model: Any, page_size: int) -> tuple[AttentionSpec, ...]:
@@ -108,49 +109,6 @@ def specs_of(model: Any, page_size: int) -> tuple[AttentionSpec, ...]:
     if len(devices) > 1:
         raise InputError(f"model is on {', '.join(devices)}; expected one device")
     return layers(config.to_dict(), dtype=_DTYPES[model.dtype], page_size=page_size)
-
-
-def runners(
-    specs: Iterable[AttentionSpec],
-    device: torch.device | str,
-    attention: Iterable[TreeAttention] = (),
-) -> list[TreeAttention]:
-    """What runs each distinct spec, those of `attention` where there are any.
-
-    Raises:
-        InputError: one of `attention` is for none of `specs`.
-    """
-    distinct = dict.fromkeys(specs)
-    given = {runner.spec: runner for runner in attention}
-    for spec in given.keys() - distinct.keys():
-        wanted = ", ".join(map(str, distinct))
-        raise InputError(f"attention has one for {spec}; expected {wanted}")
-    return [given.get(spec) or TreeAttention(spec, device=device) for spec in distinct]
-
-
-def new_cache(
-    specs: tuple[AttentionSpec, ...],
-    num_pages: int,
-    device: torch.device | str,
-    attention: Iterable[TreeAttention],
-) -> PagedKVCache:
-    """An empty cache with runners of its own, since a runner follows the plan of one cache.
-
-    Tensors are ordinary ones under ``torch.inference_mode()`` too, so that they can be written to
-    outside of it.
-    """
-    own = [
-        TreeAttention(
-            runner.spec,
-            runner.artifact,
-            runner.device,
-            deterministic=runner.deterministic,
-            grouping=runner.grouping,
-        )
-        for runner in attention
-    ]
-    with torch.inference_mode(False):
-        return PagedKVCache(specs, num_pages, device, attention=own)
 
 
 @torch.no_grad()
