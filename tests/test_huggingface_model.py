@@ -8,6 +8,7 @@ from nudged import explained, sequence_logits
 from tiny_models import FAMILIES, VOCABULARY, adapted, tiny, tokens
 from torch import Tensor
 
+from deft_tvm.decoding import BeamSearch, NGramDrafter, best, decode, greedy, speculate
 from deft_tvm.integrations.huggingface import HuggingFaceModel
 from deft_tvm.pool import ROOT
 from deft_tvm.pytorch import PagedKVCache, Step
@@ -81,13 +82,34 @@ def test_only_rows_to_keep_have_logits() -> None:
     assert error <= explained(model, [TEXT])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_in_16_bits(dtype: torch.dtype) -> None:
+def test_a_model_in_16_bits() -> None:
     """Within what rounding to 16 bits in attention explains of transformers in the same dtype."""
-    model = tiny("llama").to(dtype)
+    model = tiny().to(torch.bfloat16)
     tree = Tree(adapted(model))
     step = tree.cache.step({tree.cache.pool.root(): len(TEXT)})
     found = tree.read(TEXT, step)
-    assert found.dtype is dtype
+    assert found.dtype is torch.bfloat16
     error = (found.float() - sequence_logits(model, TEXT).float()).abs().max()
     assert error <= explained(model, [TEXT])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "deepseek_v3"])
+def test_decoding_says_what_generate_says(family: str) -> None:
+    model, prompts = tiny(family), [tokens(9).tolist(), tokens(5, seed=2).tolist()]
+    adapter = adapted(model)
+    cache = adapter.new_cache(64)
+    for prompt, found in zip(
+        prompts, decode(adapter, cache, prompts, greedy(max_tokens=8)), strict=True
+    ):
+        ids = torch.tensor([prompt])
+        wanted = model.generate(ids, do_sample=False, max_new_tokens=8)
+        assert list(found.tokens) == wanted[0, len(prompt) :].tolist()
+
+        beams = decode(adapter, cache, [prompt], BeamSearch(3, max_tokens=8))
+        wanted = model.generate(ids, do_sample=False, num_beams=3, max_new_tokens=8)
+        assert list(best(beams)[0][0].tokens) == wanted[0, len(prompt) :].tolist()
+
+    speculated = speculate(adapter, cache, prompts, NGramDrafter(nodes=6), max_tokens=8)
+    tokens_of = [decode(adapter, cache, [p], greedy(max_tokens=8))[0].tokens for p in prompts]
+    assert [s.tokens for s in speculated] == tokens_of
+    assert cache.bytes_in_use == 0

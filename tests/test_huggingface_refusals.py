@@ -318,10 +318,17 @@ def test_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
             use()
 
 
-def test_without_transformers() -> None:
-    program = """
-import sys
-sys.modules["transformers"] = None
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("None", "transformers cannot be imported ("),
+        ("types.SimpleNamespace(__version__='5.9.1')", "transformers is 5.9.1; expected 5.19 or"),
+    ],
+)
+def test_without_transformers(module: str, message: str) -> None:
+    program = f"""
+import sys, types
+sys.modules["transformers"] = {module}
 try:
     import deft_tvm.integrations.huggingface
 except ImportError as error:
@@ -330,7 +337,7 @@ except ImportError as error:
     command = (sys.executable, "-c", program)
     root = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.startswith("transformers cannot be imported (")
+    assert done.stdout.startswith(message)
     assert "pip install '.[hf]'" in done.stdout
 
 

@@ -19,18 +19,13 @@ causal with padding on the left.
 
 from __future__ import annotations
 
-try:
-    import transformers  # noqa: F401
-except ImportError as error:
-    from deft_tvm.errors import installing
+from deft_tvm.integrations.huggingface.version import check_transformers
 
-    raise ImportError(
-        f"transformers cannot be imported ({error}); expected it installed: {installing('hf')}"
-    ) from None
+check_transformers()
 
-from deft_tvm.integrations.huggingface.attention import NAME, register
-from deft_tvm.integrations.huggingface.cache import TreeCache
-from deft_tvm.integrations.huggingface.model import HuggingFaceModel
-from deft_tvm.integrations.huggingface.step import StepCache
+from deft_tvm.integrations.huggingface.attention import NAME, register  # noqa: E402
+from deft_tvm.integrations.huggingface.cache import TreeCache  # noqa: E402
+from deft_tvm.integrations.huggingface.model import HuggingFaceModel  # noqa: E402
+from deft_tvm.integrations.huggingface.step import StepCache  # noqa: E402
 
 __all__ = ["NAME", "HuggingFaceModel", "StepCache", "TreeCache", "register"]

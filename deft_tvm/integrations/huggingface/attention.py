@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -49,6 +50,7 @@ def padding(
     return attention_mask
 
 
+@torch.compiler.disable
 def attention(
     module: Any,
     query: Tensor,
