@@ -18,6 +18,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from tiny_models import VOCABULARY, tiny  # noqa: E402
 
+from deft_tvm.integrations.huggingface import NAME  # noqa: E402
+
 PAGES = Path(__file__).parents[1] / "docs"
 USES = ("samples", "beam-search", "tree-of-thoughts", "speculative-decoding", "own-model")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -57,6 +59,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("DEFT_TVM_MODULE_PATH", ":".join(folders))
     monkeypatch.chdir(tmp_path)
     recorded(tmp_path / "trees.json")
+    # As in a new process, where nothing has registered the attention yet.
+    for known in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.delitem(known._global_mapping, NAME, raising=False)
 
     def model(name: str, dtype: torch.dtype) -> Any:
         assert name == "HuggingFaceTB/SmolLM2-135M-Instruct" and dtype == torch.float32
