@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +13,7 @@ from built import SMALL, artifact
 from cached import OPERATIONS, CacheMachine, new_cache
 
 from deft_tvm.errors import InputError, OutOfPages, PageError, SpecError
+from deft_tvm.fp8 import quantize
 from deft_tvm.pool import ROOT
 from deft_tvm.pytorch import PagedKVCache, Step, load
 from deft_tvm.spec import FP8, AttentionSpec
@@ -33,7 +35,7 @@ EIGHT_BITS = replace(
 MODELS = {
     "windowed": ([SMALL, WINDOWED, SMALL], 1.0),
     "tied": ([MLA, GTA], 1.0),
-    "narrow": ([BFLOAT16, EIGHT_BITS], 2**-6),
+    "narrow": ([BFLOAT16, EIGHT_BITS], 0.01),
 }
 
 
@@ -151,12 +153,37 @@ def test_elements_that_8_bits_do_not_hold_are_the_largest() -> None:
     assert cache.read(branch, 0)[0].float()[:, 1, 7].tolist() == [448.0, -448.0, 1.0, 448.0]
 
 
+def test_elements_in_8_bits_are_rounded_once() -> None:
+    """Those of bfloat16 over a scale that is no power of two, which `quantize` rounds as well."""
+    rows = torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted, scales = quantize(rows, by_page=False)
+    scale = float(scales[0])
+    cache = new_cache([EIGHT_BITS], 1, scale=scale)
+    branch = cache.pool.root()
+    cache.step({branch: 4}).write(0, rows, rows)
+    assert torch.equal(cache.read(branch, 0)[0][:, 0].float(), wanted[:, 0].float())
+
+
+def test_scales_are_float32_whatever_is_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        cache = new_cache([EIGHT_BITS], 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    step = cache.step({cache.pool.root(): 1})
+    row = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    assert (step.attend(0, torch.ones(1, 4, 16, dtype=torch.bfloat16), row, row) == 1).all()
+
+
 def test_refusals() -> None:
     runner = load(artifact(SMALL))
     with pytest.raises(SpecError, match=re.escape("layers have page sizes []; expected one for")):
         PagedKVCache([], 4)
     with pytest.raises(SpecError, match=re.escape("layers have page sizes [4, 8]; expected one")):
         PagedKVCache([SMALL, replace(SMALL, page_size=8)], 4)
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(SpecError, match=f"scale is {scale}; expected a finite number above"):
+            PagedKVCache([SMALL], 4, scale=scale)
     with pytest.raises(PageError, match="num_pages is -1; expected 0 or more"):
         PagedKVCache([SMALL], -1, attention=[runner])
     cache, (one, _) = two_branches()

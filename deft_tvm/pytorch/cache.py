@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,13 +10,12 @@ import torch
 from torch import Tensor
 
 from deft_tvm.errors import InputError, SpecError
+from deft_tvm.fp8 import MOST
 from deft_tvm.pages import PageTable
 from deft_tvm.pool import PagePool
 from deft_tvm.pytorch.attention import TreeAttention
-from deft_tvm.spec import FP8, AttentionSpec
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
-
-_MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class PagedKVCache:
@@ -59,13 +59,16 @@ class PagedKVCache:
             scale: see the attributes.
 
         Raises:
-            SpecError: there are no layers, or they have different page sizes.
+            SpecError: there are no layers, or they have different page sizes; `scale` is no finite
+                number above zero.
             InputError: one of `attention` is for none of `layers`.
             ArtifactError, CompilerMissing: as `TreeAttention`.
         """
         sizes = sorted({spec.page_size for spec in layers})
         if len(sizes) != 1:
             raise SpecError(f"layers have page sizes {sizes}; expected one for all of them")
+        if not (math.isfinite(scale) and scale > 0):
+            raise SpecError(f"scale is {scale}; expected a finite number above zero")
         self.layers = tuple(layers)
         self.device = torch.device(device)
         self.pool = PagePool(num_pages, sizes[0])
@@ -73,8 +76,7 @@ class PagedKVCache:
         self.scale = scale
         self.buffers = [self._zeros(spec, num_pages) for spec in self.layers]
         self._scales = [
-            [torch.full((spec.buffers[i].heads,), scale, device=self.device) for i in spec.scaled]
-            for spec in self.layers
+            [self._scales_of(spec.buffers[i].heads) for i in spec.scaled] for spec in self.layers
         ]
 
     def __repr__(self) -> str:
@@ -180,6 +182,9 @@ class PagedKVCache:
             for shape, buffer in zip(shapes, spec.buffers, strict=True)
         )
 
+    def _scales_of(self, heads: int) -> Tensor:
+        return torch.full((heads,), self.scale, dtype=torch.float32, device=self.device)
+
     def _by_token(self) -> Iterable[Tensor]:
         for spec, layer in zip(self.layers, self.buffers, strict=True):
             yield from (_by_token(spec, tensor) for tensor in layer)
@@ -244,8 +249,9 @@ class Step:
                 raise InputError(
                     f"new {buffer.name} has shape {tuple(values.shape)}; expected {shape}"
                 )
-            if buffer.dtype == FP8:
-                values = (values / self.cache.scale).clamp(-_MOST, _MOST)
+            if buffer.scaled:
+                # In float32, as a quotient in 16 bits would be rounded twice.
+                values = (values.float() / self.cache.scale).clamp(-MOST, MOST)
             _by_token(spec, tensor)[self._places] = values.to(tensor.dtype)
 
     def run(self, layer: int, q: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
