@@ -130,6 +130,22 @@ def test_a_step_without_tokens() -> None:
         assert out.shape == (0, 4, 16)
 
 
+def test_steps_of_caches_that_share_what_runs_them() -> None:
+    """Each runs by its own plan, as those of a model and of one that drafts for it."""
+    one, (branch, _) = two_branches()
+    other = PagedKVCache([SMALL], 4, attention=one.attention.values())
+    long = one.step({branch: 2})
+    fill(long)
+    short = other.step({other.pool.root(): 1})
+    fill(short)
+    q = torch.zeros(2, 4, 16)
+    for _ in range(2):
+        # Scores are the same for all tokens: the mean of positions 0 to 7, and 0 to 8.
+        out, _ = long.run(1, q)
+        torch.testing.assert_close(out[:, 0, 0], torch.tensor([-3.5, -4.0]))
+        assert not short.run(0, q[:1])[0].any()
+
+
 def test_resize_and_defragment_keep_what_is_cached() -> None:
     cache, (one, two) = two_branches()
     cache.pool.prune(one)

@@ -118,8 +118,6 @@ class PagedKVCache:
         sizes = {branch: len(parents) for branch, parents in (drafts or {}).items()}
         forest, pages = self.pool.forest({**counts, **sizes})
         self.settle()
-        for attention in self.attention.values():
-            attention.plan(forest, pages)
         return Step(self, forest, pages)
 
     def settle(self) -> None:
@@ -202,6 +200,7 @@ class Step:
         cache: whose step it is.
         forest: what the rows see.
         pages: where it lies.
+        plans: of each distinct spec of the layers, the plan that its runs follow.
         positions: int64[rows], position of each row on its path.
     """
 
@@ -209,6 +208,9 @@ class Step:
         self.cache = cache
         self.forest = forest
         self.pages = pages
+        self.plans = {
+            spec: attention.plan(forest, pages) for spec, attention in cache.attention.items()
+        }
         self._places = cache._places(pages.row_slots(forest))
         positions = np.empty(forest.num_rows, np.int64)
         positions[forest.row_order] = forest.row_positions
@@ -256,9 +258,12 @@ class Step:
 
     def run(self, layer: int, q: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`TreeAttention.run` over what is cached in one layer."""
-        cache = self.cache
-        kv = (*cache.buffers[layer], *cache._scales[layer])
-        return cache.attention[cache.layers[layer]].run(q, kv, sinks=sinks)
+        cache, spec = self.cache, self.cache.layers[layer]
+        attention = cache.attention[spec]
+        # Another step, perhaps of another cache, may have planned in between.
+        if not torch.compiler.is_compiling() and attention.last_plan is not self.plans[spec]:
+            attention.use(self.plans[spec], self.pages)
+        return attention.run(q, (*cache.buffers[layer], *cache._scales[layer]), sinks=sinks)
 
 
 def runners(
