@@ -130,20 +130,19 @@ def test_a_step_without_tokens() -> None:
         assert out.shape == (0, 4, 16)
 
 
-def test_steps_of_caches_that_share_what_runs_them() -> None:
-    """Each runs by its own plan, as those of a model and of one that drafts for it."""
-    one, (branch, _) = two_branches()
-    other = PagedKVCache([SMALL], 4, attention=one.attention.values())
-    long = one.step({branch: 2})
-    fill(long)
-    short = other.step({other.pool.root(): 1})
-    fill(short)
+def test_a_step_runs_by_its_own_plan_after_a_later_one() -> None:
+    cache, (one, two) = two_branches()
+    first = cache.step({one: 2})
+    fill(first)
+    later = cache.step({two: 1})
+    fill(later)
     q = torch.zeros(2, 4, 16)
     for _ in range(2):
         # Scores are the same for all tokens: the mean of positions 0 to 7, and 0 to 8.
-        out, _ = long.run(1, q)
+        out, _ = first.run(1, q)
         torch.testing.assert_close(out[:, 0, 0], torch.tensor([-3.5, -4.0]))
-        assert not short.run(0, q[:1])[0].any()
+        out, _ = later.run(1, q[:1])
+        torch.testing.assert_close(out[:, 0, 0], torch.tensor([-3.5]))
 
 
 def test_resize_and_defragment_keep_what_is_cached() -> None:
@@ -159,6 +158,38 @@ def test_resize_and_defragment_keep_what_is_cached() -> None:
         assert cache.read(two, 1)[0][:, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     with pytest.raises(PageError, match="num_pages is -1; expected 0 or more"):
         cache.resize(-1)
+
+
+def test_where_memory_does_not_suffice_for_more_pages_all_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, (one, _) = two_branches()
+    zeros, asked = cache._zeros, []
+
+    def no_more(spec: AttentionSpec, num_pages: int) -> tuple[torch.Tensor, ...]:
+        asked.append(num_pages)
+        if len(asked) == 2:
+            raise MemoryError
+        return zeros(spec, num_pages)
+
+    monkeypatch.setattr(cache, "_zeros", no_more)
+    with pytest.raises(MemoryError):
+        cache.resize(100)
+    assert cache.pool.num_pages == 8 and asked == [100, 100]
+    assert cache.read(one, 0)[0][:, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    with pytest.raises(OutOfPages):
+        cache.step({one: 28})
+    fill(cache.step({one: 20}))
+
+
+def test_a_cache_of_inference_mode_is_written_to_outside_of_it() -> None:
+    with torch.inference_mode():
+        cache, (one, _) = two_branches()
+        cache.resize(9)
+    fill(cache.step({one: 1}))
+    assert cache.read(one, 0)[0][-1, 0, 0] == 7
+    with torch.inference_mode():
+        fill(cache.step({one: 1}))
 
 
 def test_elements_that_8_bits_do_not_hold_are_the_largest() -> None:
@@ -197,6 +228,9 @@ def test_refusals() -> None:
         PagedKVCache([], 4)
     with pytest.raises(SpecError, match=re.escape("layers have page sizes [4, 8]; expected one")):
         PagedKVCache([SMALL, replace(SMALL, page_size=8)], 4)
+    sentence = f"attention has one for {SMALL}; expected {WINDOWED}"
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        PagedKVCache([WINDOWED], 4, attention=[runner])
     for scale in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(SpecError, match=f"scale is {scale}; expected a finite number above"):
             PagedKVCache([SMALL], 4, scale=scale)
@@ -221,5 +255,11 @@ def test_refusals() -> None:
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             step.attend(0, *given)
+    sentence = "new k requires grad, and there is no backward; expected torch.no_grad(), "
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        step.attend(0, q, new.clone().requires_grad_(), new)
+    assert not cache.buffers[0][0].requires_grad
+    with torch.no_grad():
+        step.attend(0, q, new.clone().requires_grad_(), new)
     with pytest.raises(InputError, match="sinks is given; expected none, since the spec has sinks"):
         step.attend(0, q, new, new, sinks=torch.zeros(4))

@@ -14,6 +14,7 @@ from deft_tvm.fp8 import MOST
 from deft_tvm.pages import PageTable
 from deft_tvm.pool import PagePool
 from deft_tvm.pytorch.attention import TreeAttention
+from deft_tvm.pytorch.checks import refuse_gradient
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
@@ -156,17 +157,20 @@ class PagedKVCache:
                 before.
         """
         self.settle()
-        self.pool.resize(num_pages)
+        # If memory does not suffice for more, no page is beyond what all layers have.
+        if num_pages <= self.pool.num_pages:
+            self.pool.resize(num_pages)
         for number, spec in enumerate(self.layers):
             new = self._zeros(spec, num_pages)
             for tensor, old in zip(new, self.buffers[number], strict=True):
                 kept = min(len(old), num_pages)
                 tensor[:kept] = old[:kept]
             self.buffers[number] = new
+        self.pool.resize(num_pages)
 
-    # Under inference mode too they are ordinary tensors, which can be written to outside of it.
     @torch.inference_mode(False)
     def _zeros(self, spec: AttentionSpec, num_pages: int) -> tuple[Tensor, ...]:
+        """Buffers of a layer; ordinary tensors, which can be written to in every mode."""
         shapes = (
             (spec.page_size, b.heads) if spec.layout == "NHD" else (b.heads, spec.page_size)
             for b in spec.buffers
@@ -234,7 +238,7 @@ class Step:
             ``[rows, query heads, v_width]``.
 
         Raises:
-            InputError: a tensor does not fit.
+            InputError: a tensor does not fit, or requires grad.
         """
         self.write(layer, *new)
         return self.run(layer, q, sinks=sinks)[0]
@@ -251,6 +255,8 @@ class Step:
                 raise InputError(
                     f"new {buffer.name} has shape {tuple(values.shape)}; expected {shape}"
                 )
+            if values.requires_grad and torch.is_grad_enabled():
+                refuse_gradient(f"new {buffer.name}")
             if buffer.scaled:
                 # In float32, as a quotient in 16 bits would be rounded twice.
                 values = (values.float() / self.cache.scale).clamp(-MOST, MOST)
@@ -260,7 +266,7 @@ class Step:
         """`TreeAttention.run` over what is cached in one layer."""
         cache, spec = self.cache, self.cache.layers[layer]
         attention = cache.attention[spec]
-        # Another step, perhaps of another cache, may have planned in between.
+        # A later step may have planned already.
         if not torch.compiler.is_compiling() and attention.last_plan is not self.plans[spec]:
             attention.use(self.plans[spec], self.pages)
         return attention.run(q, (*cache.buffers[layer], *cache._scales[layer]), sinks=sinks)
