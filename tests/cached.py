@@ -26,7 +26,7 @@ from deft_tvm.workloads import Case
 
 OPERATIONS = (
     *("step", "step", "step", "draft", "accept", "accept", "fork", "fork"),
-    *("prune", "rewind", "defragment", "resize"),
+    *("prune", "rewind", "read", "defragment", "resize"),
 )
 
 Layer = tuple[Tensor, ...]
@@ -113,23 +113,13 @@ class CacheMachine:
         self.worst = 0.0
 
     def run(self, operations: int) -> None:
-        names = ["step"] * 4 + [
-            "draft",
-            "accept",
-            "fork",
-            "prune",
-            "rewind",
-            "defragment",
-            "resize",
-        ]
         for _ in range(operations):
-            name = self.random.choice(names)
+            name = self.random.choice(OPERATIONS)
             if not self.copies:
                 self.copies[self.pool.root()] = [self._nothing(spec) for spec in self.cache.layers]
                 self.append({self.pool.branches[0]: 9}, {})
             getattr(self, f"_{name}")()
             self.counted[name] += 1
-            self.check_reads()
 
     def _nothing(self, spec: AttentionSpec) -> Layer:
         return tuple(
@@ -275,7 +265,7 @@ class CacheMachine:
         self.worst = max(self.worst, error / bound if error else 0.0)
         assert error <= bound
 
-    def check_reads(self) -> None:
+    def _read(self) -> None:
         """Each branch reads what was written, bit for bit."""
         for branch, layers in self.copies.items():
             for number, copy in enumerate(layers):

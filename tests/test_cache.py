@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +13,7 @@ from built import SMALL, artifact
 from cached import OPERATIONS, CacheMachine, new_cache
 
 from deft_tvm.errors import InputError, OutOfPages, PageError, SpecError
+from deft_tvm.fp8 import quantize
 from deft_tvm.pool import ROOT
 from deft_tvm.pytorch import PagedKVCache, Step, load
 from deft_tvm.spec import FP8, AttentionSpec
@@ -33,7 +35,7 @@ EIGHT_BITS = replace(
 MODELS = {
     "windowed": ([SMALL, WINDOWED, SMALL], 1.0),
     "tied": ([MLA, GTA], 1.0),
-    "narrow": ([BFLOAT16, EIGHT_BITS], 2**-6),
+    "narrow": ([BFLOAT16, EIGHT_BITS], 0.01),
 }
 
 
@@ -128,6 +130,21 @@ def test_a_step_without_tokens() -> None:
         assert out.shape == (0, 4, 16)
 
 
+def test_a_step_runs_by_its_own_plan_after_a_later_one() -> None:
+    cache, (one, two) = two_branches()
+    first = cache.step({one: 2})
+    fill(first)
+    later = cache.step({two: 1})
+    fill(later)
+    q = torch.zeros(2, 4, 16)
+    for _ in range(2):
+        # Scores are the same for all tokens: the mean of positions 0 to 7, and 0 to 8.
+        out, _ = first.run(1, q)
+        torch.testing.assert_close(out[:, 0, 0], torch.tensor([-3.5, -4.0]))
+        out, _ = later.run(1, q[:1])
+        torch.testing.assert_close(out[:, 0, 0], torch.tensor([-3.5]))
+
+
 def test_resize_and_defragment_keep_what_is_cached() -> None:
     cache, (one, two) = two_branches()
     cache.pool.prune(one)
@@ -143,6 +160,38 @@ def test_resize_and_defragment_keep_what_is_cached() -> None:
         cache.resize(-1)
 
 
+def test_where_memory_does_not_suffice_for_more_pages_all_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, (one, _) = two_branches()
+    zeros, asked = cache._zeros, []
+
+    def no_more(spec: AttentionSpec, num_pages: int) -> tuple[torch.Tensor, ...]:
+        asked.append(num_pages)
+        if len(asked) == 2:
+            raise MemoryError
+        return zeros(spec, num_pages)
+
+    monkeypatch.setattr(cache, "_zeros", no_more)
+    with pytest.raises(MemoryError):
+        cache.resize(100)
+    assert cache.pool.num_pages == 8 and asked == [100, 100]
+    assert cache.read(one, 0)[0][:, 0, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    with pytest.raises(OutOfPages):
+        cache.step({one: 28})
+    fill(cache.step({one: 20}))
+
+
+def test_a_cache_of_inference_mode_is_written_to_outside_of_it() -> None:
+    with torch.inference_mode():
+        cache, (one, _) = two_branches()
+        cache.resize(9)
+    fill(cache.step({one: 1}))
+    assert cache.read(one, 0)[0][-1, 0, 0] == 7
+    with torch.inference_mode():
+        fill(cache.step({one: 1}))
+
+
 def test_elements_that_8_bits_do_not_hold_are_the_largest() -> None:
     cache = new_cache([EIGHT_BITS], 2, scale=0.5)
     branch = cache.pool.root()
@@ -151,12 +200,40 @@ def test_elements_that_8_bits_do_not_hold_are_the_largest() -> None:
     assert cache.read(branch, 0)[0].float()[:, 1, 7].tolist() == [448.0, -448.0, 1.0, 448.0]
 
 
+def test_elements_in_8_bits_are_rounded_once() -> None:
+    """Those of bfloat16 over a scale that is no power of two, which `quantize` rounds as well."""
+    rows = torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted, scales = quantize(rows, by_page=False)
+    scale = float(scales[0])
+    cache = new_cache([EIGHT_BITS], 1, scale=scale)
+    branch = cache.pool.root()
+    cache.step({branch: 4}).write(0, rows, rows)
+    assert torch.equal(cache.read(branch, 0)[0][:, 0].float(), wanted[:, 0].float())
+
+
+def test_scales_are_float32_whatever_is_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        cache = new_cache([EIGHT_BITS], 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    step = cache.step({cache.pool.root(): 1})
+    row = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    assert (step.attend(0, torch.ones(1, 4, 16, dtype=torch.bfloat16), row, row) == 1).all()
+
+
 def test_refusals() -> None:
     runner = load(artifact(SMALL))
     with pytest.raises(SpecError, match=re.escape("layers have page sizes []; expected one for")):
         PagedKVCache([], 4)
     with pytest.raises(SpecError, match=re.escape("layers have page sizes [4, 8]; expected one")):
         PagedKVCache([SMALL, replace(SMALL, page_size=8)], 4)
+    sentence = f"attention has one for {SMALL}; expected {WINDOWED}"
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        PagedKVCache([WINDOWED], 4, attention=[runner])
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(SpecError, match=f"scale is {scale}; expected a finite number above"):
+            PagedKVCache([SMALL], 4, scale=scale)
     with pytest.raises(PageError, match="num_pages is -1; expected 0 or more"):
         PagedKVCache([SMALL], -1, attention=[runner])
     cache, (one, _) = two_branches()
@@ -178,5 +255,11 @@ def test_refusals() -> None:
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             step.attend(0, *given)
+    sentence = "new k requires grad, and there is no backward; expected torch.no_grad(), "
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        step.attend(0, q, new.clone().requires_grad_(), new)
+    assert not cache.buffers[0][0].requires_grad
+    with torch.no_grad():
+        step.attend(0, q, new.clone().requires_grad_(), new)
     with pytest.raises(InputError, match="sinks is given; expected none, since the spec has sinks"):
         step.attend(0, q, new, new, sinks=torch.zeros(4))

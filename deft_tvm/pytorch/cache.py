@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 
 from deft_tvm.errors import InputError, SpecError
+from deft_tvm.fp8 import MOST
 from deft_tvm.pages import PageTable
 from deft_tvm.pool import PagePool
 from deft_tvm.pytorch.attention import TreeAttention
-from deft_tvm.spec import FP8, AttentionSpec
+from deft_tvm.pytorch.checks import refuse_gradient
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
-
-_MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class PagedKVCache:
@@ -59,13 +60,16 @@ class PagedKVCache:
             scale: see the attributes.
 
         Raises:
-            SpecError: there are no layers, or they have different page sizes.
+            SpecError: there are no layers, or they have different page sizes; `scale` is no finite
+                number above zero.
             InputError: one of `attention` is for none of `layers`.
             ArtifactError, CompilerMissing: as `TreeAttention`.
         """
         sizes = sorted({spec.page_size for spec in layers})
         if len(sizes) != 1:
             raise SpecError(f"layers have page sizes {sizes}; expected one for all of them")
+        if not (math.isfinite(scale) and scale > 0):
+            raise SpecError(f"scale is {scale}; expected a finite number above zero")
         self.layers = tuple(layers)
         self.device = torch.device(device)
         self.pool = PagePool(num_pages, sizes[0])
@@ -73,8 +77,7 @@ class PagedKVCache:
         self.scale = scale
         self.buffers = [self._zeros(spec, num_pages) for spec in self.layers]
         self._scales = [
-            [torch.full((spec.buffers[i].heads,), scale, device=self.device) for i in spec.scaled]
-            for spec in self.layers
+            [self._scales_of(spec.buffers[i].heads) for i in spec.scaled] for spec in self.layers
         ]
 
     def __repr__(self) -> str:
@@ -116,8 +119,6 @@ class PagedKVCache:
         sizes = {branch: len(parents) for branch, parents in (drafts or {}).items()}
         forest, pages = self.pool.forest({**counts, **sizes})
         self.settle()
-        for attention in self.attention.values():
-            attention.plan(forest, pages)
         return Step(self, forest, pages)
 
     def settle(self) -> None:
@@ -156,17 +157,20 @@ class PagedKVCache:
                 before.
         """
         self.settle()
-        self.pool.resize(num_pages)
+        # If memory does not suffice for more, no page is beyond what all layers have.
+        if num_pages <= self.pool.num_pages:
+            self.pool.resize(num_pages)
         for number, spec in enumerate(self.layers):
             new = self._zeros(spec, num_pages)
             for tensor, old in zip(new, self.buffers[number], strict=True):
                 kept = min(len(old), num_pages)
                 tensor[:kept] = old[:kept]
             self.buffers[number] = new
+        self.pool.resize(num_pages)
 
-    # Under inference mode too they are ordinary tensors, which can be written to outside of it.
     @torch.inference_mode(False)
     def _zeros(self, spec: AttentionSpec, num_pages: int) -> tuple[Tensor, ...]:
+        """Buffers of a layer; ordinary tensors, which can be written to in every mode."""
         shapes = (
             (spec.page_size, b.heads) if spec.layout == "NHD" else (b.heads, spec.page_size)
             for b in spec.buffers
@@ -179,6 +183,9 @@ class PagedKVCache:
             )
             for shape, buffer in zip(shapes, spec.buffers, strict=True)
         )
+
+    def _scales_of(self, heads: int) -> Tensor:
+        return torch.full((heads,), self.scale, dtype=torch.float32, device=self.device)
 
     def _by_token(self) -> Iterable[Tensor]:
         for spec, layer in zip(self.layers, self.buffers, strict=True):
@@ -197,6 +204,7 @@ class Step:
         cache: whose step it is.
         forest: what the rows see.
         pages: where it lies.
+        plans: of each distinct spec of the layers, the plan that its runs follow.
         positions: int64[rows], position of each row on its path.
     """
 
@@ -204,6 +212,9 @@ class Step:
         self.cache = cache
         self.forest = forest
         self.pages = pages
+        self.plans = {
+            spec: attention.plan(forest, pages) for spec, attention in cache.attention.items()
+        }
         self._places = cache._places(pages.row_slots(forest))
         positions = np.empty(forest.num_rows, np.int64)
         positions[forest.row_order] = forest.row_positions
@@ -227,7 +238,7 @@ class Step:
             ``[rows, query heads, v_width]``.
 
         Raises:
-            InputError: a tensor does not fit.
+            InputError: a tensor does not fit, or requires grad.
         """
         self.write(layer, *new)
         return self.run(layer, q, sinks=sinks)[0]
@@ -244,15 +255,21 @@ class Step:
                 raise InputError(
                     f"new {buffer.name} has shape {tuple(values.shape)}; expected {shape}"
                 )
-            if buffer.dtype == FP8:
-                values = (values / self.cache.scale).clamp(-_MOST, _MOST)
+            if values.requires_grad and torch.is_grad_enabled():
+                refuse_gradient(f"new {buffer.name}")
+            if buffer.scaled:
+                # In float32, as a quotient in 16 bits would be rounded twice.
+                values = (values.float() / self.cache.scale).clamp(-MOST, MOST)
             _by_token(spec, tensor)[self._places] = values.to(tensor.dtype)
 
     def run(self, layer: int, q: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`TreeAttention.run` over what is cached in one layer."""
-        cache = self.cache
-        kv = (*cache.buffers[layer], *cache._scales[layer])
-        return cache.attention[cache.layers[layer]].run(q, kv, sinks=sinks)
+        cache, spec = self.cache, self.cache.layers[layer]
+        attention = cache.attention[spec]
+        # A later step may have planned already.
+        if not torch.compiler.is_compiling() and attention.last_plan is not self.plans[spec]:
+            attention.use(self.plans[spec], self.pages)
+        return attention.run(q, (*cache.buffers[layer], *cache._scales[layer]), sinks=sinks)
 
 
 def runners(

@@ -67,7 +67,7 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InputError(f"sinks is {type(sinks).__name__}; expected a torch.Tensor")
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
-        _refuse_gradient("sinks")
+        refuse_gradient("sinks")
     if len(kv) != len(spec.buffers) + len(spec.scaled):
         _refuse_number(_cache_names(spec), kv)
 
@@ -150,10 +150,10 @@ def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor | None)
         return
     for i, tensor in enumerate((q, *kv)):
         if tensor.requires_grad:
-            _refuse_gradient(_name(i))
+            refuse_gradient(_name(i))
     for name, output in outputs.items():
         if output is not None and output.requires_grad:
-            _refuse_gradient(name)
+            refuse_gradient(name)
 
 
 def check_devices(device: torch.device, *tensors: Tensor) -> None:
@@ -208,7 +208,7 @@ def _refuse(
     raise InputError(f"{name} has strides {tensor.stride()}; expected 1 as the last")
 
 
-def _refuse_gradient(name: str) -> NoReturn:
+def refuse_gradient(name: str) -> NoReturn:
     raise InputError(
         f"{name} requires grad, and there is no backward; expected torch.no_grad(), "
         f"torch.inference_mode() or {name}.detach()"
