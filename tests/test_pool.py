@@ -177,6 +177,13 @@ def test_a_token_that_would_move_back_stays() -> None:
     assert moves(pool) == [(0, 2)], "to a page that is free, and not from slot 0 to itself"
 
 
+def test_what_was_to_come_where_a_token_stays_is_forgotten() -> None:
+    pool = PagePool(4, page_size=4)
+    for source, target in ((0, 4), (8, 0), (4, 0)):
+        pool._nodes.move(np.array([source]), np.array([target]))
+    assert moves(pool) == [(0, 4)]
+
+
 def test_a_draft_that_is_refused_as_a_whole_leaves_no_page() -> None:
     pool, (one, two) = forked(0, 0)
     pool.append({one: 1}, {two: [ROOT, 0, 0]})
