@@ -16,8 +16,8 @@ import torch
 
 from deft_tvm.decoding import BeamSearch, NGramDrafter, Sampling, best, decode, greedy, speculate
 from deft_tvm.demo.smollm2 import ours, plain, prompts, weights
-from deft_tvm.demo.smollm2.jobs import EAGLE
 from deft_tvm.integrations.huggingface import HuggingFaceModel
+from deft_tvm.workloads.published import EAGLE
 
 TOKENS, SAMPLES, SEED = 64, 4, 7
 TEMPERATURE, TOP_K = 0.8, 50

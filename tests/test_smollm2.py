@@ -15,7 +15,6 @@ from deft_tvm.demo.smollm2 import ours, plain, prompts, weights
 from deft_tvm.demo.smollm2.clock import Clock
 from deft_tvm.demo.smollm2.decoded import Decoded
 from deft_tvm.demo.smollm2.drawing import drawing
-from deft_tvm.demo.smollm2.jobs import EAGLE
 from deft_tvm.errors import DeftError
 from deft_tvm.integrations.huggingface import HuggingFaceModel
 from deft_tvm.tree import Forest

@@ -1,4 +1,4 @@
-"""The trees on which published kernels were measured, as their benchmarks list them.
+"""Trees of other publications: those on which kernels were measured, and a draft.
 
 A tree is a number of nodes and a number of tokens for each level; the nodes of a level are dealt
 evenly to those of the level above, and every leaf's newest token has a row.
@@ -53,6 +53,22 @@ PAT: tuple[Levels, ...] = (
     ((256,), (4096,)),
 )
 """PAT (ASPLOS 2026), ``benchmark/run_kernel_bench.sh`` of its repository."""
+
+EAGLE: tuple[tuple[int, ...], ...] = (
+    *((a,) for a in range(4)),
+    *((0, a) for a in range(3)),
+    *((1, a) for a in range(2)),
+    *((2, a) for a in range(2)),
+    (3, 0),
+    *((0, 0, a) for a in range(3)),
+    *((0, 1, a) for a in range(2)),
+    *((0, 2, a) for a in range(2)),
+    (1, 0, 0),
+    *((0, 0, 0, a) for a in range(3)),
+    *((0, 0, 0, 0, a) for a in range(2)),
+)
+"""EAGLE's draft tree (Li et al. 2024, arXiv 2401.15077), as paths of child ranks: 25 tokens, which
+with the one that is known are 26 nodes."""
 
 
 def published(name: str, trees: tuple[Levels, ...], number: int) -> Forest:

@@ -7,7 +7,7 @@ from functools import partial
 import typer
 
 from deft_tvm.commands.common import CHECK_FAILED, console
-from deft_tvm.demo.smollm2.prompts import QUESTION, REPEATED
+from deft_tvm.demo.smollm2.prompts import QUESTION, REPEAT
 
 
 def demo() -> None:
@@ -39,7 +39,7 @@ def demo() -> None:
     out.print(f"{samples.name}, {report.votes(samples, decode)}\n{report.texts(samples, decode)}\n")
     out.print(f"{beams.name}, the best first\n{report.texts(beams, decode)}\n")
     out.print(f"the beams as the tree that was decoded\n{report.tree(beams, decode)}\n")
-    out.print(f"{drafts.name} below: {REPEATED}\n{report.texts(drafts, decode)}\n")
+    out.print(f"{drafts.name}. {REPEAT}\n{report.texts(drafts, decode)}\n")
     out.print(report.figures(done))
     raise typer.Exit(0 if all(job.same for job in done) else CHECK_FAILED)
 

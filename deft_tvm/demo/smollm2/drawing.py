@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from deft_tvm.show.text import tree
 from deft_tvm.tree import Forest
 
-WIDEST = 60
+WIDEST = 61
+CUT = 30
 MOST_CHILDREN = 16
 
 
@@ -29,6 +30,6 @@ def drawing(texts: Sequence[Sequence[int]], decode: Callable[[list[int]], str]) 
 
     def label(node: int) -> str:
         told = decode(own[node]).replace("\n", "⏎")
-        return told if len(told) <= WIDEST else told[: WIDEST - 1] + "…"
+        return told if len(told) <= WIDEST else "…".join((told[:CUT], told[-CUT:]))
 
     return tree(forest, label, MOST_CHILDREN)

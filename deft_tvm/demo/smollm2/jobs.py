@@ -14,25 +14,10 @@ from deft_tvm.integrations.huggingface import HuggingFaceModel
 
 SAMPLES, BEAMS = 16, 8
 ANSWER_TOKENS, DRAFTED_TOKENS = 40, 80
+DRAFT_NODES = 26
 TEMPERATURE, TOP_K = 0.8, 50
 SEED = 0
 PAGES = 128
-
-EAGLE: tuple[tuple[int, ...], ...] = (
-    *((a,) for a in range(4)),
-    *((0, a) for a in range(3)),
-    *((1, a) for a in range(2)),
-    *((2, a) for a in range(2)),
-    (3, 0),
-    *((0, 0, a) for a in range(3)),
-    *((0, 1, a) for a in range(2)),
-    *((0, 2, a) for a in range(2)),
-    (1, 0, 0),
-    *((0, 0, 0, a) for a in range(3)),
-    *((0, 0, 0, 0, a) for a in range(2)),
-)
-"""A draft tree in the shape of EAGLE's (Li et al. 2024, arXiv 2401.15077): 25 tokens, which with
-the one that is known are 26 nodes."""
 
 
 class Job(NamedTuple):
@@ -63,7 +48,7 @@ class Bench:
         model: the model, as trees drive it.
         cache: of all jobs in turn.
         question: tokens of the few-shot prompt.
-        repeated: tokens of a text that can be guessed.
+        request: tokens of what to repeat.
         eos: tokens that end an answer.
     """
 
@@ -72,7 +57,7 @@ class Bench:
         self.model = HuggingFaceModel(pretrained.model)
         self.cache = self.model.new_cache(PAGES)
         self.question = prompts.tokens(tokenizer, prompts.few_shot())
-        self.repeated = prompts.tokens(tokenizer, prompts.REPEATED)
+        self.request = prompts.conversation(tokenizer, prompts.REPEAT)
         (newline,) = prompts.tokens(tokenizer, "\n")
         self.eos = [tokenizer.eos_token_id, newline]
 
@@ -121,10 +106,10 @@ class Bench:
         tree = ours.drafted(
             self.model,
             self.cache,
-            self.repeated,
-            NGramDrafter(choices=EAGLE),
+            self.request,
+            NGramDrafter(nodes=DRAFT_NODES - 1),
             max_tokens=DRAFTED_TOKENS,
             eos=eos,
         )
-        other = self.plain(self.repeated, eos, do_sample=False, max_new_tokens=DRAFTED_TOKENS)
-        return Job(f"drafts of {len(EAGLE) + 1} nodes", self.repeated, tree, other)
+        other = self.plain(self.request, eos, do_sample=False, max_new_tokens=DRAFTED_TOKENS)
+        return Job(f"drafts of {DRAFT_NODES} nodes", self.request, tree, other)

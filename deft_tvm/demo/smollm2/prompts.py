@@ -73,12 +73,12 @@ QUESTIONS = (
 )
 """Twenty, by which decoding as a tree is compared with plain decoding, token by token."""
 
-REPEATED = (
-    "The quick brown fox jumps over the lazy dog. Monday: the fox jumps over the lazy dog. "
-    "Tuesday: the fox jumps over the lazy dog. Wednesday: the fox jumps over the lazy dog. "
-    "Thursday:"
+REPEAT = (
+    "Repeat this text word for word: In 1776 the colonies declared that all men are created equal, "
+    "that they are endowed by their Creator with certain unalienable Rights, that among these are "
+    "Life, Liberty and the pursuit of Happiness."
 )
-"""Text whose continuation an n-gram drafter can guess."""
+"""What an n-gram drafter is for: an answer that quotes."""
 
 
 def few_shot(examples: int = len(EXAMPLES)) -> str:
