@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from end_to_end import OURS, Bench
 from transformers import DynamicCache
 
 from deft_tvm.decoding import NGramDrafter
 from deft_tvm.demo.smollm2 import plain
+from deft_tvm.demo.smollm2.end_to_end import OURS, Bench
 from deft_tvm.integrations.huggingface import NAME
 from deft_tvm.pool import ROOT
 from deft_tvm.timing import Summary

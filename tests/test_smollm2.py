@@ -18,6 +18,7 @@ from deft_tvm.demo.smollm2.drawing import drawing
 from deft_tvm.errors import DeftError
 from deft_tvm.integrations.huggingface import HuggingFaceModel
 from deft_tvm.tree import Forest
+from deft_tvm.workloads.published import EAGLE
 
 TOKENS = 12
 

@@ -8,6 +8,7 @@ from deft_tvm.commands.bench import bench
 from deft_tvm.commands.build import build
 from deft_tvm.commands.check import check
 from deft_tvm.commands.compare import compare
+from deft_tvm.commands.gpu_check import gpu_check
 from deft_tvm.commands.info import info
 from deft_tvm.commands.log import log
 from deft_tvm.commands.serve_device import serve_device
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (tune, serve_device, compare, build, check, bench, info):
+for command in (tune, serve_device, compare, build, check, bench, gpu_check, info):
     app.command()(command)
 app.add_typer(log, name="log")
 app.add_typer(show, name="show")

@@ -17,7 +17,13 @@ class Clock:
         seconds: of each part, since the last start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Callable[[], object] | None = None) -> None:
+        """A clock that is running.
+
+        Args:
+            finish: called where a part begins and ends: waits for a GPU.
+        """
+        self._finish = finish or (lambda: None)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside: list[str] = []
         self._began = time.perf_counter()
@@ -36,10 +42,12 @@ class Clock:
     def part(self, name: str) -> Iterator[None]:
         """What runs inside is of this part."""
         self._inside.append(name)
+        self._finish()
         began = time.perf_counter()
         try:
             yield
         finally:
+            self._finish()
             took = time.perf_counter() - began
             self._inside.pop()
             self.seconds[name] += took

@@ -74,7 +74,7 @@ def drafted(
 def generated(model: Any, prompt: Sequence[int], **options: Any) -> Decoded:
     """What ``generate`` adds to a prompt, with trees below it."""
     model.set_attn_implementation(NAME)
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     began = time.perf_counter()
     cache = TreeCache(model)
     cache.prefill(model, ids)

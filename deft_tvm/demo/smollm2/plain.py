@@ -13,8 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from deft_tvm.decoding import Drafter, match
+from deft_tvm.decoding.replay import RecordedNode
 from deft_tvm.demo.smollm2.clock import Clock
 from deft_tvm.demo.smollm2.decoded import Decoded
+from deft_tvm.pool import ROOT
 
 NAME = "sdpa_on_the_clock"
 
@@ -49,7 +52,7 @@ def generated(
             ``generate`` by itself reads it for each.
         options: of ``generate``.
     """
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     cache = DynamicCache(config=model.config)
     began = time.perf_counter()
     if read_once:
@@ -74,6 +77,7 @@ def verify(
         parents: number of the token before each, -1 for the newest that is cached.
     """
     cached = cache.get_seq_length()
+    device = model.device
     seen = torch.eye(len(tokens), dtype=torch.bool)
     for token, parent in enumerate(parents):
         if parent >= 0:
@@ -81,9 +85,9 @@ def verify(
     depth = seen.sum(dim=1) - 1
     mask = torch.cat([torch.ones(len(tokens), cached, dtype=torch.bool), seen], dim=1)
     found: Tensor = model(
-        torch.tensor([tokens]),
-        attention_mask=mask[None, None],
-        position_ids=(cached + depth)[None],
+        torch.tensor([tokens], device=device),
+        attention_mask=mask[None, None].to(device),
+        position_ids=(cached + depth)[None].to(device),
         past_key_values=cache,
     ).logits[0]
     return found
@@ -94,9 +98,67 @@ def keep(cache: DynamicCache, cached: int, path: Sequence[int]) -> None:
     accepted = cached + torch.tensor(path, dtype=torch.int64)
     for layer in _layers(cache):
         layer.keys, layer.values = (
-            torch.cat([states[:, :, :cached], states[:, :, accepted]], dim=2)
+            torch.cat([states[:, :, :cached], states[:, :, accepted.to(states.device)]], dim=2)
             for states in (layer.keys, layer.values)
         )
+
+
+def speculated(model: Any, prompt: Sequence[int], drafter: Drafter, max_tokens: int) -> Decoded:
+    """Speculative decoding: each draft is verified by one masked call, and kept by copying."""
+    began = time.perf_counter()
+    cache, logits = _read(model, prompt)
+    found, steps = [int(logits.argmax())], 1
+    while len(found) < max_tokens:
+        draft = drafter((*prompt, *found))
+        cached = cache.get_seq_length()
+        parents = [ROOT, *(parent + 1 for parent in draft.parents)]
+        path, token = match(draft, verify(model, cache, [found[-1], *draft.tokens], parents))
+        keep(cache, cached, [0, *(number + 1 for number in path)])
+        found += [*(draft.tokens[number] for number in path), token]
+        steps += 1
+    kv = held(cache)
+    return Decoded([found[:max_tokens]], time.perf_counter() - began, kv, kv, steps)
+
+
+def replayed(
+    model: Any,
+    nodes: Sequence[RecordedNode],
+    parents: Sequence[int],
+    last: int,
+    prompt: Sequence[int],
+) -> Decoded:
+    """The branching of a recorded tree, each live branch a row with a cache of its own.
+
+    Tokens are chosen as by `deft_tvm.decoding.Replay`. A path grows by a token in each step, so
+    that rows are always of one length.
+    """
+    began = time.perf_counter()
+    cache, logits = _read(model, prompt)
+    logits = logits[None]
+    texts: dict[int, list[int]] = {0: []}
+    for step in range(1, last + 1):
+        grows = [n for n, node in enumerate(nodes) if node.start <= step <= node.end]
+        before = list(texts)
+        above = [n if n in texts else parents[n] for n in grows]
+        ranks = [0 if n in texts else list(parents[:n]).count(parents[n]) for n in grows]
+        rows = torch.tensor([before.index(n) for n in above], device=model.device)
+        if grows != before:
+            cache.batch_select_indices(rows)
+        ranked = logits[rows].topk(max(ranks) + 1).indices
+        tokens = [int(ranked[row, rank]) for row, rank in enumerate(ranks)]
+        texts = {n: [*texts[a], t] for n, a, t in zip(grows, above, tokens, strict=True)}
+        if step < last:
+            new = torch.tensor(tokens, device=model.device)[:, None]
+            logits = model(new, past_key_values=cache).logits[:, -1]
+    kv = held(cache)
+    return Decoded(list(texts.values()), time.perf_counter() - began, kv, kv)
+
+
+def _read(model: Any, prompt: Sequence[int]) -> tuple[DynamicCache, Tensor]:
+    """A prompt's KV, and the logits of what follows it."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([prompt], device=model.device)
+    return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
 
 def _layers(cache: DynamicCache) -> list[Any]:

@@ -1,0 +1,46 @@
+"""``deft-tvm gpu-check``: everything that a GPU machine is needed for, in stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deft_tvm.commands.common import CHECK_FAILED, console, table
+
+
+def gpu_check(
+    stages: Annotated[
+        list[str] | None, typer.Argument(help="Stages to run; by default all, in their order.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of what they find.")] = Path("gpu-check"),
+    device: Annotated[str, typer.Option(help="cuda, or cpu to see whether all is in place.")] = (
+        "cuda"
+    ),
+    minutes: Annotated[float, typer.Option(min=0.01, help="After which a stage is stopped.")] = 9.0,
+    again: Annotated[bool, typer.Option(help="Run stages that were ok already, too.")] = False,
+) -> None:
+    """Check and measure a GPU in stages, each in a process of its own and within a few minutes.
+
+    Each stage leaves what it prints at once, and a record when it ends. The same command goes on
+    with those that have not been ok. Exits with 1 if one was not.
+
+    Example: deft-tvm gpu-check rates exact --out found
+    """
+    import torch
+
+    from deft_tvm.errors import InputError
+    from deft_tvm.gpu_check import chosen, run
+
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"device is {device!r}; expected cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device is 'cuda' and torch finds none; expected a GPU, or --device cpu")
+    records = []
+    for stage in chosen(stages or []):
+        typer.echo(f"{stage.name}: {stage.what}", err=True)
+        records.append(run(stage, out, device, 60 * minutes, again=again))
+    rows = [(r.stage, r.status, f"{r.seconds:.1f}", str(out / f"{r.stage}.txt")) for r in records]
+    console().print(table("", ("stage", "status", "seconds", "printed"), rows))
+    raise typer.Exit(0 if all(record.status == "ok" for record in records) else CHECK_FAILED)

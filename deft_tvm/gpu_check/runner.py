@@ -1,0 +1,101 @@
+"""Runs a stage in a process of its own, and keeps what it printed as it comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from deft_tvm.files import write_whole
+from deft_tvm.gpu_check.stages import Stage
+from deft_tvm.manifest import source_commit
+
+Status = Literal["ok", "failed", "timeout"]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What became of a stage: ``<name>.json``, beside ``<name>.txt`` with what it printed.
+
+    Attributes:
+        stage: its name.
+        status: ``timeout`` where it was stopped.
+        code: its exit code, negative for a signal.
+        seconds: that it took.
+        command: after ``python``.
+        commit: of this package.
+        began: UTC.
+    """
+
+    stage: str
+    status: Status
+    code: int
+    seconds: float
+    command: list[str]
+    commit: str
+    began: str
+
+
+def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = False) -> Record:
+    """Run a stage, unless it has been ok already.
+
+    Args:
+        stage: which.
+        out: folder of records.
+        device: ``cuda`` or ``cpu``.
+        seconds: after which it is stopped, with all its processes; what it printed is kept.
+        again: run it whatever it has been.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{stage.name}.json"
+    if not again and (known := _read(file)) is not None and known.status == "ok":
+        return known
+    command = ["-m", stage.module, "--device", device]
+    began, clock = datetime.now(timezone.utc), time.monotonic()
+    with open(out / f"{stage.name}.txt", "wb") as printed:
+        # Unbuffered, so that a stage that is cut short leaves all that it had found.
+        process = subprocess.Popen(
+            [sys.executable, "-u", *command],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status = _wait(process, seconds)
+        os.fsync(printed.fileno())
+    record = Record(
+        stage.name,
+        status,
+        process.returncode,
+        round(time.monotonic() - clock, 1),
+        command,
+        source_commit(),
+        began.isoformat(timespec="seconds"),
+    )
+    write_whole(file, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+    return record
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
+    """Until it ends or its time is over."""
+    try:
+        return "ok" if process.wait(seconds) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _read(file: Path) -> Record | None:
+    """A record; None where there is none that can be read, so that the stage is run."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError):
+        return None

@@ -1,0 +1,112 @@
+"""``deft-tvm gpu-check``: stages by themselves, records at once, and going on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from built import SMALL, artifact
+
+from deft_tvm import gpu_check
+from deft_tvm.cli import main
+from deft_tvm.errors import InputError
+from deft_tvm.gpu_check import STAGES, Record, Stage, chosen, exact, run
+
+WORKS = "print('found it'); print(sys.argv[1:])"
+FAILS = "print('so far'); sys.exit(3)"
+HANGS = "print('so far'); time.sleep(600)"
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes a stage of a line of Python."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+
+    def make(line: str, name: str = "toy") -> Stage:
+        (tmp_path / f"{name}.py").write_text(f"import sys, time\n{line}\n", encoding="utf-8")
+        return Stage(name, "does it", name)
+
+    return make
+
+
+def test_a_stage_leaves_what_it_printed_and_a_record(stage, tmp_path: Path) -> None:
+    found = run(stage(WORKS), tmp_path / "out", "cpu", 60)
+    assert (found.status, found.code, found.command) == ("ok", 0, ["-m", "toy", "--device", "cpu"])
+    assert (tmp_path / "out/toy.txt").read_text() == "found it\n['--device', 'cpu']\n"
+    kept = msgspec.json.decode((tmp_path / "out/toy.json").read_bytes(), type=Record)
+    assert kept == found
+
+
+def test_a_stage_that_fails_is_run_again_and_one_that_was_ok_is_not(stage, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    failed = run(stage(FAILS), out, "cpu", 60)
+    assert (failed.status, failed.code) == ("failed", 3)
+    assert (out / "toy.txt").read_text() == "so far\n"
+    ok = run(stage(WORKS), out, "cpu", 60)
+    assert ok.status == "ok"
+    assert run(stage(FAILS), out, "cpu", 60) == ok
+    assert run(stage(FAILS), out, "cpu", 60, again=True).status == "failed"
+
+
+def test_a_stage_that_takes_too_long_is_stopped_and_leaves_what_it_had(
+    stage, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    found = run(stage(HANGS), tmp_path / "out", "cpu", 3)
+    assert found.status == "timeout" and found.code == -9
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "out/toy.txt").read_text() == "so far\n"
+
+
+def test_a_damaged_record_counts_as_none(stage, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(stage(WORKS), out, "cpu", 60)
+    (out / "toy.json").write_text("{")
+    assert run(stage(WORKS), out, "cpu", 60).status == "ok"
+
+
+def test_stages_are_chosen_by_name_in_their_own_order() -> None:
+    assert [s.name for s in chosen([])] == [s.name for s in STAGES]
+    assert [s.name for s in chosen(["decode", "rates"])] == ["rates", "decode"]
+    with pytest.raises(InputError, match=r"stage is 'all'; expected one of rates, exact, decode"):
+        chosen(["all"])
+
+
+def test_the_command_runs_stages_and_ends_with_1_where_one_failed(
+    stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    toys = (stage(WORKS, "good"), stage(FAILS, "bad"))
+    monkeypatch.setattr(gpu_check, "chosen", lambda names: chosen(names, toys))
+    for names, code in ((["good"], 0), ([], 1)):
+        with pytest.raises(SystemExit) as ended:
+            main(["gpu-check", *names, "--device", "cpu", "--out", str(tmp_path / "out")])
+        assert ended.value.code == code
+    printed = capsys.readouterr().out
+    assert "good" in printed and "failed" in printed
+    assert json.loads((tmp_path / "out/bad.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_device_that_is_not_there_is_refused(device: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu-check", "--device", device])
+    assert ended.value.code == 2
+    assert f"device is '{device}'" in capsys.readouterr().err
+
+
+def test_exactness_is_told_line_by_line(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFT_TVM_MODULE_PATH", str(artifact(SMALL).parent))
+    monkeypatch.setattr(sys, "argv", ["exact", "--device", "cpu"])
+    workloads = ["few_shot:prompt=20,branches=3,tokens=5", "no_such_workload"]
+    with pytest.raises(SystemExit) as ended:
+        exact.main([str(SMALL)], workloads)
+    assert ended.value.code == 1
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"exact {SMALL} few_shot") and "out_error" in first
+    assert second.startswith(f"WRONG {SMALL} no_such_workload")
+    assert last == "1 of 2 are not exact"
