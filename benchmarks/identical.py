@@ -3,7 +3,7 @@
 
 Where they are not, the first difference is printed with how far apart the two tokens' logits are in
 a pass over the whole text. Both ways round differently, so that a difference is excused where the
-two best are within 1e-4: of logits, of the scores of beams, or of what a draw compares.
+two best are within 1e-4. Beams part for another reason, scores that tie: `ties.py` looks for that.
 """
 
 from __future__ import annotations
