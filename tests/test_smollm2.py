@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from deft_tvm.decoding import NGramDrafter, Sampling, greedy
-from deft_tvm.demo.smollm2 import ours, plain, prompts, weights
+from deft_tvm.decoding import NGramDrafter, Replay, Sampling, greedy
+from deft_tvm.demo.smollm2 import end_to_end, ours, plain, prompts, weights
 from deft_tvm.demo.smollm2.clock import Clock
 from deft_tvm.demo.smollm2.decoded import Decoded
 from deft_tvm.demo.smollm2.drawing import drawing
@@ -140,3 +140,24 @@ def test_texts_end_where_padding_begins() -> None:
     found = Decoded([[3, 1, 2, 2], [3, 4]], 2.0, 0, 0).without_padding([1, 2])
     assert found.texts == [[3, 1], [3, 4]]
     assert (found.tokens, found.per_second) == (4, 2.0)
+
+
+def test_a_search_that_nobody_recorded_is_as_recorded_ones_are() -> None:
+    tree = end_to_end.searched(prompt=7, levels=2, width=3, tokens=4)
+    assert (tree.steps, tree.rows(1), tree.rows(8)) == (8, 3, 3)
+    first, last = tree.at(4).forest, tree.at(8).forest
+    assert (first.parents.tolist(), first.lengths.tolist()) == ([-1, 0, 0, 0], [7, 4, 4, 4])
+    assert (last.parents.tolist(), last.lengths.tolist()) == ([-1, 0, 1, 1, 1], [7, 4, 4, 4, 4])
+    assert Replay(tree).prompt_length == 7
+
+
+def test_replaying_gives_the_same_tokens_as_a_row_for_each_branch(real: Real) -> None:
+    tree = end_to_end.searched(prompt=len(real.prompt), levels=2, width=2, tokens=3)
+    found, _ = ours.controlled(real.model, real.cache, real.prompt, Replay(tree))
+    real.net.set_attn_implementation("sdpa")
+    wanted = plain.replayed(real.net, tree.nodes, tree.parents, tree.steps, real.prompt)
+    assert found.texts == wanted.texts and len(found.texts) == 2
+    drafter = NGramDrafter(nodes=7)
+    speculated = plain.speculated(real.net, real.prompt, drafter, TOKENS)
+    drafted = ours.drafted(real.model, real.cache, real.prompt, drafter, max_tokens=TOKENS)
+    assert speculated.texts == drafted.texts and speculated.steps == drafted.steps

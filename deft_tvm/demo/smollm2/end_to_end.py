@@ -20,11 +20,12 @@ from deft_tvm.decoding import NGramDrafter, Replay, Sampling
 from deft_tvm.demo.smollm2 import ours, plain, prompts, weights
 from deft_tvm.demo.smollm2.clock import Clock
 from deft_tvm.demo.smollm2.decoded import Decoded
+from deft_tvm.errors import WorkloadError
 from deft_tvm.integrations.huggingface import HuggingFaceModel
 from deft_tvm.pool import PagePool
 from deft_tvm.pytorch import PagedKVCache, Step
 from deft_tvm.workloads import load_recorded
-from deft_tvm.workloads.recorded import RecordedTree
+from deft_tvm.workloads.recorded import Node, RecordedTree
 
 PROMPT, BRANCHES, BEAMS, TOKENS = 4000, 32, 8, 64
 CONTEXT, NODES, DRAFTED = 1000, 64, 128
@@ -105,8 +106,8 @@ class Bench:
             lambda: self._generate(prompt, BEAMS, **options),
         )
 
-    def multi_step(self, path: Path, last: int | None) -> Workload:
-        tree = next(t for t in load_recorded(path) if isinstance(t, RecordedTree))
+    def multi_step(self, path: Path | None, last: int | None) -> Workload:
+        tree = searched() if path is None else first_tree(path)
         replay = Replay(tree, last=last)
         prompt = self.text(replay.prompt_length)
         cache = self.model.new_cache(1024)
@@ -170,22 +171,52 @@ def spread(values: Sequence[float]) -> str:
     return " to ".join(f"{value:.2f}" for value in (min(values), max(values)))
 
 
+def first_tree(path: Path) -> RecordedTree:
+    """Of a file of recorded trees."""
+    trees = (tree for tree in load_recorded(path) if isinstance(tree, RecordedTree))
+    if (found := next(trees, None)) is None:
+        raise WorkloadError(f"{path} has no tree that branches; expected one of reasoning")
+    return found
+
+
+def searched(
+    prompt: int = 1000, levels: int = 6, width: int = 10, tokens: int = 50
+) -> RecordedTree:
+    """A tree as searches in breadth leave it: on each level many thoughts below one of the last.
+
+    Args:
+        prompt: tokens of the root.
+        levels: below it.
+        width: thoughts on each of them.
+        tokens: of each thought.
+    """
+    nodes, parents = [Node(0, prompt, 1 - prompt, 0, [])], [-1]
+    for level in range(levels):
+        begin, above = level * tokens + 1, len(nodes) - 1
+        for _ in range(width):
+            nodes.append(Node(len(nodes), tokens, begin, begin + tokens - 1, []))
+            parents.append(above)
+    return RecordedTree("a search in breadth", tuple(nodes), tuple(parents))
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=tuple(DTYPES), default="cpu")
-    parser.add_argument("--trees", type=Path, help="recorded trees, for multi_step")
+    parser.add_argument("--trees", type=Path, help="recorded trees; by default a made-up one")
     parser.add_argument("--last", type=int, help="step of it with which to end")
-    parser.add_argument("--only", help="workloads whose name begins so")
+    parser.add_argument("--only", choices=("few_shot", "beams", "speculative", "multi_step"))
     asked = parser.parse_args()
     bench = Bench(asked.device)
-    workloads = [bench.few_shot, bench.beams, bench.speculative]
-    if asked.trees is not None:
-        workloads.append(lambda: bench.multi_step(asked.trees, asked.last))
-    for make in workloads:
-        workload = make()
-        if asked.only is None or workload.name.startswith(asked.only):
-            bench.run(workload)
+    makers = {
+        "few_shot": bench.few_shot,
+        "beams": bench.beams,
+        "speculative": bench.speculative,
+        "multi_step": lambda: bench.multi_step(asked.trees, asked.last),
+    }
+    for name, make in makers.items():
+        if asked.only in (None, name):
+            bench.run(make())
 
 
 if __name__ == "__main__":
