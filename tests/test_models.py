@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deft_tvm.errors import SpecError
-from deft_tvm.models import specs
+from deft_tvm.models import layers, specs
 from deft_tvm.spec import AttentionSpec
 
 TOKENS, WINDOW = 9, 5
@@ -378,3 +378,21 @@ def test_needs_neither_transformers_nor_the_compiler() -> None:
     )
     command = (sys.executable, "-c", program)
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_layers_tell_each_layer_in_its_order() -> None:
+    windowed = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3}
+    config = {"model_type": "qwen2", **TINY, **windowed}
+    found = layers(config, page_size=4)
+    assert [layer.window for layer in found] == [None, None, None, WINDOW]
+    assert tuple(dict.fromkeys(found)) == specs(config, page_size=4)
+    alike = layers({"model_type": "llama", **TINY})
+    assert len(alike) == 4 and len(set(alike)) == 1
+
+
+def test_layers_need_their_number_and_specs_do_not() -> None:
+    config = {"model_type": "llama", **TINY}
+    del config["num_hidden_layers"]
+    assert len(specs(config)) == 1
+    with pytest.raises(SpecError, match="num_hidden_layers is missing or null; expected the num"):
+        layers(config)

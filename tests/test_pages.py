@@ -232,3 +232,19 @@ def test_page_used_twice_by_many_nodes():
 def test_examples_in_docstrings():
     done = doctest.testmod(pages)
     assert done.attempted and not done.failed
+
+
+@given(tables())
+def test_rows_lie_where_the_last_tokens_of_their_nodes_do(drawn):
+    lengths, indices, indptr, first, size = drawn
+    rows = [min(length, 2) for length in lengths]
+    table = PageTable(indices, indptr, first, page_size=size)
+    forest = Forest.from_parents([-1] * len(lengths), lengths, rows)
+    slots = slots_of(*drawn)
+    ends = np.cumsum(lengths).astype(int)
+    wanted = [
+        page * size + slot
+        for end, count in zip(ends, rows, strict=True)
+        for page, slot in slots[end - count : end]
+    ]
+    assert table.row_slots(forest).tolist() == wanted
