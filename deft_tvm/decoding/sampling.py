@@ -69,11 +69,7 @@ class Sampling:
         self.samples, self.max_tokens, self.generator = samples, max_tokens, generator
         self.eos = frozenset(eos)
         self.warp = Warp(temperature, top_k, top_p)
-        if self.warp.certain and samples > 1:
-            raise InputError(
-                f"samples is {samples} with temperature 0, which makes them all the same; "
-                "expected 1, or a higher temperature"
-            )
+        self.warp.check_several("samples", samples)
 
     def __call__(self, live: Sequence[Branch], logits: Tensor) -> list[Next]:
         """See `deft_tvm.decoding.Control`."""

@@ -93,11 +93,7 @@ class Thoughts:
         self.stop = self.eos | frozenset(stop)
         self.lead, self.generator = lead, generator
         self.warp = Warp(temperature, top_k, top_p)
-        if self.warp.certain and proposals > 1:
-            raise InputError(
-                f"proposals is {proposals} with temperature 0, which makes them all the same; "
-                "expected 1, or a higher temperature"
-            )
+        self.warp.check_several("proposals", proposals)
 
     def __call__(self, live: Sequence[Branch], logits: Tensor) -> list[Next]:
         """See `deft_tvm.decoding.Control`.

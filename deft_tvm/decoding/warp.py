@@ -41,6 +41,22 @@ class Warp:
         """Nothing is left to chance."""
         return self.temperature == 0
 
+    def check_several(self, name: str, count: int) -> None:
+        """Refuse to draw several times where all would be the same.
+
+        Args:
+            name: of the argument that says how often.
+            count: how often.
+
+        Raises:
+            InputError: so it is.
+        """
+        if self.certain and count > 1:
+            raise InputError(
+                f"{name} is {count} with temperature 0, which makes them all the same; "
+                "expected 1, or a higher temperature"
+            )
+
     def __call__(self, logits: Tensor) -> Tensor:
         """float32[rows, vocabulary], minus infinity for tokens that are left out."""
         scores = logits.float()

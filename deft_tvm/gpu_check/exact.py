@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +20,8 @@ from deft_tvm.gpu_check.arguments import device_of
 from deft_tvm.pytorch import TreeAttention
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import Case, parse, tensors
+
+T = TypeVar("T")
 
 SPECS = (
     "gqa:hq=32,hkv=8,d=128,dtype=bf16",
@@ -54,13 +58,27 @@ def results(
     """What was compared, and how near it is or why there is nothing to compare."""
     for text in specs:
         spec = AttentionSpec.parse(text)
+        # Once for all workloads: a build that fails takes as long as one that does not.
+        attention = attempt(partial(TreeAttention, spec, device=device))
         for workload in workloads:
-            try:
-                case = moved(tensors(parse(workload).forest, spec), device)
-                found: Exactness | str = check(case, TreeAttention(spec, device=device))
-            except Exception:  # the other attentions may still be right
-                found = traceback.format_exc()
-            yield f"{spec} {workload}", found
+            if isinstance(attention, str):
+                yield f"{spec} {workload}", attention
+            else:
+                yield f"{spec} {workload}", attempt(partial(compared, attention, workload))
+
+
+def compared(attention: TreeAttention, workload: str) -> Exactness:
+    """One step of an attention beside float64."""
+    case = tensors(parse(workload).forest, attention.spec)
+    return check(moved(case, attention.device), attention)
+
+
+def attempt(call: Callable[[], T]) -> T | str:
+    """What a call returns, or its traceback: the other attentions may still be right."""
+    try:
+        return call()
+    except Exception:
+        return traceback.format_exc()
 
 
 def moved(case: Case, device: str | torch.device) -> Case:

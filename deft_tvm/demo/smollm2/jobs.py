@@ -64,9 +64,7 @@ class Bench:
     def plain(self, prompt: list[int], eos: list[int], **options: Any) -> Decoded:
         """By ``generate``, as anybody calls it."""
         self.model.model.set_attn_implementation("sdpa")
-        found = plain.generated(
-            self.model.model, prompt, eos_token_id=eos, pad_token_id=eos[0], **options
-        )
+        found = plain.generated(self.model.model, prompt, **_ends(eos), **options)
         return found.without_padding(eos)
 
     def samples(self) -> Job:
@@ -95,8 +93,7 @@ class Bench:
             "num_return_sequences": BEAMS,
             "max_new_tokens": ANSWER_TOKENS,
         }
-        ends = {"eos_token_id": self.eos, "pad_token_id": self.eos[0]}
-        tree = ours.generated(self.model.model, self.question, **options, **ends)
+        tree = ours.generated(self.model.model, self.question, **_ends(self.eos), **options)
         other = self.plain(self.question, self.eos, **options)
         return Job(f"{BEAMS} beams", self.question, tree.without_padding(self.eos), other)
 
@@ -113,3 +110,8 @@ class Bench:
         )
         other = self.plain(self.request, eos, do_sample=False, max_new_tokens=DRAFTED_TOKENS)
         return Job(f"drafts of {DRAFT_NODES} nodes", self.request, tree, other)
+
+
+def _ends(eos: list[int]) -> dict[str, Any]:
+    """For ``generate``: what ends a text, and what fills the rows that have ended."""
+    return {"eos_token_id": eos, "pad_token_id": eos[0]}

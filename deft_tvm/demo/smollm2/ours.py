@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ class Watcher:
 
 def kv_read(cache: PagedKVCache) -> int:
     """Bytes of KV that the last step read in all layers."""
-    return sum(cache.attention[spec].traffic.tree.kv for spec in cache.layers)
+    layers = Counter(cache.layers)
+    return sum(count * cache.attention[spec].traffic.tree.kv for spec, count in layers.items())
 
 
 def controlled(
