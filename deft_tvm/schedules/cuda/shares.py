@@ -28,13 +28,13 @@ DEALT_THREADS = "local.dealt_threads"
 """``[element]``: dealt out to all threads."""
 
 FRAGMENT = "local.fragment"
-"""``[warp, ..., lane, register]``: the first axis and the last but one name a thread."""
+"""``[row, share, column, lane, register]``: all but column and register name a thread."""
 
 DIVISORS: dict[str, Callable[[list[int], int], list[int]]] = {
     DEALT: lambda shape, warps: [warps, LANES],
     DEALT_ROWS: lambda shape, warps: [warps],
     DEALT_THREADS: lambda shape, warps: [warps * LANES],
-    FRAGMENT: lambda shape, warps: [shape[0], *[1] * (len(shape) - 3), shape[-2], 1],
+    FRAGMENT: lambda shape, warps: [*shape[:2], *[1] * (len(shape) - 4), shape[-2], 1],
 }
 """By what an index is divided to find its place in its owner's part, axis by axis."""
 
