@@ -23,11 +23,13 @@ from deft_tvm.errors import PlanError
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.limits import shared_limit
+from deft_tvm.schedules.cuda.repeats import repeat_iterations
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
     DEALT_ROWS,
     DEALT_THREADS,
     FRAGMENT,
+    QUAD_ROWS,
     keep_own_share,
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
@@ -122,6 +124,7 @@ def _threaded() -> list[transform.Pass]:
     """TVM's lowering down to one thread's code over flat buffers, with our passes between."""
     lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
     return [
+        repeat_iterations,
         keep_own_share(DEALT, DEALT_ROWS, DEALT_THREADS),
         lower.CanonicalizeLoop(),
         lower.LowerCrossThreadReduction(),
@@ -134,7 +137,7 @@ def _threaded() -> list[transform.Pass]:
         lower.LowerMatchBuffer(),
         fetch_one_tile_ahead,
         copy_whole_vectors,
-        keep_own_share(FRAGMENT),
+        keep_own_share(FRAGMENT, QUAD_ROWS),
         lift_registers,
         simplify(),
         lower.LowerOpaqueBlock(),
