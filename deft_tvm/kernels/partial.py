@@ -263,12 +263,13 @@ def partial_attention(
                             T.reads()
                             T.writes()
                             gather(
-                                Q, q, row_order, row_begin, lanes, M, head, G, 0, operand, "load_q"
-                            )
+                                Q, q, row_order, row_begin, lanes, M, head, G, 0, operand, ON_CPU,
+                                "load_q",
+                            )  # fmt: skip
                             if ROPED:
                                 gather(
                                     Q_rope, q, row_order, row_begin, lanes, M, head, G, KW, operand,
-                                    "load_q_rope",
+                                    ON_CPU, "load_q_rope",
                                 )  # fmt: skip
                             if SINKS:
                                 begin_with_sink(

@@ -76,18 +76,31 @@ def leave(state):
 
 
 @stage
-def gather(Q, q, row_order, row_begin, lanes, lane_rows, head, group, first, operand, block):
-    """Columns from `first` of the item's query rows, head after head; zeros past its last row."""
+def gather(
+    Q, q, row_order, row_begin, lanes, lane_rows, head, group, first, operand, zeros, block
+):  # fmt: skip
+    """Columns from `first` of the item's query rows, head after head.
+
+    Past its last row there are zeros; or without `zeros` that row's again, so that whole vectors of
+    it can be copied. Nothing is written of what comes of these.
+    """
     for i, d in T.grid(Q.shape[0], Q.shape[1]):
         with T.sblock(block):
             vi, vd = T.axis.remap("SS", [i, d])
             lane: T.let[T.int32] = lane_of(vi, Q.shape[0], lane_rows)
             row: T.let[T.int32] = row_order[row_begin + T.min(lane, lanes - 1) // group]
-            Q[vi, vd] = T.Select(
-                lane < lanes,
-                narrow(q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand),
-                T.Cast(storage(operand), 0),
-            )
+            if zeros:
+                Q[vi, vd] = T.Select(
+                    lane < lanes,
+                    narrow(
+                        q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand
+                    ),
+                    T.Cast(storage(operand), 0),
+                )
+            else:
+                Q[vi, vd] = narrow(
+                    q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand
+                )
 
 
 @stage

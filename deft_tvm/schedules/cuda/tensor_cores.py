@@ -28,7 +28,7 @@ from deft_tvm.schedules.cuda.intrinsics import (
     load_left,
     multiply,
 )
-from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
+from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
 from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
@@ -74,6 +74,7 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         by_tokens.append("probabilities")
     else:
         keep(sch, ("probabilities",), TILE_SCOPE)
+        pad_rows(sch, ("probabilities",), tile.operand)
     for block in by_tokens:
         keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), of_tokens)
@@ -164,6 +165,8 @@ def _product(
     first = sch.decompose_reduction(tile, steps)
     sch.tensorize(sch.get_loops(sch.get_child_blocks(first)[0])[-2], fill_zero())
     sch.tensorize(tile, multiply(operand, transposed))
+    # An index that is no constant would send accumulators to local memory.
+    unroll_all(sch, (columns,) if transposed else (columns, steps))
     return columns
 
 
