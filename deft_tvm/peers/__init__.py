@@ -13,6 +13,7 @@ from deft_tvm.peers.sdpa import SDPA
 from deft_tvm.peers.tvm_tree import TVM
 
 PEERS: dict[str, Peer] = {**SDPA, **CASCADE, **FLEX, **TVM}
+"""Those for a GPU where torch finds one."""
 if torch.cuda.is_available():
     PEERS |= FLASHINFER
 QUICK = (*SDPA, *CASCADE)
