@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from deft_tvm.peers.cascade import CASCADE
+from deft_tvm.peers.flashinfer import FLASHINFER
 from deft_tvm.peers.flex import FLEX
 from deft_tvm.peers.gathered import Gathered, Sequences
 from deft_tvm.peers.peer import Call, Peer
@@ -10,7 +13,10 @@ from deft_tvm.peers.sdpa import SDPA
 from deft_tvm.peers.tvm_tree import TVM
 
 PEERS: dict[str, Peer] = {**SDPA, **CASCADE, **FLEX, **TVM}
+"""Those for a GPU where torch finds one."""
+if torch.cuda.is_available():
+    PEERS |= FLASHINFER
 QUICK = (*SDPA, *CASCADE)
 """Those that need no compilation."""
 
-__all__ = ["PEERS", "QUICK", "SDPA", "Call", "Gathered", "Peer", "Sequences"]
+__all__ = ["FLASHINFER", "PEERS", "QUICK", "SDPA", "Call", "Gathered", "Peer", "Sequences"]

@@ -95,7 +95,9 @@ class Gathered:
 
     def callers(self, x: Tensor) -> Tensor:
         """[rows, ...] in the caller's order, of depth-first order."""
-        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+        if self.order is None:
+            return x
+        return torch.empty_like(x).index_copy_(0, self.order.to(x.device), x)
 
     @cached_property
     def seen(self) -> Tensor:
