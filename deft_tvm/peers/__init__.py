@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import torch
+
 from deft_tvm.peers.cascade import CASCADE
 from deft_tvm.peers.flex import FLEX
 from deft_tvm.peers.gathered import Gathered, Sequences
 from deft_tvm.peers.peer import Call, Peer
 from deft_tvm.peers.sdpa import SDPA
+from deft_tvm.peers.triton import TRITON
 from deft_tvm.peers.tvm_tree import TVM
 
 PEERS: dict[str, Peer] = {**SDPA, **CASCADE, **FLEX, **TVM}
+if find_spec("triton") is not None and torch.cuda.is_available():
+    PEERS |= TRITON
 QUICK = (*SDPA, *CASCADE)
 """Those that need no compilation."""
 
-__all__ = ["PEERS", "QUICK", "SDPA", "Call", "Gathered", "Peer", "Sequences"]
+__all__ = ["PEERS", "QUICK", "SDPA", "TRITON", "Call", "Gathered", "Peer", "Sequences"]
