@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from deft_tvm.errors import InputError
 from deft_tvm.peers import PEERS, Gathered
 from deft_tvm.peers.triton import TRITON
 from deft_tvm.peers.triton.fasttree import Setting, copied_edges, fasttree
 from deft_tvm.peers.triton.flatten import flatten
 from deft_tvm.peers.triton.launch import Tiling, block, step
-from deft_tvm.peers.triton.plan import Plan
+from deft_tvm.peers.triton.plan import Plan, Tokens
 from deft_tvm.peers.triton.search import Search, tilings
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -109,6 +111,12 @@ def bfloat16_products() -> Iterator[None]:
     InterpreterBuilder.create_dot = product
 
 
+@pytest.fixture
+def first_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No search: it compiles for long."""
+    monkeypatch.setattr(Search, "fastest", lambda _, choices: next(iter(choices)))
+
+
 def case_of(forest: Forest, spec: AttentionSpec, **options) -> Case:
     case = tensors(forest, spec, **options)
     return replace(
@@ -138,6 +146,7 @@ def assert_peer_exact(name: str, case: Case) -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("first_choices")
 @pytest.mark.parametrize("workload", FORESTS)
 @pytest.mark.parametrize("name", TRITON)
 def test_trees(name: str, workload: str) -> None:
@@ -145,6 +154,7 @@ def test_trees(name: str, workload: str) -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("first_choices")
 @pytest.mark.parametrize("variant", SPECS)
 @pytest.mark.parametrize("workload", ["odd", FEW_SHOT])
 @pytest.mark.parametrize("name", TRITON)
@@ -153,6 +163,7 @@ def test_variants(name: str, workload: str, variant: str) -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("first_choices")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", TRITON)
 def test_random_trees(name: str, seed: int) -> None:
@@ -161,6 +172,7 @@ def test_random_trees(name: str, seed: int) -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("first_choices")
 @pytest.mark.parametrize("name", TRITON)
 def test_without_pages(name: str) -> None:
     assert_peer_exact(name, case_of(FORESTS[FEW_SHOT], MHA, contiguous=True))
@@ -297,8 +309,8 @@ def test_fasttree_cuts_short_where_programs_are_few() -> None:
             "it takes q and KV of one type, bfloat16 or float16",
         ),
         (
-            AttentionSpec.gqa(num_q_heads=1, num_kv_heads=1, head_dim=520, dtype="float16"),
-            "it holds no more than 512 columns",
+            AttentionSpec.gqa(num_q_heads=1, num_kv_heads=1, head_dim=320, dtype="float16"),
+            "it loads 1024 columns of a token and head, of which 640 fit",
         ),
     ],
 )
@@ -319,9 +331,45 @@ def test_they_need_triton_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (TRITON.keys() <= PEERS.keys()) == there
 
 
+def test_the_fastest_choice_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is tried once, those that do not fit are passed over."""
+    times = {1: 3.0, 2: 2.0, 3: math.inf, 4: 1.0, 5: math.inf}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(Search, "_time", lambda _, choice: times.pop(choice))
+    search = Search(lambda _: pytest.fail("it was made"))
+    assert search.fastest([1, 3, 2, 1]) == 2
+    assert search.fastest([2, 4]) == 4
+    with pytest.raises(InputError, match=r"none of \[3, 5\] fits this device; expected one"):
+        search.fastest([3, 5, 3])
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or not TRITON_THERE, reason="it needs CUDA and triton")
+@pytest.mark.parametrize("name", TRITON)
+def test_a_search_and_a_graph(name: str) -> None:
+    case = case_of(FORESTS[FEW_SHOT], SPECS["gqa"])
+    call = TRITON[name].make(Gathered(case))
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    out.fill_(torch.nan)
+    graph.replay()
+    assert_exact(case, out)
+
+
 def test_the_first_choice_where_nothing_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Search(lambda _: pytest.fail("it was made")).fastest([3, 1, 2]) == 3
+
+
+def test_many_rows() -> None:
+    """Numbers that need all of half an integer."""
+    forest = Forest.from_parents([-1] * 40000, [1] * 40000)
+    tokens = Tokens.of_nodes(forest, forest.preorder)
+    assert (tokens.sight & 0xFFFF).tolist() == list(range(40000))
+    assert ((tokens.sight >> 16) & 0xFFFF).tolist() == list(range(1, 40001))
 
 
 def test_blocks_and_tilings() -> None:

@@ -26,8 +26,7 @@ def attend(
     v,
     rope,
     slots,
-    low,
-    high,
+    sight,
     entry_row,
     entry_source,
     entry_place,
@@ -138,8 +137,8 @@ def attend(
 
         sees = (token < end)[None, :]
         if MASKED:
-            first_row = tl.load(low + held)
-            end_row = tl.load(high + held)
+            seen = tl.load(sight + held)
+            first_row, end_row = seen & 0xFFFF, (seen >> 16) & 0xFFFF
             sees = sees & (row[:, None] >= first_row[None, :]) & (row[:, None] < end_row[None, :])
         logits = tl.where(sees, logits * scale, float("-inf"))
 

@@ -31,12 +31,15 @@ class Tiling(NamedTuple):
         tokens: of one step of the online softmax.
         warps: of a program.
         stages: of Triton's pipeline. Addresses of KV are loaded too, which takes every other one.
+        registers: the most that a thread may take, where a few less than it would take let a
+            second program onto a multiprocessor.
     """
 
     lanes: int
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass
@@ -80,8 +83,7 @@ def step(case: Case, plan: Plan, tilings: Mapping[int, Tiling]) -> Step:
     keys, values, rope = (case.buffers[number] for number in spec.operands[:3])
     arrays = (
         _slots(case, plan),
-        plan.tokens.low,
-        plan.tokens.high,
+        plan.tokens.sight,
         plan.entry_row,
         plan.entry_source,
         plan.entry_place,
@@ -103,6 +105,7 @@ def step(case: Case, plan: Plan, tilings: Mapping[int, Tiling]) -> Step:
             BLOCK_N=tilings[lanes].tokens,
             num_warps=tilings[lanes].warps,
             num_stages=tilings[lanes].stages,
+            maxnreg=tilings[lanes].registers,
         )
         for lanes, tiles in plan.tiles.items()
     ]

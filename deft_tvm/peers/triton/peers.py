@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,16 +12,16 @@ from deft_tvm.peers.peer import no_cap_and_no_sinks
 from deft_tvm.peers.triton.fasttree import LANES, fasttree
 from deft_tvm.peers.triton.flatten import flatten
 from deft_tvm.peers.triton.launch import Step, Tiling, block, step
-from deft_tvm.peers.triton.plan import Plan
-from deft_tvm.peers.triton.search import Search, tilings
+from deft_tvm.peers.triton.plan import MOST_ROWS, Plan
+from deft_tvm.peers.triton.search import Search, interpreted, loaded, tilings
 
 CHUNKS = (256, 128, 512, 1024, 64)
 """Tokens of a chunk of DeFT-Flatten; the paper's is 128, and figure 15 has longer ones."""
 FLATTEN_LANES = (64, 16, 32, 128)
 SPLITS = (None, 64, 256, 512)
 """Tokens at which FastTree's peer cuts KV; None is the published rule, of 1024 or 128."""
-MOST_COLUMNS = 512
-"""Of K and of V."""
+MOST_LOADED = 640
+"""Columns of a token and KV head: more would not fit into shared memory."""
 MOST_HELD = 64 * 512
 """Elements of the output that a program holds in registers."""
 
@@ -79,11 +78,13 @@ def lacks(gathered: Gathered) -> str | None:
         return "it has no window"
     if spec.dtype == "float32" or any(b.dtype != spec.dtype for b in spec.buffers):
         return "it takes q and KV of one type, bfloat16 or float16"
-    if max(spec.k_width, spec.v_width) > MOST_COLUMNS:
-        return f"it holds no more than {MOST_COLUMNS} columns"
+    if (columns := loaded(spec)) > MOST_LOADED:
+        return f"it loads {columns} columns of a token and head, of which {MOST_LOADED} fit"
+    if (rows := gathered.case.forest.num_rows) > MOST_ROWS:
+        return f"it numbers {MOST_ROWS} rows, of which there are {rows}"
     if find_spec("triton") is None:
         return "it needs triton"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not interpreted():
         return f"KV is on {device}, and it needs CUDA"
     return None
 

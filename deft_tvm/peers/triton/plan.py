@@ -16,6 +16,8 @@ from deft_tvm.arrays import Int32, consecutive
 from deft_tvm.tree import Forest
 
 Ints = NDArray[np.integer[Any]]
+MOST_ROWS = 0xFFFF
+"""What half of an integer numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Tokens:
             low=(forest.row_begin[node] + cut).astype(np.int32),
             high=forest.row_end[node].astype(np.int32),
         )
+
+    @property
+    def sight(self) -> Int32:
+        """int32[T], `low` in the lower half and `high` in the upper one: a kernel that loads one
+        number a token in place of two fits twice on a multiprocessor."""
+        packed = self.low.astype(np.uint32) | self.high.astype(np.uint32) << np.uint32(16)
+        return packed.view(np.int32)
 
     def rows(self, begin: int, end: int) -> NDArray[np.int64]:
         """The rows that see any of tokens [begin, end)."""

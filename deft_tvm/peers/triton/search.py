@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Generic, TypeVar
@@ -33,13 +34,19 @@ def tilings(spec: AttentionSpec, lanes: int) -> tuple[Tiling, Tiling]:
     All keep what they hold in registers and 227 KiB of shared memory on an NVIDIA H100, and all
     but those of 512 columns leave room for a second program on a multiprocessor.
     """
-    columns = block(spec.v_width)
-    warps = 8 if lanes * columns > MOST_ACCUMULATED or columns > 256 else 4
-    columns += 0 if spec.tied else block(spec.k_width)
-    columns += block(spec.rope_width) if spec.rope_width else 0
+    values = block(spec.v_width)
+    warps = 8 if lanes * values > MOST_ACCUMULATED or values > 256 else 4
+    columns = loaded(spec)
     if columns <= LIGHT:
         return Tiling(lanes, 64, warps, 5), Tiling(lanes, 32, warps, 7)
-    return Tiling(lanes, 32, warps, 5), Tiling(lanes, 64, warps, 3)
+    registers = 128 if lanes == 16 and warps == 8 else None
+    return Tiling(lanes, 32, warps, 5, registers), Tiling(lanes, 64, warps, 3, registers)
+
+
+def loaded(spec: AttentionSpec) -> int:
+    """Columns that a kernel loads for a token and KV head."""
+    columns = block(spec.v_width) + (0 if spec.tied else block(spec.k_width))
+    return columns + (block(spec.rope_width) if spec.rope_width else 0)
 
 
 class Search(Generic[Choice]):
@@ -52,14 +59,14 @@ class Search(Generic[Choice]):
     def fastest(self, choices: Iterable[Choice]) -> Choice:
         """The choice whose step takes the least time on the device.
 
-        Those that need more registers or shared memory than there are do not count. Where there is
+        Those that need more registers or memory than there are do not count. Where there is
         no device that can be timed, it is the first.
 
         Raises:
             InputError: none of them can run.
         """
         left = list(dict.fromkeys(choices))
-        if len(left) == 1 or not torch.cuda.is_available():
+        if len(left) == 1 or interpreted() or not torch.cuda.is_available():
             return left[0]
         for choice in left:
             if choice not in self.times:
@@ -74,11 +81,16 @@ class Search(Generic[Choice]):
 
         try:
             found = milliseconds(self.made(choice))
-        except OutOfResources as error:
+        except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
             _log.info("%s: %s", choice, error)
             return math.inf
         _log.info("%s: %.1f µs", choice, 1000 * found)
         return found
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def milliseconds(step: Step) -> float:
