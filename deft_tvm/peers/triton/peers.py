@@ -47,7 +47,7 @@ def deft_flatten(gathered: Gathered) -> Step:
     chunk, _ = search.fastest((chunk, tiling) for chunk in CHUNKS)
     _, tiling = search.fastest((chunk, likelier) for likelier, _ in first.values())
     _, tiling = search.fastest((chunk, each) for each in first[tiling.lanes])
-    return made(search.fastest((each, tiling) for each in (chunk, *CHUNKS)))
+    return search.settled(search.fastest((each, tiling) for each in (chunk, *CHUNKS)))
 
 
 def fast_tree(gathered: Gathered) -> Step:
@@ -65,8 +65,12 @@ def fast_tree(gathered: Gathered) -> Step:
     many, few = (tilings(spec, lanes) for lanes in LANES)
     search = Search(made)
     best = search.fastest((split, many[0], few[0]) for split in SPLITS)
-    best = search.fastest((best[0], each, best[2]) for each in many)
-    return made(search.fastest((best[0], best[1], each) for each in few))
+    tiles = plan(best[0]).tiles
+    if LANES[0] in tiles:
+        best = search.fastest((best[0], each, best[2]) for each in many)
+    if LANES[1] in tiles:
+        best = search.fastest((best[0], best[1], each) for each in few)
+    return search.settled(best)
 
 
 def lacks(gathered: Gathered) -> str | None:

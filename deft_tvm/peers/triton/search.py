@@ -76,6 +76,13 @@ class Search(Generic[Choice]):
             raise InputError(f"none of {left} fits this device; expected one that does")
         return best
 
+    def settled(self, choice: Choice) -> Step:
+        """The step of a choice, compiled: a graph that captures it finds kernels to launch."""
+        step = self.made(choice)
+        if not interpreted():
+            step()
+        return step
+
     def _time(self, choice: Choice) -> float:
         from triton.runtime.errors import OutOfResources
 
