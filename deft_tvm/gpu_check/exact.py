@@ -62,7 +62,7 @@ def main(specs: Sequence[str] | None = None, workloads: Sequence[str] = WORKLOAD
         for cell in (CELLS if specs is None else given)
         if asked.only in str(cell) and not (kind == "cpu" and cell.way in ON_GPUS_ALONE)
     ]
-    lines = Lines(file_in(asked, FILE), Checked, asked.again)
+    lines: Lines[Checked] = Lines(file_in(asked, FILE), Checked, asked.again)
     last = {line.cell: line for line in lines.found}
     todo = [c for c in cells if c not in last or not (asked.go_on or last[c].holds)]
     unbuilt = build_missing((cell.spec for cell in todo), kind)

@@ -7,33 +7,33 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 
 from deft_tvm.device import gpu_error
 from deft_tvm.files import append_line
 
-Line = TypeVar("Line", bound=msgspec.Struct)
+Line = TypeVar("Line")
 
 
 class Lines(Generic[Line]):
-    """A file of lines of one type; a line that cannot be read counts as none.
+    """A file of lines; one that cannot be read counts as none.
 
     Args:
         path: of the file; None: nothing is kept.
-        kind: the type of a line.
+        kind: the type of a line, a struct of `msgspec` or a union of them.
         again: forget what is in it.
 
     Attributes:
         found: all lines, in order.
     """
 
-    def __init__(self, path: Path | None, kind: type[Line], again: bool = False) -> None:
+    def __init__(self, path: Path | None, kind: Any, again: bool = False) -> None:
         self.path = path
         if again and path is not None:
             path.unlink(missing_ok=True)
-        self.found = [] if path is None else _read(path, kind)
+        self.found: list[Line] = [] if path is None else _read(path, kind)
 
     def add(self, line: Line) -> Line:
         """Append a line; it is on the disk when this returns it."""
@@ -43,8 +43,8 @@ class Lines(Generic[Line]):
         return line
 
 
-def _read(path: Path, kind: type[Line]) -> list[Line]:
-    found: list[Line] = []
+def _read(path: Path, kind: Any) -> list[Any]:
+    found = []
     for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             found.append(msgspec.json.decode(text, type=kind))

@@ -45,7 +45,7 @@ def encoded(rates: Rates) -> bytes:
 
 
 def rates_here(folder: Path | None, device: DeviceProfile) -> Rates:
-    """Those that the stage has left in `folder` of this device, else measured now and left there."""
+    """Of this device those that the stage has left in `folder`, else measured and left there."""
     path = None if folder is None else folder / FILE
     if path is not None and path.is_file():
         known = msgspec.json.decode(path.read_bytes(), type=Rates)
@@ -53,6 +53,7 @@ def rates_here(folder: Path | None, device: DeviceProfile) -> Rates:
             return known
     found = Rates.of(device)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, encoded(found) + b"\n")
     return found
 
