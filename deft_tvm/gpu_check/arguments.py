@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, cast
+
+from deft_tvm import env
 
 MINUTES = 9.0
 
@@ -38,6 +41,19 @@ def file_in(asked: argparse.Namespace, name: str) -> Path | None:
     folder = cast(Path, asked.out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
+
+
+def use_logs(asked: argparse.Namespace) -> Path | None:
+    """Plan and build by the logs in the stage's folder, unless the environment names others.
+
+    Returns:
+        That folder; None where there is none.
+    """
+    if asked.out is None:
+        return None
+    folder = cast(Path, asked.out).absolute() / "logs"
+    os.environ.setdefault(env.LOGS.name, str(folder))
+    return folder
 
 
 def deadline(asked: argparse.Namespace) -> Callable[[], float]:

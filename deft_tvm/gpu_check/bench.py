@@ -17,7 +17,7 @@ import torch
 
 from deft_tvm.bench.core import Cell
 from deft_tvm.device import DeviceProfile
-from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of
+from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of, use_logs
 from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere, last_line
 from deft_tvm.gpu_check.measuring import Measuring, limited
 from deft_tvm.gpu_check.modules import build_missing
@@ -63,6 +63,7 @@ class Bench:
     """
 
     def __init__(self, asked: Namespace) -> None:
+        use_logs(asked)
         self.asked, self.kind = asked, kind_of(asked)
         self.left = deadline(asked)
         self.lines: Lines[Any] = Lines(file_in(asked, FILE), Found, asked.again)

@@ -139,6 +139,9 @@ THOROUGH = (
 )
 """Attentions that differ in what kernels do; all trees are for them."""
 
+DIFFERENT = tuple(dict.fromkeys((*SPEEDS, *THOROUGH, SHAPES[1], SHAPES[4])))
+"""Attentions whose kernels have something of their own."""
+
 CELLS = (
     *(Cell(spec, workload) for spec in ALL for workload in WORKLOADS),
     *(Cell(spec, name) for spec in THOROUGH for name in (*FORESTS, "forest:trees=8,prompt=100")),

@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from deft_tvm.check import Exactness
-from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of
+from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of, use_logs
 from deft_tvm.gpu_check.cells import CELLS, WORKLOADS, Cell, forest_of
 from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere
 from deft_tvm.gpu_check.modules import build_missing
@@ -55,6 +55,7 @@ def main(specs: Sequence[str] | None = None, workloads: Sequence[str] = WORKLOAD
     parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="cells with this in their name")
     asked = parser.parse_args()
+    use_logs(asked)
     left, kind = deadline(asked), kind_of(asked)
     given = [Cell(spec, workload) for spec in specs or () for workload in workloads]
     cells = [

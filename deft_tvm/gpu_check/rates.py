@@ -8,8 +8,8 @@ import msgspec
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.files import write_whole
-from deft_tvm.gpu_check.arguments import file_in, kind_of, parser_of
-from deft_tvm.tuning.probe import copy_bandwidth, probe
+from deft_tvm.gpu_check.arguments import file_in, kind_of, parser_of, use_logs
+from deft_tvm.tuning.probe import copy_bandwidth, probe, write_profile
 
 FILE = "rates-found.json"
 
@@ -32,12 +32,14 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    """Print the rates as JSON, and leave them in the stage's folder."""
+    """Print the rates as JSON, and leave them in the stage's folder; plans are made by them."""
     asked = parser_of(__doc__).parse_args()
-    text = encoded(Rates.of(DeviceProfile.detect(kind_of(asked))))
+    found = Rates.of(DeviceProfile.detect(kind_of(asked)))
+    text = encoded(found)
     print(text.decode())
     if (path := file_in(asked, FILE)) is not None:
         write_whole(path, text + b"\n")
+        write_profile(found.device, use_logs(asked))
 
 
 def encoded(rates: Rates) -> bytes:

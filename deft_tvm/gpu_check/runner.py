@@ -73,7 +73,7 @@ def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = F
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        status = _wait(process, seconds)
+        status = wait(process, seconds)
         os.fsync(printed.fileno())
     record = Record(
         stage.name,
@@ -88,8 +88,8 @@ def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = F
     return record
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
-    """Until it ends or its time is over."""
+def wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
+    """Until it ends or its time is over; then all processes of its session are ended."""
     try:
         return "ok" if process.wait(seconds) == 0 else "failed"
     except subprocess.TimeoutExpired:

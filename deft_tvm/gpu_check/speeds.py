@@ -11,10 +11,12 @@ import torch
 
 from deft_tvm.bench.core import Cell
 from deft_tvm.check import Exactness
+from deft_tvm.device import DeviceProfile
 from deft_tvm.gpu_check.cells import SPEEDS
 from deft_tvm.gpu_check.rates import Rates
 from deft_tvm.limit import Limit
 from deft_tvm.manifest import installed_versions, source_commit
+from deft_tvm.tuning.log import measured
 
 # The more telling first, for a run that is cut short.
 WORKLOADS = (
@@ -55,12 +57,14 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         rates: of the device, as measured.
+        planned_by: the profile by whose rates plans are made.
         date: UTC.
         commit: of the source tree, empty outside one.
         versions: of the packages that have a part in it.
     """
 
     rates: Rates
+    planned_by: DeviceProfile
     date: str
     commit: str
     versions: dict[str, str]
@@ -68,7 +72,8 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
     @classmethod
     def now(cls, rates: Rates) -> Begun:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(rates, date, source_commit(), installed_versions())
+        planned_by = measured(DeviceProfile.detect(rates.device.kind))
+        return cls(rates, planned_by, date, source_commit(), installed_versions())
 
 
 class Ours(msgspec.Struct, frozen=True, tag=True, kw_only=True):
