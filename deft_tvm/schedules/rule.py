@@ -83,6 +83,11 @@ class Knobs:
         """One sampled integer, as a random variable of the schedule's trace."""
         return self._pick(name, candidates, candidates, default)
 
+    def pick_number(self, name: str, candidates: Sequence[int], default: int) -> int:
+        """The same as a plain number, for what no random variable can say, as an intrinsic's
+        name: a trace then replays with its own decision alone."""
+        return int(self.sch.get(self.pick(name, candidates, default)))
+
     def pick_parts(self, name: str, extent: int, sizes: Sequence[int], default: int) -> Any:
         """A size of equal parts, sampled as their number: what two loops can be split into alike.
 

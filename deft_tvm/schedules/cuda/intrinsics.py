@@ -7,6 +7,7 @@ of the left factor, so that probabilities feed the second product where they are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -35,7 +36,7 @@ __device__ __forceinline__ void deft_ldmatrix_trans_%(type)s(unsigned* held, con
     : "=r"(held[0]), "=r"(held[1]), "=r"(held[2]), "=r"(held[3]) : "r"(address) : "memory");
 }
 __device__ __forceinline__ void deft_mma_%(type)s(float* c, const unsigned* a, const unsigned* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.%(type)s.%(type)s.f32 "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.%(type)s.%(type)s.f32 "
     "{%%0,%%1,%%2,%%3}, {%%4,%%5,%%6,%%7}, {%%8,%%9}, {%%0,%%1,%%2,%%3};"
     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -65,9 +66,16 @@ def fragment_of(i: Any, j: Any) -> tuple[Any, Any]:
     return 4 * (i % 8) + j % 8 // 2, 4 * (j // 8) + i // 8 * 2 + j % 2
 
 
-def fragments_of(i: Any, j: Any) -> tuple[Any, Any, Any, Any]:
-    """The same for a matrix of tiles: (tile row, tile column, lane, register)."""
-    return i // SIDE, j // SIDE, *fragment_of(i % SIDE, j % SIDE)
+def fragments_of(width: int, shares: int = 1) -> Callable[[Any, Any], tuple[Any, ...]]:
+    """The same for a matrix of tiles, `width` columns wide, whose columns `shares` warps have side
+    by side: (tile row, share, tile column within it, lane, register) of element (i, j)."""
+    own = width // SIDE // shares
+
+    def place(i: Any, j: Any) -> tuple[Any, ...]:
+        column = j // SIDE
+        return i // SIDE, column // own, column % own, *fragment_of(i % SIDE, j % SIDE)
+
+    return place
 
 
 @cache

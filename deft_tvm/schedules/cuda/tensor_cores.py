@@ -1,8 +1,12 @@
-"""Partial kernels on tensor cores: 16 rows a warp, all else in registers.
+"""Partial kernels on tensor cores: 16 rows a warp or several, all else in registers.
 
-Both products run in 16 × 16 × 16 steps of ``mma``. Scores, probabilities and output accumulators
-stay in fragments from one stage to the next; K, V and Q come out of shared memory by ``ldmatrix``.
-Only the statistics of the rows, one float each, go through shared memory.
+Both products run in 16 × 16 × 16 steps of ``mma``. Scores and output accumulators stay in fragments
+from one stage to the next; K, V and Q come out of shared memory by ``ldmatrix``.
+
+Warps share a row's tokens in the first product and its output columns in the second. With few rows
+that gives a block more warps, and with a wide V each of them fewer accumulators than a thread has
+registers. What warps tell each other goes through shared memory: the statistics of the rows, one
+float each, and where several have a row, its probabilities.
 """
 
 from __future__ import annotations
@@ -24,44 +28,75 @@ from deft_tvm.schedules.cuda.intrinsics import (
     load_left,
     multiply,
 )
-from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
+from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
+from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
-from deft_tvm.schedules.cuda.shares import FRAGMENT
-from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE, bind_threads, deal_threads, keep
+from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
+from deft_tvm.schedules.cuda.threads import (
+    LANES,
+    TABLE_SCOPE,
+    TILE_SCOPE,
+    bind_threads,
+    deal_quads,
+    keep,
+)
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
 
 MAX_ROWS = 128
-MAX_WIDTH = 192
-"""With wider output a thread's accumulators do not fit its 255 registers."""
+MAX_WARPS = 16
+MAX_WIDTH = 256
+"""Output columns of a warp beyond which a thread's accumulators do not fit its registers."""
+GOOD_WIDTH = 128
+"""Up to which they leave room for a second block on a multiprocessor."""
+SHARES = (1, 2, 4, 8)
 
 
 def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: tiles of 16-bit operands whose sides are multiples of 16."""
-    tile = task.tile
+    tile, spec = task.tile, task.spec
     if tile is None or not _fits(task):
         return False
-    operand, warps = tile.operand, tile.lane_rows // SIDE
-    products, made = score_products(task.spec), matrices_of_softmax(task.spec)
+    possible = _possible_shares(task)
+    if not possible:
+        return False
+    shares = knobs.pick_number("shares", possible, _default_shares(task, possible))
+    warps = tile.lane_rows // SIDE * shares
+    products, made = score_products(spec), matrices_of_softmax(spec)
 
     locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)
 
-    matrices = ("init_out", *products, "logits", *made, "probabilities")
-    for block in (*matrices, "accumulate", "fold"):
+    of_tokens = fragments_of(tile.kv_tile, shares)
+    of_columns = fragments_of(spec.v_width, shares)
+    by_tokens = [*products, "logits", *made]
+    if shares == 1:
+        by_tokens.append("probabilities")
+    else:
+        keep(sch, ("probabilities",), TILE_SCOPE)
+        pad_rows(sch, ("probabilities",), tile.operand)
+    for block in by_tokens:
         keep(sch, (block,), FRAGMENT)
-        sch.transform_layout(sch.get_sblock(block), ("write", 0), fragments_of)
-    for block in products:
-        _product(sch, block, operand, transposed=True)
-    _fold_at(sch, _product(sch, "accumulate", operand, transposed=False))
-    for block in (*MATRIX_PASSES, *made):
-        _on_fragments(sch, block)
+        sch.transform_layout(sch.get_sblock(block), ("write", 0), of_tokens)
+    for block in ("init_out", "accumulate", "fold"):
+        keep(sch, (block,), FRAGMENT)
+        sch.transform_layout(sch.get_sblock(block), ("write", 0), of_columns)
 
-    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), TILE_SCOPE)
+    for block, depth in products.items():
+        _product(sch, block, tile.operand, shares, True, depth)
+    depth = None if shares == 1 else tile.kv_tile
+    fold = _product(sch, "accumulate", tile.operand, shares, False, depth)
+    _fold_at(sch, fold, of_columns)
+    for block in (*MATRIX_PASSES, *made):
+        whole = block in ("init_out", "keep_out", "write_out")
+        _on_fragments(sch, block, of_columns if whole else of_tokens)
+
+    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
     for block, name in ROW_REDUCTIONS.items():
-        _reduce(sch, block, reduce_rows(name, tile.kv_tile))
-    for block in (*ROW_STATES, *ROW_KEEPS, "write_lse"):
-        deal_threads(sch, block, warps)
+        _reduce(sch, block, name, tile.kv_tile // shares, shares)
+    for block in (*ROW_STATES, *ROW_KEEPS):
+        deal_quads(sch, block, shares)
+    deal_quads(sch, "write_lse", shares, once=True)
     return True
 
 
@@ -74,39 +109,72 @@ def _fits(task: KernelTask) -> bool:
     return (
         tile.operand != "float32"
         and tile.lane_rows <= MAX_ROWS
-        and spec.v_width <= MAX_WIDTH
         and all(side % SIDE == 0 for side in sides)
     )
 
 
-def _product(sch: Schedule, name: str, operand: str, transposed: bool) -> LoopRV:
+def _possible_shares(task: KernelTask) -> list[int]:
+    """Into how many equal parts the warps of a row can divide its tokens and its columns."""
+    tile, width = task.tile, task.spec.v_width
+    assert tile is not None
+    return [
+        shares
+        for shares in SHARES
+        if tile.kv_tile % (SIDE * shares) == 0
+        and width % (SIDE * shares) == 0
+        and width // shares <= MAX_WIDTH
+        and tile.lane_rows // SIDE * shares <= MAX_WARPS
+    ]
+
+
+def _default_shares(task: KernelTask, possible: list[int]) -> int:
+    """The fewest that give each scheduler of a multiprocessor a warp, with room for another block."""
+    assert task.tile is not None
+    rows = task.tile.lane_rows // SIDE
+    wanted = 4 if rows == 1 else 8
+    good = (
+        n for n in possible if rows * n >= wanted and task.spec.v_width // n <= GOOD_WIDTH
+    )
+    return next(good, possible[-1])
+
+
+def _product(
+    sch: Schedule, name: str, operand: str, shares: int, transposed: bool, depth: int | None
+) -> LoopRV:
     """One product in steps of 16; returns the loop over tile columns.
 
     If `transposed`, the right factor is [n, k], and the left one comes out of shared memory, once
-    for all columns. Otherwise the left one is in fragments, and columns are finished one tile
-    after the other, so that few accumulators live at a time.
+    for all columns. Otherwise columns are finished one tile after the other, so that few
+    accumulators live at a time.
+
+    Args:
+        depth: of the left factor, which lies in shared memory; None if it is in fragments.
     """
     block = sch.get_sblock(name)
-    (rows, row), (columns, column), (steps, inner) = (
-        sch.split(loop, [None, SIDE]) for loop in sch.get_loops(block)[-3:]
-    )
-    outer = (rows, steps, columns) if transposed else (rows, columns, steps)
-    sch.reorder(*outer, row, column, inner)
-    sch.bind(rows, "threadIdx.y")
+    rows, columns, steps = sch.get_loops(block)[-3:]
+    rows, row = sch.split(rows, [None, SIDE])
+    share, columns, column = sch.split(columns, [shares, None, SIDE])
+    steps, inner = sch.split(steps, [None, SIDE])
+    order = (steps, columns) if transposed else (columns, steps)
+    sch.reorder(rows, share, *order, row, column, inner)
+    warp = sch.fuse(rows, share)
+    sch.bind(warp, "threadIdx.y")
     tile = sch.blockize(row)
-    if transposed:
-        _load_left(sch, tile, steps, operand)
+    if depth is not None:
+        _load_left(sch, tile, steps if transposed else warp, operand, depth)
     first = sch.decompose_reduction(tile, steps)
     sch.tensorize(sch.get_loops(sch.get_child_blocks(first)[0])[-2], fill_zero())
     sch.tensorize(tile, multiply(operand, transposed))
+    # An index that is no constant would send accumulators to local memory.
+    unroll_all(sch, (columns,) if transposed else (columns, steps))
     return columns
 
 
-def _load_left(sch: Schedule, product: SBlockRV, steps: LoopRV, operand: str) -> None:
-    """Bring the left factor of `product` into fragments, 16 columns a step."""
+def _load_left(sch: Schedule, product: SBlockRV, at: LoopRV, operand: str, depth: int) -> None:
+    """Bring the left factor of `product` into fragments, as much as is read within a loop."""
     left = sch.cache_read(product, 0, FRAGMENT)
-    sch.compute_at(left, steps)
-    sch.transform_layout(left, ("write", 0), fragments_of)
+    sch.compute_at(left, at)
+    sch.transform_layout(left, ("write", 0), fragments_of(depth))
     (rows, row), (columns, column) = (
         sch.split(loop, [None, SIDE]) for loop in sch.get_loops(left)[-2:]
     )
@@ -114,31 +182,52 @@ def _load_left(sch: Schedule, product: SBlockRV, steps: LoopRV, operand: str) ->
     sch.tensorize(sch.blockize(row), load_left(operand))
 
 
-def _fold_at(sch: Schedule, columns: LoopRV) -> None:
+def _fold_at(sch: Schedule, columns: LoopRV, place: object) -> None:
     """Fold each 16 columns of the second product into the output as soon as they are done."""
     fold = sch.get_sblock("fold")
-    sch.transform_block_layout(fold, fragments_of)
+    sch.transform_block_layout(fold, place)
     sch.reverse_compute_at(fold, columns)
     lane, registers = sch.get_loops(fold)[-2:]
     sch.bind(lane, "threadIdx.x")
     sch.unroll(registers)
 
 
-def _on_fragments(sch: Schedule, name: str) -> None:
+def _on_fragments(sch: Schedule, name: str, place: object) -> None:
     """A pass over a matrix, each lane over what it holds."""
     block = sch.get_sblock(name)
-    sch.transform_block_layout(block, fragments_of)
-    warp, tiles, lane, registers = sch.get_loops(block)[-4:]
-    bind_threads(sch, warp, lane)
+    sch.transform_block_layout(block, place)
+    rows, share, tiles, lane, registers = sch.get_loops(block)[-5:]
+    bind_threads(sch, sch.fuse(rows, share), lane)
     unroll_all(sch, (tiles, registers))
 
 
-def _reduce(sch: Schedule, name: str, intrinsic: str) -> None:
-    """Each warp reduces its 16 rows."""
-    block = sch.get_sblock(name)
-    warp, row = sch.split(sch.get_loops(block)[-2], [None, SIDE])
-    sch.bind(warp, "threadIdx.y")
-    first = sch.decompose_reduction(block, row)
-    _, lane = sch.split(sch.get_loops(first)[-1], [1, LANES])
-    sch.bind(lane, "threadIdx.x")
-    sch.tensorize(row, intrinsic)
+def _reduce(sch: Schedule, name: str, operation: str, columns: int, shares: int) -> None:
+    """Each warp reduces its tokens of 16 rows; then each reduces over all warps that have them."""
+    of_warp = sch.get_sblock(name)
+    rows, tokens = sch.get_loops(of_warp)[-2:]
+    share, tokens = sch.split(tokens, [shares, None])
+    if shares > 1:
+        of_warp = sch.rfactor(share, 0)
+        sch.set_scope(of_warp, 0, QUAD_ROWS)
+        _tell(sch, sch.cache_read(sch.get_sblock(name), 0, TABLE_SCOPE))
+        deal_quads(sch, name, shares)
+        rows, share, tokens = sch.get_loops(of_warp)[-3:]
+    rows, row = sch.split(rows, [None, SIDE])
+    sch.reorder(rows, share, row, tokens)
+    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    first = sch.decompose_reduction(of_warp, row)
+    upper, quad = sch.split(sch.get_loops(first)[-1], [2, 8])
+    sch.reorder(quad, upper)
+    repeat(sch, quad, "threadIdx.x", LANES // 8)
+    sch.unroll(upper)
+    sch.tensorize(row, reduce_rows(operation, columns))
+
+
+def _tell(sch: Schedule, block: SBlockRV) -> None:
+    """Each warp writes what it found of its rows, ``[share, row]``, for the others."""
+    share, row = sch.get_loops(block)[-2:]
+    rows, upper, quad = sch.split(row, [None, 2, 8])
+    sch.reorder(rows, share, quad, upper)
+    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    repeat(sch, quad, "threadIdx.x", LANES // 8, once=True)
+    sch.unroll(upper)
