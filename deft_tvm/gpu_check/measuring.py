@@ -140,7 +140,7 @@ class Measuring:
         return self._gathered[number]
 
     def _timed(self, calls: list[Call]) -> tuple[tuple[float, ...], bool]:
-        """Seconds of a call, and whether it was in a graph; of the first, where some are missing."""
+        """Seconds of a call, and whether in a graph; of the first one where some are missing."""
         missing = len(calls) < len(self.cases) and self.kind == "cuda"
         try:
             return cold_seconds(calls[0]) if missing else seconds_of(calls, self.kind), True
