@@ -99,6 +99,14 @@ def test_the_command_runs_stages_and_ends_with_1_where_one_failed(
             main(["gpu-check", *names, "--device", "cpu", "--out", str(tmp_path / "out")])
         assert ended.value.code == code
     printed = capsys.readouterr().out
+    more = ["good", "--option=--more=1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["gpu-check", *more])
+    assert json.loads((tmp_path / "out/good.json").read_text())["command"][-1] == "--more=1"
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu-check", "bad", *more])
+    assert ended.value.code == 2
+    assert "expected one stage" in capsys.readouterr().err
     assert "good" in printed and "failed" in printed
     assert json.loads((tmp_path / "out/bad.json").read_text())["status"] == "failed"
 

@@ -103,6 +103,18 @@ def test_caches_without_pages_are_exact(monkeypatch, ask) -> None:
     assert last == "0 of 1 are not exact"
 
 
+def test_a_first_run_may_be_a_compiled_one(monkeypatch) -> None:
+    from deft_tvm.gpu_check.ways import compiled
+
+    # Another object than that of any run before, of which nothing is known yet.
+    attention = TreeAttention(AttentionSpec.parse(str(SMALL)), artifact(SMALL))
+    program = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: program(f, fullgraph=True, backend="aot_eager")
+    )
+    assert compiled(attention, forest_of(FEW_SHOT)).holds
+
+
 def test_exact_goes_on_after_what_it_has_and_tries_again_what_failed(ask) -> None:
     ask(exact.main, [str(SMALL)], [FEW_SHOT, "nothing"])
     code, printed = ask(exact.main, [str(SMALL)], [FEW_SHOT, "nothing", "sequences:tokens=9"])
