@@ -142,9 +142,9 @@ def _looked_up(loop: tirx.For) -> tirx.Stmt:
     loads: list[Any] = []
 
     def note(load: Any) -> None:
-        if load.source.scope().startswith("shared") and load.source.ty.dtype == "int32":
-            if not any(tvm_ffi.structural_equal(load, other) for other in loads):
-                loads.append(load)
+        is_table = load.source.scope().startswith("shared") and load.source.ty.dtype == "int32"
+        if is_table and not any(tvm_ffi.structural_equal(load, other) for other in loads):
+            loads.append(load)
 
     tvm_ffi.structural_walk(loop.body, [(TensorLoad, note)])
     if not loads:
