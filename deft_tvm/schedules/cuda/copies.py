@@ -61,7 +61,12 @@ __device__ __forceinline__ int deft_rows_are_even(
 }
 __device__ __forceinline__ size_t deft_row(
     const void* first, int page, int64_t page_stride, int slot, int64_t slot_stride) {
-  return (size_t)first + (int64_t)page * (int)page_stride + (int64_t)slot * (int)slot_stride;
+  size_t in_page, row;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+    : "=l"(in_page) : "r"(slot), "r"((int)slot_stride), "l"((size_t)first));
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+    : "=l"(row) : "r"(page), "r"((int)page_stride), "l"(in_page));
+  return row;
 }
 __device__ __forceinline__ void deft_copy_16_bytes_of_row(
     void* tile, const void* first, int page, int64_t page_stride, int slot, int64_t slot_stride) {
@@ -80,7 +85,8 @@ OF_ROW = {
     "deft_copy_16_bytes_later": "deft_copy_16_bytes_of_row_later",
 }
 """Copies that may trust strides to be multiples of 16 bytes and below 2^31: then an address takes
-two multiplications of 32 bits, and nothing is looked at for each copy."""
+two multiplications of 32 bits (which nvcc does not find by itself), and nothing is looked at for
+each copy."""
 
 WIDEN_SOURCE = """
 __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s* row) {
