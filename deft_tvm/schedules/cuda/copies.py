@@ -133,14 +133,18 @@ def whole_lanes(source: str, operand: str, width: int) -> int:
     return lanes if width % lanes == 0 and possible else 1
 
 
-def load_tile(sch: Schedule, block: str, warps: Any, lanes: int) -> None:
-    """All threads load the block's two-dimensional tile, `lanes` elements at a time."""
+def load_tile(sch: Schedule, block: str, warps: Any, lanes: int, when: int = NOW) -> None:
+    """All threads load the block's two-dimensional tile, `lanes` elements at a time.
+
+    Args:
+        when: `LATER`: copies land at the next wait.
+    """
     fused = sch.fuse(*sch.get_loops(sch.get_sblock(block))[-2:])
     rounds, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes])
     bind_threads(sch, warp, lane)
     if lanes > 1:
         sch.annotate(rounds, LOOK_UP, 1)
-        sch.annotate(piece, COPY, NOW)
+        sch.annotate(piece, COPY, when)
 
 
 def asynchronous(statement: tirx.Stmt) -> tirx.Stmt:

@@ -9,7 +9,7 @@ from tvm.s_tir import Schedule
 
 from deft_tvm.kernels.numerics import storage
 from deft_tvm.kernels.partial import located_tiles
-from deft_tvm.schedules.cuda.copies import BYTES, load_tile, whole_lanes
+from deft_tvm.schedules.cuda.copies import BYTES, LATER, NOW, load_tile, whole_lanes
 from deft_tvm.schedules.cuda.limits import BLOCKS, ELEMENT_BYTES, fits_staged, most_blocks
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
 from deft_tvm.schedules.cuda.staging import load_ahead
@@ -54,20 +54,22 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
     if padding:
         pad_rows(sch, (*queries, *regions), operand)
 
-    for block, width in queries.items():
-        load_tile(sch, block, warps, whole_lanes(spec.dtype, operand, width))
-    whole = True
-    for block, (buffer, width) in regions.items():
-        source = spec.buffers[buffer].dtype
-        lanes = whole_lanes(source, operand, width)
-        load_tile(sch, block, warps, lanes)
-        whole = whole and source == operand and lanes > 1
-
+    whole = all(
+        spec.buffers[buffer].dtype == operand and whole_lanes(operand, operand, width) > 1
+        for buffer, width in regions.values()
+    )
     # Only copies of 16 bytes run beside the work; what is converted passes through registers.
     two = whole and fits_staged(task, 2, padding)
-    stages = knobs.pick("stages", (1, 2) if two else (1,), 2 if two else 1)
+    stages = knobs.pick_number("stages", (1, 2) if two else (1,), 2 if two else 1)
+    for block, width in queries.items():
+        # Beside the search for the first tokens, with which they are waited for.
+        lanes = whole_lanes(spec.dtype, operand, width)
+        beside = stages > 1 and spec.dtype == operand
+        load_tile(sch, block, warps, lanes, LATER if beside else NOW)
+    for block, (buffer, width) in regions.items():
+        load_tile(sch, block, warps, whole_lanes(spec.buffers[buffer].dtype, operand, width))
     load_ahead(sch, stages, located_tiles(task.tile))
-    _leave_room(task, sch, knobs, int(warps), 2 if two else 1, padding)
+    _leave_room(task, sch, knobs, int(warps), stages, padding)
 
 
 def _leave_room(

@@ -30,6 +30,7 @@ from deft_tvm.schedules.cuda.intrinsics import (
 )
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
 from deft_tvm.schedules.cuda.repeats import repeat
+from deft_tvm.schedules.cuda.rounding import round_fragment, round_to_tile
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import (
@@ -87,7 +88,10 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     depth = None if shares == 1 else tile.kv_tile
     fold = _product(sch, "accumulate", tile.operand, shares, False, depth)
     _fold_at(sch, fold, of_columns)
+    _round(sch, tile.operand, shares)
     for block in (*MATRIX_PASSES, *made):
+        if block == "probabilities":
+            continue
         whole = block in ("init_out", "keep_out", "write_out")
         _on_fragments(sch, block, of_columns if whole else of_tokens)
 
@@ -188,6 +192,17 @@ def _fold_at(sch: Schedule, columns: LoopRV, place: object) -> None:
     lane, registers = sch.get_loops(fold)[-2:]
     sch.bind(lane, "threadIdx.x")
     sch.unroll(registers)
+
+
+def _round(sch: Schedule, operand: str, shares: int) -> None:
+    """Round the weights of V to where the second product takes them from."""
+    rows, columns = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
+    rows, row = sch.split(rows, [None, SIDE])
+    share, columns, column = sch.split(columns, [shares, None, SIDE])
+    sch.reorder(rows, share, columns, row, column)
+    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    sch.unroll(columns)
+    sch.tensorize(row, round_fragment(operand) if shares == 1 else round_to_tile(operand))
 
 
 def _on_fragments(sch: Schedule, name: str, place: object) -> None:
