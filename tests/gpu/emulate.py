@@ -1,42 +1,90 @@
-"""Generated CUDA run on the CPU: the source is compiled as C++20 with `emulate.h`.
-
-Functions that hold inline PTX are left out of the source; `emulate.h` has one of the same name.
-"""
+"""Generated CUDA run on the CPU: the source is compiled as C++20 with ``emulation/emulate.h``."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
+from ptx import without_inline_ptx
 
-HERE = Path(__file__).parent
-FLAGS = ("-std=c++20", "-fno-strict-aliasing", "-march=native", "-pthread", "-w", f"-I{HERE}")
-RACE_EXIT = 66
+HEADERS = Path(__file__).parent / "emulation"
+FLAGS = (
+    "-std=c++20",
+    "-fno-strict-aliasing",
+    "-march=native",
+    "-w",
+    # Its check of longjmp knows one stack only.
+    "-U_FORTIFY_SOURCE",
+    f"-I{HEADERS}",
+)
+# Registers that nothing was written to hold what is neither 0 nor small.
+RUN_FLAGS = ("-O1", "-shared", "-fPIC", "-ftrivial-auto-var-init=pattern")
+APART_FLAGS = ("-O1",)
+# Copies of memory are calls, which the sanitizer sees.
+RACE_FLAGS = ("-O1", "-g", "-fsanitize=thread", "-fno-builtin")
+WARNING = "WARNING: ThreadSanitizer: data race"
 
-OWN_FUNCTION = re.compile(r"^__device__ __forceinline__ [\w ]+ deft_.*?\n}\n", re.S | re.M)
-SIGNATURE = r'extern "C" __global__ void __launch_bounds__\((\d+), \d+\) {}_kernel\(([^)]*)\) {{'
+PRELUDE_END = "#define ushort unsigned short\n#endif\n"
+KERNEL = 'extern "C" __global__'
+SIGNATURE = KERNEL + r" void __launch_bounds__\((\d+), \d+\) {}_kernel\(([^)]*)\) {{"
 DYNAMIC_SHARED = re.compile(r"extern __shared__ .*? buf_dyn_shmem_ptr\[\];")
-STATIC_SHARED = re.compile(r"__shared__ alignas\(\d+\)")
+WAITING_FUNCTION = re.compile(
+    r"^__device__ [^\n;]*\b(deft_\w+)\([^)]*\) {[^}]*cp\.async\.wait", re.M
+)
+WAIT_CALL = re.compile(r"\bptx_cp_async_wait_(group|all)\(")
+ARRAY_OF_SHARED = re.compile(r"__shared__ (alignas\(\d+\))")
 LAUNCH = """
-extern "C" void launch(int blocks{declarations}) {{
-  run_blocks(blocks, {threads}, [=] {{ {symbol}_kernel({names}); }});
+extern "C" const char* launch(int blocks, int reversed, int skipped{declarations}) {{
+  skipped_statement = skipped;
+  return run_blocks(blocks, {threads}, reversed, [=] {{
+    forget_copies();
+    {symbol}_kernel({names});
+  }});
 }}
 """
+# What lies around an argument is as shared memory is at first, so that an index out of it leads to
+# something, and what is read there shows.
 MAIN = """
 #include <fstream>
-static void* load(const char* path) {
+constexpr size_t AROUND = 1 << 18;
+static std::vector<std::vector<char>> loaded;
+UNSEEN static void* load(const char* path) {{
   std::ifstream file(path, std::ios::binary);
-  auto* bytes = new std::vector<char>(std::istreambuf_iterator<char>(file), {});
-  bytes->resize(bytes->size() + 64);
-  return bytes->data();
-}
+  std::vector<char> bytes(AROUND, POISON);
+  bytes.insert(bytes.end(), std::istreambuf_iterator<char>(file), {{}});
+  bytes.resize(bytes.size() + AROUND, POISON);
+  loaded.push_back(std::move(bytes));
+  return loaded.back().data() + AROUND;
+}}
+UNSEEN static uint64_t digest(const std::vector<char>& bytes) {{
+  uint64_t found = 14695981039346656037u;
+  const char* begin = bytes.data();
+  for (size_t i = 0, n = bytes.size(); i < n; ++i) found = (found ^ begin[i]) * 1099511628211u;
+  return found;
+}}
+int main(int count, char** words) {{
+  const char* failure = launch({blocks}, atoi(words[1]), atoi(words[2]){arguments});
+  for (const auto& bytes : loaded) printf("%016lx", digest(bytes));
+  printf(" %s", failure ? failure : "");
+}}
 """
 Arguments = Mapping[str, "torch.Tensor | int"]
+
+
+class EmulationError(Exception):
+    """What a GPU would hang at, or does not define."""
 
 
 @dataclass(frozen=True)
@@ -56,36 +104,96 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What came of a run in a process of its own.
+
+    Attributes:
+        races: how many data races ThreadSanitizer saw.
+        results: a digest of all arguments after it; empty if it came to no end.
+        failure: what a GPU would hang at, or does not define; empty if there is nothing.
+    """
+
+    races: int
+    results: str
+    failure: str
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A CUDA kernel as C++ with an entry ``launch(blocks, ...)``."""
+    """A CUDA kernel as C++.
+
+    Attributes:
+        parameters: in the order in which it takes them.
+        cpp: the text, with an entry ``launch(blocks, reversed, skipped, ...)``.
+        barriers: how many ``__syncthreads()`` stand in the text.
+        waits: how many waits for asynchronous copies stand in it.
+    """
 
     parameters: tuple[Parameter, ...]
     cpp: str
+    barriers: int
+    waits: int
 
-    def run(self, folder: Path, blocks: int, arguments: Arguments) -> None:
-        """Compile and run `blocks` blocks in this process; arguments are found by name."""
+    def run(
+        self,
+        folder: Path,
+        blocks: int,
+        arguments: Arguments,
+        last_first: bool = False,
+        skipped: int | None = None,
+    ) -> None:
+        """Compile and run `blocks` blocks in this process; arguments are found by name.
+
+        Args:
+            folder: where compilations go.
+            blocks: how many there are.
+            arguments: tensors and sizes; results are written in place.
+            last_first: threads of high numbers run first, up to the next barrier.
+            skipped: the barrier of this number is not there, or after them all a wait.
+
+        Raises:
+            EmulationError: threads that cannot go on, a misaligned copy.
+        """
         values = [_value(parameter, arguments) for parameter in self.parameters]
-        library = ctypes.CDLL(str(_compile(folder, self.cpp, ("-O1", "-shared", "-fPIC"))))
-        library.launch(blocks, *values)
+        library = _library(_compiled(folder, self.cpp, RUN_FLAGS))
+        failure = library.launch(blocks, *_options(last_first, skipped), *values)
+        if failure:
+            raise EmulationError(failure.decode())
 
-    def races(self, folder: Path, blocks: int, arguments: Arguments) -> int:
-        """How many data races ThreadSanitizer sees in the same run, in a process of its own."""
-        call = ", ".join(_literal(p, arguments, folder) for p in self.parameters)
-        main = f"{MAIN}\nint main() {{ launch({blocks}, {call}); }}\n"
-        program = _compile(folder, self.cpp + main, ("-O1", "-g", "-fsanitize=thread"))
-        environment = {"TSAN_OPTIONS": f"exitcode={RACE_EXIT}"}
-        done = subprocess.run([program], capture_output=True, text=True, env=environment)
-        assert done.returncode in (0, RACE_EXIT), done.stderr
-        return done.stderr.count("WARNING: ThreadSanitizer: data race")
+    def apart(
+        self,
+        folder: Path,
+        blocks: int,
+        arguments: Arguments,
+        last_first: bool = False,
+        skipped: int | None = None,
+        watched: bool = True,
+    ) -> Outcome:
+        """The same run in a process of its own, `watched` by ThreadSanitizer."""
+        call = "".join(f", {_literal(p, arguments, folder)}" for p in self.parameters)
+        main = MAIN.format(blocks=blocks, arguments=call)
+        program = _compiled(folder, self.cpp + main, RACE_FLAGS if watched else APART_FLAGS)
+        environment = os.environ | {"TSAN_OPTIONS": "exitcode=0 atexit_sleep_ms=0"}
+        launcher = sanitizer() if watched else None
+        command = [*(launcher or ()), program, *map(str, _options(last_first, skipped))]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        results, _, failure = done.stdout.partition(" ")
+        return Outcome(done.stderr.count(WARNING), results, failure if results else done.stderr)
+
+    def waiting_for_less(self) -> Kernel:
+        """The kernel whose waits leave one more group of copies under way."""
+        return replace(self, cpp=WAIT_CALL.sub(r"ptx_cp_async_wait_\1_but_one(", self.cpp))
 
 
 def translate(source: str, symbol: str) -> Kernel:
     """The kernel ``<symbol>_kernel`` of CUDA `source`."""
     found = re.search(SIGNATURE.format(symbol), source, re.S)
     assert found is not None, f"no kernel {symbol}_kernel"
+    if "threadIdx.z" in source:
+        raise NotImplementedError("a kernel with threadIdx.z; emulation/threads.h has x and y")
     threads, listed = int(found[1]), found[2].split(",")
     parameters = tuple(_parameter(text) for text in listed)
-    functions = dict.fromkeys(t for t in OWN_FUNCTION.findall(source) if "asm" not in t)
+    functions = source[source.index(PRELUDE_END) + len(PRELUDE_END) : source.index(KERNEL)]
     body = source[source.rindex(found[0]) :]
     end = body.index("\n}\n") + 3
     launch = LAUNCH.format(
@@ -94,8 +202,48 @@ def translate(source: str, symbol: str) -> Kernel:
         threads=threads,
         symbol=symbol,
     )
-    kernel = STATIC_SHARED.sub("alignas(64) static", DYNAMIC_SHARED.sub("", body[:end]))
-    return Kernel(parameters, "\n".join(['#include "emulate.h"', *functions, kernel, launch]))
+    kernel = ARRAY_OF_SHARED.sub(r"\1 static STATIC_SHARED", DYNAMIC_SHARED.sub("", body[:end]))
+    kernel, barriers = _skippable(kernel, r"__syncthreads\(\);", 0)
+    waiting = "|".join(WAITING_FUNCTION.findall(functions)) or "(?!)"
+    kernel, waits = _skippable(kernel, rf"\b(?:{waiting})\([^;]*\);", barriers)
+    text = without_inline_ptx(functions + kernel)
+    return Kernel(parameters, f'#include "emulate.h"\n{text}{launch}', barriers, waits)
+
+
+@cache
+def sanitizer() -> tuple[str, ...] | None:
+    """By what a program with ThreadSanitizer is started here; None where it does not run.
+
+    It wants its shadow memory at fixed addresses, which some kernels give to something else unless
+    they are asked not to.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "nothing.cpp"
+        source.write_text("int main() {}\n")
+        program = source.with_suffix("")
+        build = subprocess.run(["g++", "-fsanitize=thread", source, "-o", program])
+        if build.returncode:
+            return None
+        launchers = ((), ("setarch", "-R"))
+        return next((way for way in launchers if _runs([*way, program])), None)
+
+
+def _runs(command: list[Any]) -> bool:
+    available = shutil.which(command[0]) is not None
+    return available and not subprocess.run(command, capture_output=True).returncode
+
+
+def _skippable(text: str, statement: str, first: int) -> tuple[str, int]:
+    """`text` where each such statement can be skipped by its number, and how many there are."""
+    numbers = count(first)
+    return re.subn(
+        statement, lambda found: f"if (skipped_statement != {next(numbers)}) {found[0]}", text
+    )
+
+
+def _options(last_first: bool, skipped: int | None) -> tuple[int, int]:
+    """The numbers that ``launch`` takes before the kernel's arguments."""
+    return int(last_first), -1 if skipped is None else skipped
 
 
 def _parameter(text: str) -> Parameter:
@@ -103,12 +251,20 @@ def _parameter(text: str) -> Parameter:
     return Parameter(" ".join(ctype), symbol)
 
 
-def _compile(folder: Path, cpp: str, flags: tuple[str, ...]) -> Path:
-    source = folder / f"emulated{len(list(folder.glob('*.cpp')))}.cpp"
-    source.write_text(cpp)
-    target = source.with_suffix(".so" if "-shared" in flags else "")
-    subprocess.run(["g++", *FLAGS, *flags, source, "-o", target], check=True)
+def _compiled(folder: Path, cpp: str, flags: tuple[str, ...]) -> Path:
+    """The compiled text, which is compiled once."""
+    name = hashlib.sha256("".join([cpp, *flags]).encode()).hexdigest()[:16]
+    source, target = folder / f"{name}.cpp", folder / f"{name}.out"
+    if not target.exists():
+        source.write_text(cpp)
+        subprocess.run(["g++", *FLAGS, *flags, source, "-o", target], check=True)
     return target
+
+
+def _library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.launch.restype = ctypes.c_char_p
+    return library
 
 
 def _value(parameter: Parameter, arguments: Arguments) -> ctypes.c_void_p | ctypes.c_int64:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from emulate import Arguments, translate
+from emulate import Arguments, Kernel, translate
 from torch import Tensor
 
 from deft_tvm.device import DeviceProfile
@@ -122,10 +122,25 @@ def run(problem: Problem, folder: Path, decision: dict[str, int] | None = {}) ->
     for tile, begin, end in plan.launches:
         kernel = translate(cuda_of(partial_task(spec, plan.tiles[tile]), decision), "partial")
         blocks = (end - begin) * spec.num_kv_heads
-        kernel.run(folder, blocks, partial_arguments(problem, begin, end))
+        run_either_way(kernel, folder, blocks, partial_arguments(problem, begin, end), problem)
     if len(plan.merge_rows):
         kernel = translate(cuda_of(merge_task(spec), decision), "merge")
-        kernel.run(folder, len(plan.merge_rows) * spec.num_q_heads, merge_arguments(problem))
+        blocks = len(plan.merge_rows) * spec.num_q_heads
+        run_either_way(kernel, folder, blocks, merge_arguments(problem), problem)
+
+
+def run_either_way(
+    kernel: Kernel, folder: Path, blocks: int, arguments: Arguments, problem: Problem
+) -> None:
+    """Run `kernel` with its threads in one order and in the other: not a bit may depend on it."""
+    before = {name: result.clone() for name, result in results(problem).items()}
+    kernel.run(folder, blocks, arguments, last_first=True)
+    found = {name: result.clone() for name, result in results(problem).items()}
+    for name, result in results(problem).items():
+        result.copy_(before[name])
+    kernel.run(folder, blocks, arguments)
+    for name, result in results(problem).items():
+        torch.testing.assert_close(result, found[name], rtol=0, atol=0, equal_nan=True)
 
 
 def check(problem: Problem) -> None:

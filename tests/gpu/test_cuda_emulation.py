@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import tvm
-from emulate import FLAGS, Arguments, Kernel, translate
+from emulate import FLAGS
 from problems import (
     Problem,
     check,
-    cuda_of,
     make_problem,
-    merge_arguments,
-    merge_task,
-    partial_arguments,
     partial_task,
     run,
 )
@@ -186,14 +182,6 @@ def test_8_bit_elements_are_decoded_without_subnormal_floats(tmp_path: Path) -> 
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_samples_of_the_space_match_the_oracle(seed: int, tmp_path: Path) -> None:
-    tile = TileShape(16, 16, "float16" if seed % 2 else "float32")
-    problem = make_problem(gqa(4, 2, 64, "float16"), DRAFT, (tile,), "node")
-    run(problem, tmp_path, None)
-    check(problem)
-
-
 @pytest.mark.parametrize("operand", ["float32", "float16"])
 def test_scheduling_leaves_the_module_as_it_was(operand: str) -> None:
     task = partial_task(gqa(8, 2, 64, "float16"), TileShape(16, 64, operand))
@@ -208,63 +196,3 @@ def test_tiles_beyond_shared_memory_are_refused() -> None:
     module = schedule(task)[0].mod
     with pytest.raises(PlanError, match=r"partial takes \d+ bytes of shared memory; expected at"):
         compile_cuda(module, "sm_89")
-
-
-RACES = ("scalar, decode tile", "tensor cores, half")
-
-
-@pytest.mark.parametrize("case", RACES)
-def test_no_races(case: str, tmp_path: Path) -> None:
-    kernel, arguments = first_launch(problem_of(case))
-    assert kernel.races(tmp_path, 2, arguments) == 0
-
-
-@pytest.mark.parametrize("case", RACES)
-def test_a_missing_barrier_is_reported(case: str, tmp_path: Path) -> None:
-    """The barrier that stands between locating a tile's tokens and loading them.
-
-    On busy cores one run may keep the threads so far apart that the sanitizer has forgotten the
-    first access when the second comes: any of a few runs has to tell.
-    """
-    kernel, arguments = first_launch(problem_of(case))
-    barrier = "__syncthreads();"
-    copies = kernel.cpp.rindex("deft_copy_16_bytes_later((&")
-    planted = without(kernel, barrier, kernel.cpp.rindex(barrier, 0, copies))
-    folders = (tmp_path / str(attempt) for attempt in range(8))
-    assert any(planted.races(_made(folder), 2, arguments) > 0 for folder in folders)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-@pytest.mark.parametrize("case", RACES)
-def test_a_missing_wait_gives_wrong_results(case: str, tmp_path: Path) -> None:
-    """Asynchronous copies land at the wait in emulation, as late as they may."""
-    problem = problem_of(case)
-    kernel, arguments = first_launch(problem)
-    wait = "deft_wait_for_copies();"
-    planted = without(kernel, wait, kernel.cpp.index(wait))
-    planted.run(tmp_path, 2, arguments)
-    with pytest.raises(AssertionError):
-        check(problem)
-
-
-def test_merge_has_no_races(tmp_path: Path) -> None:
-    problem = problem_of("scalar, decode tile")
-    kernel = translate(cuda_of(merge_task(problem.case.spec)), "merge")
-    for partial in (problem.partial_out, problem.partial_lse):
-        partial.zero_()
-    assert kernel.races(tmp_path, 4, merge_arguments(problem)) == 0
-
-
-def first_launch(problem: Problem) -> tuple[Kernel, Arguments]:
-    tile, begin, end = problem.plan.launches[0]
-    task = partial_task(problem.case.spec, problem.plan.tiles[tile])
-    return translate(cuda_of(task), "partial"), partial_arguments(problem, begin, end)
-
-
-def without(kernel: Kernel, statement: str, at: int) -> Kernel:
-    """`kernel` with one statement taken out."""
-    return Kernel(kernel.parameters, kernel.cpp[:at] + kernel.cpp[at + len(statement) :])

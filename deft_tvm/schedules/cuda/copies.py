@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import tvm_ffi
-from tvm import tirx, transform
+from tvm import DataType, tirx, transform
 from tvm.ir import TensorLoad, Var
 from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm.script import tirx as T
@@ -30,30 +30,63 @@ LOOK_UP = "deft_tvm.look_up"
 CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
 COPY_SOURCE = """
+#ifndef DEFT_COPIES
+#define DEFT_COPIES
+__device__ __forceinline__ void deft_cp_async(void* tile, const void* row) {
+  unsigned address = __cvta_generic_to_shared(tile);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address), "l"(row) : "memory");
+}
+__device__ __forceinline__ void deft_copy_elements(void* tile, const void* row) {
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
+}
 __device__ __forceinline__ void deft_copy_16_bytes(void* tile, const void* row) {
   if ((size_t)row % 16 == 0) {
     *(uint4*)tile = *(const uint4*)row;
   } else {
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
+    deft_copy_elements(tile, row);
   }
-}
-"""
-
-ASYNCHRONOUS_SOURCE = """
-__device__ __forceinline__ void deft_cp_async(void* tile, const void* row) {
-  unsigned address = __cvta_generic_to_shared(tile);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address), "l"(row) : "memory");
 }
 __device__ __forceinline__ void deft_copy_16_bytes_later(void* tile, const void* row) {
   if ((size_t)row % 16 == 0) {
     deft_cp_async(tile, row);
   } else {
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i) ((unsigned short*)tile)[i] = ((const unsigned short*)row)[i];
+    deft_copy_elements(tile, row);
   }
 }
+__device__ __forceinline__ int deft_rows_are_even(
+    const void* first, int64_t page_stride, int64_t slot_stride) {
+  bool aligned = ((size_t)first | (size_t)page_stride | (size_t)slot_stride) % 16 == 0;
+  return aligned && page_stride >> 31 == 0 && slot_stride >> 31 == 0;
+}
+__device__ __forceinline__ size_t deft_row(
+    const void* first, int page, int64_t page_stride, int slot, int64_t slot_stride) {
+  size_t in_page, row;
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+    : "=l"(in_page) : "r"(slot), "r"((int)slot_stride), "l"((size_t)first));
+  asm("mad.wide.s32 %0, %1, %2, %3;"
+    : "=l"(row) : "r"(page), "r"((int)page_stride), "l"(in_page));
+  return row;
+}
+__device__ __forceinline__ void deft_copy_16_bytes_of_row(
+    void* tile, const void* first, int page, int64_t page_stride, int slot, int64_t slot_stride) {
+  size_t row = deft_row(first, page, page_stride, slot, slot_stride);
+  *(uint4*)tile = *(const uint4*)row;
+}
+__device__ __forceinline__ void deft_copy_16_bytes_of_row_later(
+    void* tile, const void* first, int page, int64_t page_stride, int slot, int64_t slot_stride) {
+  deft_cp_async(tile, (const void*)deft_row(first, page, page_stride, slot, slot_stride));
+}
+#endif
 """
+EVEN = "deft_rows_are_even"
+OF_ROW = {
+    "deft_copy_16_bytes": "deft_copy_16_bytes_of_row",
+    "deft_copy_16_bytes_later": "deft_copy_16_bytes_of_row_later",
+}
+"""Copies that may trust strides to be multiples of 16 bytes and below 2^31: then an address takes
+two multiplications of 32 bits (which nvcc does not find by itself), and nothing is looked at for
+each copy."""
 
 WIDEN_SOURCE = """
 __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s* row) {
@@ -142,9 +175,9 @@ def _looked_up(loop: tirx.For) -> tirx.Stmt:
     loads: list[Any] = []
 
     def note(load: Any) -> None:
-        if load.source.scope().startswith("shared") and load.source.ty.dtype == "int32":
-            if not any(tvm_ffi.structural_equal(load, other) for other in loads):
-                loads.append(load)
+        is_table = load.source.scope().startswith("shared") and load.source.ty.dtype == "int32"
+        if is_table and not any(tvm_ffi.structural_equal(load, other) for other in loads):
+            loads.append(load)
 
     tvm_ffi.structural_walk(loop.body, [(TensorLoad, note)])
     if not loads:
@@ -166,9 +199,58 @@ def _looked_up(loop: tirx.For) -> tirx.Stmt:
         for load, register in zip(loads, held, strict=True)
     ]
     copies = tvm_ffi.structural_map(loop.body, [(TensorLoad, place)], order="post")
-    body = tirx.SeqStmt([_unrolled(loop, tirx.SeqStmt(reads)), _unrolled(loop, copies)])
+    first = _unrolled(loop, tirx.SeqStmt(reads))
+    if (evenly := _evenly(loop, copies, held)) is None:
+        body: tirx.Stmt = tirx.SeqStmt([first, _unrolled(loop, copies)])
+    else:
+        even, fast = evenly
+        body = tirx.IfThenElse(even, tirx.SeqStmt([first, fast]), loop)
     block = SBlock([], [], [], "looked_up", body, None, held, [], {})
     return SBlockRealize([], True, block)
+
+
+def _evenly(loop: tirx.For, copies: tirx.Stmt, held: list[Any]) -> tuple[Any, tirx.Stmt] | None:
+    """Whether rows are even, and a faster loop over `copies` for then; None where there is none.
+
+    Args:
+        held: the registers with the table entries that they read.
+    """
+    calls: list[Any] = []
+    tvm_ffi.structural_walk(copies, [(tirx.Evaluate, lambda node: calls.append(node.value))])
+    if len(calls) != 1 or str(calls[0].args[0].value) not in OF_ROW:
+        return None
+    name, tile, address, text = calls[0].args
+    row = address.args[0]
+    places = [d for d, index in enumerate(row.indices) if _reads(index, held)]
+    if len(places) != 2:
+        return None
+    element = DataType(str(row.source.ty.dtype)).itemsize
+    zero = tirx.IntImm("int64", 0)
+    origin = [zero if d in places else index for d, index in enumerate(row.indices)]
+    first = T.address_of(tirx.BufferLoad(row.source, origin))
+    strides = [row.source.ty.strides[d] * element for d in places]
+    (page, page_stride), (slot, slot_stride) = (
+        (tirx.Cast("int32", row.indices[d]), stride)
+        for d, stride in zip(places, strides, strict=True)
+    )
+    fast = T.cuda.func_call(
+        OF_ROW[str(name.value)],
+        *(tile, first, page, page_stride, slot, slot_stride),
+        source_code=str(text.value),
+    )
+    start = _with(first, loop.loop_var, loop.min)
+    even = T.cuda.func_call(EVEN, start, *strides, source_code=str(text.value), return_type="int32")
+    return even != 0, _unrolled(loop, tirx.Evaluate(fast))
+
+
+def _reads(index: Any, buffers: list[Any]) -> bool:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(index, [(TensorLoad, lambda load: found.append(load.source))])
+    return any(source.same_as(buffer) for source in found for buffer in buffers)
+
+
+def _with(node: Any, var: Any, value: Any) -> Any:
+    return tvm_ffi.structural_map(node, [(Var, lambda v: value if v.same_as(var) else v)])
 
 
 def _has_guard(loop: tirx.For) -> bool:
@@ -189,9 +271,7 @@ def _is_true(predicate: Any) -> bool:
 def _unrolled(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
     """A loop with an index of its own."""
     index = Var(loop.loop_var.name, "int32")
-    moved = tvm_ffi.structural_map(
-        body, [(Var, lambda var: index if var.same_as(loop.loop_var) else var)]
-    )
+    moved = _with(body, loop.loop_var, index)
     return tirx.For(index, loop.min, loop.extent, tirx.ForKind.UNROLLED, moved)
 
 
@@ -235,5 +315,5 @@ def _device_function(source: str, tile: str, later: bool) -> tuple[str, str]:
     if storage(source) != tile:
         return "deft_widen_16_bytes", WIDEN_SOURCE % {"type": CUDA_TYPES[source]}
     if later:
-        return "deft_copy_16_bytes_later", ASYNCHRONOUS_SOURCE
+        return "deft_copy_16_bytes_later", COPY_SOURCE
     return "deft_copy_16_bytes", COPY_SOURCE

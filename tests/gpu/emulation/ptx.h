@@ -1,0 +1,149 @@
+// Instructions that generated kernels write as inline PTX; `ptx.py` puts these calls in their place.
+//
+// Warp-wide ones follow the fragment maps of the PTX ISA, section "matrix multiply-accumulate
+// instructions". An asynchronous copy spoils its destination at once and lands at the wait for it,
+// as either may be seen on a GPU.
+#pragma once
+#include <cstring>
+#include <vector>
+
+#include "threads.h"
+
+static inline unsigned __activemask() { return ~0u; }
+
+template <class T>
+static T from_lane(T value, int lane) {
+  struct Exchange { T value; int lane; T received; } mine{value, lane, {}};
+  as_warp(mine, [](Exchange** all) {
+    for (int i = 0; i < WARP; ++i) all[i]->received = all[all[i]->lane]->value;
+  });
+  return mine.received;
+}
+template <class T>
+static T __shfl_sync(unsigned, T value, int lane, int = WARP) {
+  return from_lane(value, lane % WARP);
+}
+template <class T>
+static T __shfl_xor_sync(unsigned, T value, int mask, int = WARP) {
+  return from_lane(value, lane_number() ^ mask);
+}
+template <class T>
+static T __shfl_down_sync(unsigned, T value, int delta, int = WARP) {
+  int lane = lane_number() + delta;
+  return from_lane(value, lane < WARP ? lane : lane_number());
+}
+
+static inline void ptx_mad_wide_s32(size_t& result, int a, int b, size_t c) {
+  result = (size_t)((int64_t)a * b) + c;
+}
+// The first operand goes to the upper half.
+template <class T>
+static void ptx_cvt_rn_x2(unsigned& result, float upper, float lower) {
+  T pair[2] = {T(lower), T(upper)};
+  std::memcpy(&result, pair, 4);
+}
+
+// Addresses of shared memory have 32 bits, from the first byte of dynamic shared memory on.
+static inline unsigned __cvta_generic_to_shared(const void* address) {
+  return (const unsigned char*)address - buf_dyn_shmem_ptr;
+}
+static inline unsigned char* shared(unsigned address, int bytes) {
+  if (address % bytes) fail("uses shared memory at an address that is not aligned");
+  if (address + bytes > sizeof buf_dyn_shmem_ptr) fail("is beyond shared memory");
+  return buf_dyn_shmem_ptr + address;
+}
+
+struct Copy {
+  void* tile;
+  const void* row;
+  int bytes, read;
+};
+// Copies under way, and where each group of them begins; the last group is not committed.
+struct Copies {
+  std::vector<Copy> copies;
+  std::vector<size_t> groups;
+};
+static Copies copies_of[MOST_THREADS];
+static inline void forget_copies() { copies_of[thread_number()] = {}; }
+
+static inline void ptx_cp_async(unsigned address, const void* row, int bytes, int read = -1) {
+  unsigned char* tile = shared(address, bytes);
+  if ((size_t)row % bytes) fail("copies from an address that is not aligned");
+  std::memset(tile, POISON, bytes);
+  copies_of[thread_number()].copies.push_back({tile, row, bytes, read < 0 ? bytes : read});
+}
+static inline void ptx_cp_async_commit_group() {
+  Copies& own = copies_of[thread_number()];
+  own.groups.push_back(own.copies.size());
+}
+// Waits until at most so many of the latest groups are under way.
+static inline void ptx_cp_async_wait_group(int latest) {
+  Copies& own = copies_of[thread_number()];
+  int landing = (int)own.groups.size() - latest;
+  if (landing <= 0) return;
+  size_t landed = own.groups[landing - 1];
+  for (size_t i = 0; i < landed; ++i) {
+    const Copy& copy = own.copies[i];
+    std::memcpy(copy.tile, copy.row, copy.read);
+    std::memset((char*)copy.tile + copy.read, 0, copy.bytes - copy.read);
+  }
+  own.copies.erase(own.copies.begin(), own.copies.begin() + landed);
+  own.groups.erase(own.groups.begin(), own.groups.begin() + landing);
+  for (size_t& end : own.groups) end -= landed;
+}
+static inline void ptx_cp_async_wait_all() {
+  ptx_cp_async_commit_group();
+  ptx_cp_async_wait_group(0);
+}
+// Too weak by one group, as a mistake.
+static inline void ptx_cp_async_wait_group_but_one(int latest) {
+  ptx_cp_async_wait_group(latest + 1);
+}
+static inline void ptx_cp_async_wait_all_but_one() {
+  ptx_cp_async_commit_group();
+  ptx_cp_async_wait_group(1);
+}
+
+// ldmatrix: lane l gives the address of row l % 8 of matrix l / 8 and gets two elements of each.
+template <bool TRANSPOSED, class... Held>
+static inline void ptx_ldmatrix(unsigned address, Held&... held) {
+  constexpr int MATRICES = sizeof...(held);
+  struct Load { unsigned address; uint16_t elements[2 * MATRICES]; } mine{address, {}};
+  as_warp(mine, [](Load** all) {
+    for (int matrix = 0; matrix < MATRICES; ++matrix)
+      for (int r = 0; r < 8; ++r) {
+        uint16_t row[8];
+        std::memcpy(row, shared(all[matrix * 8 + r]->address, 16), 16);
+        for (int c = 0; c < 8; ++c) {
+          int lane = TRANSPOSED ? c * 4 + r / 2 : r * 4 + c / 2;
+          all[lane]->elements[2 * matrix + (TRANSPOSED ? r : c) % 2] = row[c];
+        }
+      }
+  });
+  int matrix = 0;
+  (std::memcpy(&held, mine.elements + 2 * matrix++, 4), ...);
+}
+
+// mma.m16n8k16: every lane gives its parts of A, B and C, and gets four elements of D.
+template <class T>
+static void ptx_mma_m16n8k16(
+    float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+    unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {
+  struct Parts { unsigned a[4], b[2]; float c[4]; } mine{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+  as_warp(mine, [](Parts** all) {
+    float left[16][16], right[16][8];
+    for (int lane = 0; lane < WARP; ++lane) {
+      T a[8], b[4];
+      std::memcpy(a, all[lane]->a, 16);
+      std::memcpy(b, all[lane]->b, 8);
+      for (int i = 0; i < 8; ++i)
+        left[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = a[i];
+      for (int i = 0; i < 4; ++i) right[lane % 4 * 2 + i % 2 + i / 2 * 8][lane / 4] = b[i];
+    }
+    for (int lane = 0; lane < WARP; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k)
+          all[lane]->c[i] += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
+  });
+  d0 = mine.c[0], d1 = mine.c[1], d2 = mine.c[2], d3 = mine.c[3];
+}

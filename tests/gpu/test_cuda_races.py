@@ -1,0 +1,150 @@
+"""Barriers and waits of generated CUDA: none is missing, and one taken out shows.
+
+Threads run to their next barrier in ascending or in descending order (`emulation/threads.h`), so
+that a barrier which holds anything apart gives other results in one of them without it: such a one
+must ThreadSanitizer report as missing. All others do nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+from emulate import Arguments, Kernel, sanitizer, translate
+from problems import (
+    Problem,
+    check,
+    cuda_of,
+    make_problem,
+    merge_arguments,
+    merge_task,
+    partial_arguments,
+    partial_task,
+    results,
+)
+
+from deft_tvm.spec import AttentionSpec, TileShape
+from deft_tvm.tree import Forest
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
+
+# A shared part and a branch with causal rows: whole tiles, cut ones, and a last one in part.
+FOREST = Forest.from_parents([-1, 0], [90, 17], [0, 4])
+
+CASES = {
+    "scalar": ("gqa:hq=4,hkv=1,d=64,dtype=f32", TileShape(16, 32, "float32")),
+    "scalar, 8 bits": (
+        "gqa:hq=4,hkv=1,d=64,kv_dtype=e4m3,dtype=f32,window=40",
+        TileShape(16, 32, "float32"),
+    ),
+    "tensor cores": ("gqa:hq=4,hkv=1,d=64,dtype=f16", TileShape(32, 32, "float16")),
+    "tensor cores, rope": (
+        "mla:hq=8,d=128,rope=16,dtype=bf16,scale=0.1",
+        TileShape(16, 32, "bfloat16"),
+    ),
+}
+"""Names, specs and tile classes."""
+
+COPIES = [name for name in CASES if "8 bits" not in name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kernels are compiled once for all tests here."""
+    return tmp_path_factory.mktemp("races")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sanitized() -> None:
+    if sanitizer() is None:
+        pytest.skip("programs of g++ -fsanitize=thread do not run here, setarch -R or not")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_races(case: str, folder: Path) -> None:
+    kernel, *launch = launch_of(problem_of(case))
+    ascending, descending = (kernel.apart(folder, *launch, way) for way in (False, True))
+    assert (ascending.races, ascending.failure) == (0, "")
+    assert ascending == descending
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_missing_barrier_is_reported(case: str, folder: Path) -> None:
+    kernel, *launch = launch_of(problem_of(case))
+    right = kernel.apart(folder, *launch, watched=False)
+    needed = [
+        (barrier, way)
+        for barrier in range(kernel.barriers)
+        for way in (False, True)
+        if kernel.apart(folder, *launch, way, barrier, watched=False) != right
+    ]
+    assert len(dict(needed)) >= 3, "before the copies of a tile, after them, before the next ones"
+    for barrier, way in dict(needed).items():
+        assert kernel.apart(folder, *launch, way, barrier).races, f"barrier {barrier}"
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_a_missing_wait_gives_wrong_results(case: str, folder: Path) -> None:
+    """Copies land at the wait in emulation, as late as they may."""
+    problem = problem_of(case)
+    kernel, blocks, arguments = launch_of(problem)
+    assert kernel.waits, "copies run beside the work"
+    missed = []
+    for wait in range(kernel.barriers, kernel.barriers + kernel.waits):
+        forget(problem)
+        kernel.run(folder, blocks, arguments, skipped=wait)
+        missed.append(is_wrong(problem))
+    assert any(missed), "that of the loop over tiles"
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_a_wait_that_leaves_one_group_more_gives_wrong_results(case: str, folder: Path) -> None:
+    problem = problem_of(case)
+    kernel, blocks, arguments = launch_of(problem)
+    kernel.run(folder, blocks, arguments)
+    check(problem)
+    forget(problem)
+    kernel.waiting_for_less().run(folder, blocks, arguments)
+    assert is_wrong(problem)
+
+
+def test_merge_has_no_races(folder: Path) -> None:
+    problem = problem_of("scalar", "node")
+    kernel = translate(cuda_of(merge_task(problem.case.spec)), "merge")
+    for partial in (problem.partial_out, problem.partial_lse):
+        partial.zero_()
+    assert kernel.apart(folder, 4, merge_arguments(problem)).races == 0
+
+
+def problem_of(case: str, grouping: str = "flatten") -> Problem:
+    """Flattened, an item has all that its rows see, and nothing is left to merge."""
+    text, tile = CASES[case]
+    return make_problem(AttentionSpec.parse(text), FOREST, (tile,), grouping)
+
+
+def launch_of(problem: Problem) -> tuple[Kernel, int, Arguments]:
+    """The first launch: its kernel, blocks and arguments."""
+    (tile, begin, end), *_ = problem.plan.launches
+    spec = problem.case.spec
+    kernel = partial_kernel(spec, problem.plan.tiles[tile])
+    return kernel, (end - begin) * spec.num_kv_heads, partial_arguments(problem, begin, end)
+
+
+@cache
+def partial_kernel(spec: AttentionSpec, tile: TileShape) -> Kernel:
+    return translate(cuda_of(partial_task(spec, tile)), "partial")
+
+
+def forget(problem: Problem) -> None:
+    for result in results(problem).values():
+        result.fill_(float("nan"))
+
+
+def is_wrong(problem: Problem) -> bool:
+    try:
+        check(problem)
+    except AssertionError:
+        return True
+    return False
