@@ -261,8 +261,8 @@ def test_bench_times_ours_then_groupings_then_peers(ask, tmp_path: Path) -> None
     times = [line for line in printed if line.startswith(str(SMALL))]
     assert times[0].startswith(f"{kind} ours: ") and times[1].endswith(" µs")
     assert times[2].startswith(f"{kind} node: ")
-    assert times[8].startswith(f"{kind} sequences: ")
-    assert times[10] == f"{kind} no_such_peer: not timed: KeyError: 'no_such_peer'"
+    assert times[8] == f"{kind} no_such_peer: not timed: KeyError: 'no_such_peer'"
+    assert times[10].startswith(f"{kind} sequences: ")
     lines: Lines = Lines(tmp_path / "out" / bench.FILE, Found)
     begun, ours, *_ = lines.found
     assert isinstance(begun, Begun) and begun.rates == KNOWN
@@ -371,6 +371,17 @@ def test_rates_are_kept_for_other_stages(tmp_path: Path, monkeypatch, capsys) ->
     assert json.loads(capsys.readouterr().out)["copy_bandwidth"] == 1e10
     monkeypatch.setattr(Rates, "of", lambda device: pytest.fail("measured again"))
     assert rates.rates_here(out, HERE) == KNOWN
+
+
+def test_peers_that_compile_do_so_in_processes_of_their_own(ask, monkeypatch) -> None:
+    from deft_tvm.gpu_check import warm
+
+    monkeypatch.setattr(warm, "SLOW", tuple(name for name in warm.PEERS if name != "masked"))
+    code, printed = ask(warm.main, [str(SMALL)], options=("--at-once", "1"))
+    assert code == 0 and len(printed) == 1
+    assert printed[0].startswith(f"ok masked {SMALL}, ")
+    code, printed = ask(warm.main, [str(SMALL)], options=("--minutes", "0"))
+    assert (code, printed) == (1, [f"no time for masked with {SMALL}"])
 
 
 # Lines

@@ -142,7 +142,11 @@ def assert_peer_exact(name: str, case: Case) -> None:
     assert TRITON[name].lacks(gathered) is None
     call = TRITON[name].make(gathered)
     call()
-    assert_exact(case, TRITON[name].ordered(gathered, call()))
+    copy = call.over_a_copy()
+    for buffer, other in zip(case.buffers, copy.case.buffers, strict=True):
+        assert buffer.data_ptr() != other.data_ptr()
+    for each in (call, copy):
+        assert_exact(case, TRITON[name].ordered(gathered, each()))
 
 
 @needs_triton

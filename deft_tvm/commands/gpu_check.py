@@ -14,8 +14,8 @@ def gpu_check(
     stages: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Stages to run: build, rates, exact, sanitize, tune, bench, decode; by default "
-            "all, in this order."
+            help="Stages to run: build, rates, exact, sanitize, tune, warm, bench, decode; by "
+            "default all, in this order."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of what they find.")] = Path("gpu-check"),

@@ -24,11 +24,12 @@ from deft_tvm.gpu_check.modules import build_missing
 from deft_tvm.gpu_check.rates import rates_here
 from deft_tvm.gpu_check.speeds import PAPERS, Begun, Beside, Found, Ours, cells_of
 from deft_tvm.gpu_check.table import report
-from deft_tvm.peers import PEERS
+from deft_tvm.peers import PEERS, QUICK
 
 FILE = "bench.jsonl"
 FLEX = "flex"
 """Compiles for each cell, half a minute each."""
+SLOW = (*QUICK, "tvm")
 TIRED = 2
 """After so many failures with an attention a peer is not tried with it again."""
 
@@ -83,9 +84,11 @@ class Bench:
         phases: list[tuple[str, ...]] = [("",)]
         if not self.asked.no_groupings:
             phases.append(PAPERS)
-        phases += [tuple(name for name in peers if name != FLEX)]
+        # Those that are slow on a GPU come after all that may be the best one.
+        phases.append(tuple(name for name in peers if name not in (*SLOW, FLEX)))
+        phases.append(tuple(name for name in peers if name in SLOW))
         phases += [(FLEX,)] if FLEX in peers else []
-        late = any(self._phase(names, cells) for names in phases)
+        late = any(self._phase(names, cells) for names in phases if names)
         print(report(self.lines.found))
         for spec, why in unbuilt.items():
             print(f"no module for {spec}: {why}")

@@ -20,6 +20,9 @@ from deft_tvm.gpu_check.cells import CELLS, SPEEDS
 from deft_tvm.gpu_check.lines import last_line
 from deft_tvm.spec import AttentionSpec
 
+MOST = 16
+"""Processes, of a gigabyte each: a container may have fewer cores than it sees."""
+
 
 def main() -> None:
     """Build what exact, sanitize and bench need; a line each."""
@@ -36,7 +39,7 @@ def build_missing(
     Args:
         specs: as `AttentionSpec.parse` reads them.
         kind: of this machine's device that they are for.
-        processes: at once, by default one for each core.
+        processes: at once, by default one for each core, `MOST` at most.
 
     Returns:
         The canonical form of those that could not be built, and why.
@@ -63,7 +66,7 @@ def _built(
     """Each with its seconds, and its error or nothing, in the order in which they end."""
     if not specs:
         return
-    count = min(processes or os.cpu_count() or 1, len(specs))
+    count = min(processes or min(MOST, len(os.sched_getaffinity(0))), len(specs))
     # Spawned: CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context) as pool:

@@ -35,6 +35,7 @@ STAGES = (
     _own("exact", "every attention, tree and way to call it beside float64"),
     _own("sanitize", "kernels under NVIDIA's compute-sanitizer"),
     _own("tune", "the best decisions for this device"),
+    _own("warm", "the peers' kernels, many at once"),
     _own("bench", "one step of ours beside its peers and the device's limits"),
     Stage(
         "decode",

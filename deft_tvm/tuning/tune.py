@@ -33,6 +33,8 @@ from deft_tvm.tuning.subject import Subject, subjects
 
 WORKLOADS = ("few_shot", "sequences", "speculative", "multi_step")
 TRIALS = 24
+MOST_BUILDERS = 14
+"""Each takes a gigabyte, and a container may have fewer cores than it sees."""
 TIMING_CORES = 2
 """For the process that launches what a GPU is timed with, and for this one."""
 
@@ -106,8 +108,10 @@ def opened(runner: Runner | None, device: DeviceProfile) -> Iterator[Runner]:
 
 def local_runner(device: DeviceProfile) -> LocalRunner:
     """On this machine. Where a GPU is timed, its cores compile for all they are worth."""
-    cores = os.cpu_count() or 1
-    return LocalRunner(builders=1 if device.kind == "cpu" else max(1, cores - TIMING_CORES))
+    if device.kind == "cpu":
+        return LocalRunner()
+    cores = len(os.sched_getaffinity(0))
+    return LocalRunner(builders=max(1, min(MOST_BUILDERS, cores - TIMING_CORES)))
 
 
 def kernels_of(

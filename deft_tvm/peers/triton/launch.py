@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial as bind
 from typing import NamedTuple
 
@@ -51,17 +51,24 @@ class Step:
         plan: that is run.
         tilings: by lanes.
         launches: the kernels, in order.
+        case: that they read.
     """
 
     out: Tensor
     plan: Plan
     tilings: Mapping[int, Tiling]
     launches: list[Callable[[], object]] = field(repr=False)
+    case: Case = field(repr=False)
 
     def __call__(self) -> Tensor:
         for launch in self.launches:
             launch()
         return self.out
+
+    def over_a_copy(self) -> Step:
+        """The same plan and tilings over a cache of its own, as another layer has it."""
+        buffers = tuple(buffer.clone() for buffer in self.case.buffers)
+        return step(replace(self.case, buffers=buffers), self.plan, self.tilings)
 
 
 def step(case: Case, plan: Plan, tilings: Mapping[int, Tiling]) -> Step:
@@ -111,7 +118,7 @@ def step(case: Case, plan: Plan, tilings: Mapping[int, Tiling]) -> Step:
     ]
     if len(plan.merged):
         launches.append(_merge(spec, plan, partials, lse, out))
-    return Step(out, plan, tilings, launches)
+    return Step(out, plan, tilings, launches, case)
 
 
 def _merge(
