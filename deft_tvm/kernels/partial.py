@@ -29,16 +29,15 @@ TVM accepts ``compute_at``; the loop keeps schedules from writing into the modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from functools import partial as bind
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from deft_tvm.kernels.numerics import FP8_BITS, base2_logit, exp2_polynomial, storage
+from deft_tvm.kernels.caches import element_of, index_of, shape_of
+from deft_tvm.kernels.numerics import base2_logit, exp2_polynomial, storage
 from deft_tvm.kernels.stage import stage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
@@ -66,19 +65,10 @@ from deft_tvm.kernels.tokens import (
     find_tokens,
     halvings,
     load,
+    located_tiles,
 )
 from deft_tvm.kernels.work import used_parameters, work_loop
-from deft_tvm.spec import AttentionSpec, CacheBuffer, TileShape
-
-LOCATED_TOKENS = 256
-"""Tokens that a GPU's block locates at a time, each by a thread or two: memory is waited for as
-often as for one tile, but for several of them."""
-
-
-def located_tiles(tile: TileShape) -> int:
-    """Tiles whose tokens a GPU's block locates at a time."""
-    return max(1, LOCATED_TOKENS // tile.kv_tile)
-
+from deft_tvm.spec import AttentionSpec, TileShape
 
 SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
 """Buffers each of which is made element by element of another that is not read again: logits of
@@ -128,8 +118,8 @@ def partial_attention(
     exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
     precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
     logit = bind(base2_logit, scale=spec.scale, soft_cap=spec.soft_cap, exp2=precise)
-    at = _cache_index(spec.layout)
-    shape = _cache_shape(spec.layout)
+    at = index_of(spec.layout)
+    shape = shape_of(spec.layout)
 
     def nth(head: Any, n: Any) -> Any:
         """KV head number `n` of a unit."""
@@ -197,19 +187,19 @@ def partial_attention(
         k_cache = T.match_buffer(
             k_handle,
             shape(k_pages, k_page, k_buffer.heads, k_buffer.width),
-            _element(k_buffer),
+            element_of(k_buffer),
             strides=[k_s0, k_s1, k_s2, T.int64(1)],
         )
         v_cache = T.match_buffer(
             v_handle,
             shape(v_pages, v_page, v_buffer.heads, v_buffer.width),
-            _element(v_buffer),
+            element_of(v_buffer),
             strides=[v_s0, v_s1, v_s2, T.int64(1)],
         )
         rope_cache = T.match_buffer(
             rope_handle,
             shape(r_pages, r_page, R_HEADS, r_buffer.width),
-            _element(r_buffer),
+            element_of(r_buffer),
             strides=[r_s0, r_s1, r_s2, T.int64(1)],
         )
         if SCALED:
@@ -496,19 +486,3 @@ def partial_attention(
                                 leave(state)
 
     return used_parameters(kernel).with_attr("global_symbol", name)
-
-
-def _element(buffer: CacheBuffer) -> str:
-    return FP8_BITS if buffer.scaled else buffer.dtype
-
-
-def _cache_shape(layout: str) -> Callable[..., tuple[Any, ...]]:
-    if layout == "NHD":
-        return lambda pages, page, heads, width: (pages, page, T.int64(heads), T.int64(width))
-    return lambda pages, page, heads, width: (pages, T.int64(heads), page, T.int64(width))
-
-
-def _cache_index(layout: str) -> Callable[..., Expr]:
-    if layout == "NHD":
-        return lambda cache, page, slot, head, d: cache[page, slot, head, d]
-    return lambda cache, page, slot, head, d: cache[page, head, slot, d]

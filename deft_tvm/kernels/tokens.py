@@ -22,6 +22,7 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import narrow
 from deft_tvm.kernels.stage import stage
+from deft_tvm.spec import TileShape
 
 LINE_BYTES = 64
 """A cache line of x86 and of most AArch64; asking for shorter lines than there are does no harm."""
@@ -33,6 +34,16 @@ def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
     # The index is clamped since both sides of a select are read.
     begins = runs[tirx.min(ahead, run_end - 1), 0]
     return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
+
+
+LOCATED_TOKENS = 256
+"""Tokens that a GPU's block locates at a time, each by a thread or two: memory is waited for as
+often as for one tile, but for several of them."""
+
+
+def located_tiles(tile: TileShape) -> int:
+    """Tiles whose tokens a GPU's block locates at a time."""
+    return max(1, LOCATED_TOKENS // tile.kv_tile)
 
 
 def halvings(count: Any) -> Expr:

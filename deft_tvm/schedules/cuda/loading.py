@@ -8,7 +8,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from deft_tvm.kernels.numerics import storage
-from deft_tvm.kernels.partial import located_tiles
+from deft_tvm.kernels.tokens import located_tiles
 from deft_tvm.schedules.cuda.copies import BYTES, LATER, NOW, load_tile, whole_lanes
 from deft_tvm.schedules.cuda.limits import BLOCKS, ELEMENT_BYTES, fits_staged, most_blocks
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
