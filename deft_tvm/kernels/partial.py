@@ -48,10 +48,12 @@ from deft_tvm.kernels.stages import (
     fill,
     gather,
     grow_max,
+    grow_sum,
     keep,
     leave,
     masked_logits,
     product,
+    round_weights,
     weigh,
     whole_logits,
     write,
@@ -261,12 +263,13 @@ def partial_attention(
                             T.reads()
                             T.writes()
                             gather(
-                                Q, q, row_order, row_begin, lanes, M, head, G, 0, operand, "load_q"
-                            )
+                                Q, q, row_order, row_begin, lanes, M, head, G, 0, operand, ON_CPU,
+                                "load_q",
+                            )  # fmt: skip
                             if ROPED:
                                 gather(
                                     Q_rope, q, row_order, row_begin, lanes, M, head, G, KW, operand,
-                                    "load_q_rope",
+                                    ON_CPU, "load_q_rope",
                                 )  # fmt: skip
                             if SINKS:
                                 begin_with_sink(
@@ -418,10 +421,16 @@ def partial_attention(
                                             m_tile = T.sblock_alloc_buffer((M,), "float32")
                                             total_tile = T.sblock_alloc_buffer((M,), "float32")
                                             grow_max(m_new, factor, m_tile, m, base(n), X, exp2)
-                                            exponentiate(
-                                                P, E, W, total_new, total_tile, total, base(n),
-                                                factor, X, m_new, v_scale, SCALED, exp2, operand,
-                                            )  # fmt: skip
+                                            exponentiate(E, X, m_new, exp2)
+                                            # On a GPU warps may tell each other weights and sums,
+                                            # which then is for both in one go.
+                                            if not ON_CPU:
+                                                round_weights(P, W, E, v_scale, SCALED, operand)
+                                            grow_sum(
+                                                total_new, total_tile, total, base(n), factor, E
+                                            )
+                                            if ON_CPU:
+                                                round_weights(P, W, E, v_scale, SCALED, operand)
                                     for _ in T.serial(1):
                                         with T.sblock("pv"):
                                             T.reads()

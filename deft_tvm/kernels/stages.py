@@ -76,18 +76,31 @@ def leave(state):
 
 
 @stage
-def gather(Q, q, row_order, row_begin, lanes, lane_rows, head, group, first, operand, block):
-    """Columns from `first` of the item's query rows, head after head; zeros past its last row."""
+def gather(
+    Q, q, row_order, row_begin, lanes, lane_rows, head, group, first, operand, zeros, block
+):  # fmt: skip
+    """Columns from `first` of the item's query rows, head after head.
+
+    Past its last row there are zeros; or without `zeros` that row's again, so that whole vectors of
+    it can be copied. Nothing is written of what comes of these.
+    """
     for i, d in T.grid(Q.shape[0], Q.shape[1]):
         with T.sblock(block):
             vi, vd = T.axis.remap("SS", [i, d])
             lane: T.let[T.int32] = lane_of(vi, Q.shape[0], lane_rows)
             row: T.let[T.int32] = row_order[row_begin + T.min(lane, lanes - 1) // group]
-            Q[vi, vd] = T.Select(
-                lane < lanes,
-                narrow(q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand),
-                T.Cast(storage(operand), 0),
-            )
+            if zeros:
+                Q[vi, vd] = T.Select(
+                    lane < lanes,
+                    narrow(
+                        q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand
+                    ),
+                    T.Cast(storage(operand), 0),
+                )
+            else:
+                Q[vi, vd] = narrow(
+                    q[row, q_head(vi, Q.shape[0], lane_rows, head, group), first + vd], operand
+                )
 
 
 @stage
@@ -185,33 +198,38 @@ def grow_max(m_new, factor, m_tile, m, base, X, exp2):
 
 
 @stage
-def exponentiate(
-    P, E, W, total_new, total_tile, total, base, factor, X, m_new, v_scale, scaled, exp2, operand
-):  # fmt: skip
-    """Probabilities relative to the new maximum, rounded only after they were summed.
-
-    What weighs V's stored elements is rounded: where they are scaled, a probability times that.
-    """
+def exponentiate(E, X, m_new, exp2):
+    """Probabilities relative to the new maximum."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("exponentials"):
             vi, vj = T.axis.remap("SS", [i, j])
             E[vi, vj] = exp2(X[vi, vj] - finite(m_new[vi]))
-    for i, j in T.grid(X.shape[0], X.shape[1]):
+
+
+@stage
+def grow_sum(total_new, total_tile, total, base, factor, E):
+    """The running sum with this tile, of probabilities that are not rounded."""
+    for i, j in T.grid(E.shape[0], E.shape[1]):
         with T.sblock("row_sum"):
             vi, vj = T.axis.remap("SR", [i, j])
             with T.init():
                 total_tile[vi] = T.float32(0)
             total_tile[vi] = total_tile[vi] + E[vi, vj]
-    for i in range(X.shape[0]):
+    for i in range(E.shape[0]):
         with T.sblock("new_sum"):
-            vi = T.axis.spatial(X.shape[0], i)
+            vi = T.axis.spatial(E.shape[0], i)
             total_new[vi] = total[base + vi] * factor[vi] + total_tile[vi]
+
+
+@stage
+def round_weights(P, W, E, v_scale, scaled, operand):
+    """By what V's stored elements are weighed, rounded: a probability, times V's scale if any."""
     if scaled:
-        for i, j in T.grid(X.shape[0], X.shape[1]):
+        for i, j in T.grid(E.shape[0], E.shape[1]):
             with T.sblock("weights"):
                 vi, vj = T.axis.remap("SS", [i, j])
                 W[vi, vj] = E[vi, vj] * v_scale[vj]
-    for i, j in T.grid(X.shape[0], X.shape[1]):
+    for i, j in T.grid(E.shape[0], E.shape[1]):
         with T.sblock("probabilities"):
             vi, vj = T.axis.remap("SS", [i, j])
             P[vi, vj] = narrow(W[vi, vj] if scaled else E[vi, vj], operand)

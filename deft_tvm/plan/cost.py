@@ -90,7 +90,9 @@ class CostModel:
             matrix_rate=tuple(sorted(profile.matrix_rate.items())),
             launch_seconds=profile.launch_seconds,
         )
-        return replace(rates, **ON_CPU) if profile.kind == "cpu" else rates
+        if profile.kind == "cpu":
+            return replace(rates, **ON_CPU)
+        return replace(rates, **ON_CUDA, cores=CUDA_BLOCKS * rates.cores)
 
     def granule(self, tile: TileShape) -> int:
         """Lane rows that the kernel of `tile` computes at a time."""
@@ -125,6 +127,17 @@ ON_CPU: dict[str, Any] = {
 """Fitted to GQA-32/8 of width 128 with 4 to 128 lane rows over 4,000 tokens, where a token and head
 take 45 ns + 5.3 ns a lane row in float32, and 35 ns + 2.9 ns in bfloat16 (AMD EPYC Zen 4 with
 AVX512-BF16, 2026-11-21)."""
+
+
+CUDA_BLOCKS = 2
+"""Units that a multiprocessor works on at a time: each is a block that waits most of its time."""
+
+ON_CUDA: dict[str, Any] = {
+    "matrix_share": (("float32", 0.4), ("float16", 0.3), ("bfloat16", 0.3)),
+    "few_share": (("float32", 0.1),),
+    "bandwidth_share": 0.85,
+    "unit_seconds": 3e-6,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,8 +32,10 @@ in float32, 0.85 in bfloat16 (AMD EPYC Zen 4, 2026-11-22)."""
 CPU_STATE_BYTES = 64 << 10
 """Queries and outputs of the heads that a unit takes at a time lie in the second nearest cache."""
 CUDA_KV_TILE = 64
+CUDA_ROWS = (16, 64)
 CUDA_WIDE = 384
-"""K and V wider than this together take half the tokens a step, to fit 99 KB of shared memory."""
+"""Queries and values wider than this together take half the tokens a step, to fit 99 KB of shared
+memory, but in the smallest class, whose queries take little."""
 
 
 def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[TileShape, ...]:
@@ -45,8 +47,9 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
         features: instruction sets, as in `DeviceProfile.features`.
     """
     if kind == "cuda":
-        tokens = CUDA_KV_TILE // (2 if spec.q_width + spec.v_width > CUDA_WIDE else 1)
-        return tuple(TileShape(r, tokens, _cuda_operand(spec, r)) for r in _cuda_rows(spec))
+        operand = _one_dtype(spec)
+        rows = _cuda_rows(spec, operand)
+        return tuple(TileShape(r, _cuda_tokens(spec, r), operand) for r in rows)
     few_operand = _few_operand(spec, features)
     few = [(rows, few_operand) for rows in (spec.group, 8) if spec.group <= rows < 16]
     operand = _cpu_operand(spec, features)
@@ -100,15 +103,19 @@ def _few_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
     return _cpu_operand(spec, features) if whole else "float32"
 
 
-def _cuda_rows(spec: AttentionSpec) -> tuple[int, ...]:
-    few = (spec.group,) if spec.group < 16 else ()
-    return (*few, *(rows for rows in (16, 64) if rows >= spec.group)) or (
+def _cuda_rows(spec: AttentionSpec, operand: Dtype) -> tuple[int, ...]:
+    """16 lane rows are the fewest that tensor cores multiply; fewer are worth a class of their own
+    only without them (H200, 2026-11-27: 64 sequences of 4,096, GQA-32/8, 1,470 µs with 4 rows of
+    float32)."""
+    few = (spec.group,) if operand == "float32" and spec.group < 16 else ()
+    return (*few, *(rows for rows in CUDA_ROWS if rows >= spec.group)) or (
         -(-spec.group // 16) * 16,
     )
 
 
-def _cuda_operand(spec: AttentionSpec, lane_rows: int) -> Dtype:
-    return _one_dtype(spec) if lane_rows >= 16 else "float32"
+def _cuda_tokens(spec: AttentionSpec, lane_rows: int) -> int:
+    wide = spec.q_width + spec.v_width > CUDA_WIDE and lane_rows > CUDA_ROWS[0]
+    return CUDA_KV_TILE // (2 if wide else 1)
 
 
 def _one_dtype(spec: AttentionSpec) -> Dtype:

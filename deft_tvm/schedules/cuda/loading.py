@@ -9,7 +9,7 @@ from tvm.s_tir import Schedule
 
 from deft_tvm.kernels.numerics import storage
 from deft_tvm.schedules.cuda.copies import BYTES, load_tile, whole_lanes
-from deft_tvm.schedules.cuda.limits import ELEMENT_BYTES, fits_staged
+from deft_tvm.schedules.cuda.limits import BLOCKS, ELEMENT_BYTES, fits_staged, most_blocks
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
 from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
@@ -42,19 +42,19 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
     assert task.tile is not None
     spec, operand = task.spec, task.tile.operand
     regions = {"load_v": (spec.v.buffer, spec.v_width)}
-    queries = ["load_q"]
+    queries = {"load_q": spec.k_width}
     if not spec.tied:
         regions["load_k"] = (spec.k.buffer, spec.k_width)
     if spec.rope is not None:
         regions["load_rope"] = (spec.rope, spec.rope_width)
-        queries.append("load_q_rope")
+        queries["load_q_rope"] = spec.rope_width
     keep(sch, (*queries, *regions), TILE_SCOPE)
     padding = BYTES if fits_staged(task, 1, BYTES) else 0
     if padding:
-        _pad_rows(sch, (*queries, *regions), operand)
+        pad_rows(sch, (*queries, *regions), operand)
 
-    for block in queries:
-        load_tile(sch, block, warps, 1)
+    for block, width in queries.items():
+        load_tile(sch, block, warps, whole_lanes(spec.dtype, operand, width))
     whole = True
     for block, (buffer, width) in regions.items():
         source = spec.buffers[buffer].dtype
@@ -65,9 +65,20 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
     # Only copies of 16 bytes run beside the work; what is converted passes through registers.
     two = whole and fits_staged(task, 2, padding)
     load_ahead(sch, knobs.pick("stages", (1, 2) if two else (1,), 2 if two else 1))
+    _leave_room(task, sch, knobs, int(warps), 2 if two else 1, padding)
 
 
-def _pad_rows(sch: Schedule, blocks: Iterable[str], operand: str) -> None:
+def _leave_room(
+    task: KernelTask, sch: Schedule, knobs: Knobs, warps: int, stages: int, padding: int
+) -> None:
+    """Bound the registers of a thread, so that others may be on its multiprocessor."""
+    most = most_blocks(task, warps, stages, padding)
+    room = [blocks for blocks in (1, 2, 3, 4) if blocks <= most]
+    blocks = knobs.pick("blocks", room, min(2, room[-1]))
+    sch.annotate(sch.get_loops(sch.get_sblock("tile"))[-1], BLOCKS, blocks)
+
+
+def pad_rows(sch: Schedule, blocks: Iterable[str], operand: str) -> None:
     """16 bytes between rows, so that equal columns of neighbouring rows lie in other banks."""
     lanes = BYTES // ELEMENT_BYTES[storage(operand)]
     for block in blocks:

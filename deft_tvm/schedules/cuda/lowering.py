@@ -22,12 +22,14 @@ from tvm.tirx.compilation_pipeline import (
 from deft_tvm.errors import PlanError
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
-from deft_tvm.schedules.cuda.limits import shared_limit
+from deft_tvm.schedules.cuda.limits import BLOCKS, shared_limit
+from deft_tvm.schedules.cuda.repeats import repeat_iterations
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
     DEALT_ROWS,
     DEALT_THREADS,
     FRAGMENT,
+    QUAD_ROWS,
     keep_own_share,
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
@@ -110,19 +112,54 @@ def _check_shared_memory(
     return func
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.LeaveRegisters")
-def _leave_registers(
-    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
-) -> tirx.PrimFunc:
-    """Ask for one block a multiprocessor: else ptxas spills a little to make room for more."""
-    return func.with_attr("tirx.launch_bounds_min_blocks_per_sm", 1)
+class _Registers:
+    """How many blocks of each kernel a multiprocessor shall have registers for.
+
+    A schedule annotates a loop, of which nothing is left when a kernel has become a function of the
+    device: so it is noted by name in between.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, int] = {}
+
+    def note(self) -> transform.Pass:
+        """The pass that reads what schedules say."""
+
+        @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.NoteBlocks")
+        def note(
+            func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+        ) -> tirx.PrimFunc:
+            def look(loop: tirx.For) -> None:
+                if BLOCKS in loop.annotations:
+                    name = str(func.attrs["global_symbol"])
+                    self.blocks[name] = int(loop.annotations[BLOCKS])
+
+            tvm_ffi.structural_walk(func.body, [(tirx.For, look)])
+            return func
+
+        return note
+
+    def bound(self) -> transform.Pass:
+        """The pass that tells ptxas; without a word it spills a little to make room for more."""
+
+        @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.BoundRegisters")
+        def bound(
+            func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+        ) -> tirx.PrimFunc:
+            name = str(func.attrs["global_symbol"]).removesuffix("_kernel")
+            return func.with_attr(
+                "tirx.launch_bounds_min_blocks_per_sm", self.blocks.get(name, 1)
+            )
+
+        return bound
 
 
 def _threaded() -> list[transform.Pass]:
     """TVM's lowering down to one thread's code over flat buffers, with our passes between."""
     lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
     return [
-        keep_own_share(DEALT, DEALT_ROWS, DEALT_THREADS),
+        repeat_iterations,
+        keep_own_share(DEALT, DEALT_ROWS, DEALT_THREADS, QUAD_ROWS),
         lower.CanonicalizeLoop(),
         lower.LowerCrossThreadReduction(),
         lower.LowerInitBlock(),
@@ -153,17 +190,19 @@ def _threaded() -> list[transform.Pass]:
     ]
 
 
-def _finalize_device() -> transform.Pass:
-    return transform.Sequential([_leave_registers, finalize_device_passes()])
-
-
 def _pipeline() -> tuple[transform.Pass, Any, Any]:
     """The three parts of a lowering pipeline, as TVM asks for them."""
+    registers = _Registers()
     passes = [
+        registers.note(),
         *_threaded(),
         _check_shared_memory,
         tirx.transform.SplitHostDevice(),
         tirx.transform.MakePackedAPI(),
         tirx.transform.BF16StorageLegalize(),
     ]
-    return transform.Sequential(passes), finalize_host_passes, _finalize_device
+
+    def finalize_device() -> transform.Pass:
+        return transform.Sequential([registers.bound(), finalize_device_passes()])
+
+    return transform.Sequential(passes), finalize_host_passes, finalize_device

@@ -7,8 +7,8 @@ from functools import cache
 from tvm.script import tirx as T
 
 from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
-from deft_tvm.schedules.cuda.shares import FRAGMENT
-from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
+from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
+from deft_tvm.schedules.cuda.threads import LANES
 
 # A lane holds parts of two rows, 8 apart; the four lanes of a quad hold the same two.
 ROW_REDUCTION = """
@@ -26,11 +26,8 @@ __device__ __forceinline__ void deft_row_%(name)s_%(tiles)d(const float* x, floa
     upper = %(join_upper)s;
     lower = %(join_lower)s;
   }
-  if (threadIdx.x %% 4 == 0) {
-    int row = threadIdx.x / 4;
-    result[row] = %(keep_upper)s;
-    result[row + 8] = %(keep_lower)s;
-  }
+  result[0] = %(keep_upper)s;
+  result[1] = %(keep_lower)s;
 }
 """
 
@@ -49,7 +46,7 @@ def reduce_rows(name: str, columns: int) -> str:
             x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
         )
         result = T.match_buffer(
-            result_handle, (SIDE,), "float32", scope=TILE_SCOPE, offset_factor=1
+            result_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1
         )
         with T.sblock("root"):
             T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
@@ -71,7 +68,7 @@ def reduce_rows(name: str, columns: int) -> str:
             x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
         )
         result = T.match_buffer(
-            result_handle, (SIDE,), "float32", scope=TILE_SCOPE, offset_factor=1
+            result_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1
         )
         with T.sblock("root"):
             T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
@@ -81,7 +78,7 @@ def reduce_rows(name: str, columns: int) -> str:
                     T.cuda.func_call(
                         function,
                         T.address_of(x[0, lane, 0]),
-                        result.access_ptr("rw"),
+                        T.address_of(result[lane // 4]),
                         source_code=text,
                     )
                 )
@@ -98,6 +95,6 @@ def _steps(maximum: bool) -> dict[str, str]:
         "lower": joined.format("lower", joined.format("x[i + 2]", "x[i + 3]")),
         "join_upper": joined.format("upper", "other_upper"),
         "join_lower": joined.format("lower", "other_lower"),
-        "keep_upper": joined.format("result[row]", "upper"),
-        "keep_lower": joined.format("result[row + 8]", "lower"),
+        "keep_upper": joined.format("result[0]", "upper"),
+        "keep_lower": joined.format("result[1]", "lower"),
     }

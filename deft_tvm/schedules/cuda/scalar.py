@@ -39,7 +39,7 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     if tile is None:
         return False
     products, made = score_products(task.spec), matrices_of_softmax(task.spec)
-    warps = knobs.pick("warps", WARPS, nearest(WARPS, max(4, tile.lane_rows // 8)))
+    warps = knobs.pick_number("warps", WARPS, nearest(WARPS, max(4, tile.lane_rows // 8)))
 
     locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)

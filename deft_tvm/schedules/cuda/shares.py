@@ -30,13 +30,35 @@ DEALT_THREADS = "local.dealt_threads"
 FRAGMENT = "local.fragment"
 """``[row, share, column, lane, register]``: all but column and register name a thread."""
 
-DIVISORS: dict[str, Callable[[list[int], int], list[int]]] = {
-    DEALT: lambda shape, warps: [warps, LANES],
-    DEALT_ROWS: lambda shape, warps: [warps],
-    DEALT_THREADS: lambda shape, warps: [warps * LANES],
-    FRAGMENT: lambda shape, warps: [*shape[:2], *[1] * (len(shape) - 4), shape[-2], 1],
+QUAD_ROWS = "local.quad_rows"
+"""``[..., row]``: of 16 rows a warp has, each lane keeps the two whose elements it holds in
+fragments, 8 apart, as do the other lanes of its four. Axes before name a warp."""
+
+Axes = list[tuple[int, Callable[[Any], Any]]]
+
+
+def _divided(shape: list[int], by: list[int]) -> Axes:
+    def part(divisor: int) -> Callable[[Any], Any]:
+        return lambda index: tirx.floordiv(index, divisor)
+
+    return [(-(-extent // d), part(d)) for extent, d in zip(shape, by, strict=True)]
+
+
+def _of_quads(shape: list[int]) -> Axes:
+    first: Axes = [(1, lambda _: tirx.IntImm("int32", 0))] * (len(shape) - 1)
+    return [*first, (2, lambda index: tirx.floordiv(tirx.floormod(index, 16), 8))]
+
+
+PARTS: dict[str, Callable[[list[int], int], Axes]] = {
+    DEALT: lambda shape, warps: _divided(shape, [warps, LANES]),
+    DEALT_ROWS: lambda shape, warps: _divided(shape, [warps]),
+    DEALT_THREADS: lambda shape, warps: _divided(shape, [warps * LANES]),
+    FRAGMENT: lambda shape, warps: _divided(
+        shape, [*shape[:2], *[1] * (len(shape) - 4), shape[-2], 1]
+    ),
+    QUAD_ROWS: lambda shape, warps: _of_quads(shape),
 }
-"""By what an index is divided to find its place in its owner's part, axis by axis."""
+"""Axis by axis the extent of an owner's part, and an index's place in it."""
 
 
 def keep_own_share(*scopes: str) -> transform.Pass:
@@ -95,18 +117,17 @@ class _Shares:
         if not self._is_spread(var):
             return var
         if var not in self.parts:
-            by = self._divisors(var)
-            shape = [-(-int(extent) // d) for extent, d in zip(var.ty.shape, by, strict=True)]
+            shape = [extent for extent, _ in self._axes(var)]
             self.parts[var] = tirx.decl_buffer(shape, var.ty.dtype, var.name, scope="local")
         return self.parts[var]
 
     def _own(self, buffer: Any, indices: Any) -> list[Any]:
-        by = self._divisors(buffer)
-        return [tirx.floordiv(index, d) for index, d in zip(indices, by, strict=True)]
+        axes = self._axes(buffer)
+        return [place(index) for (_, place), index in zip(axes, indices, strict=True)]
 
-    def _divisors(self, buffer: Any) -> list[int]:
+    def _axes(self, buffer: Any) -> Axes:
         shape = [int(extent) for extent in buffer.ty.shape]
-        return DIVISORS[buffer.scope()](shape, self.warps)
+        return PARTS[buffer.scope()](shape, self.warps)
 
     def _is_spread(self, var: Any) -> bool:
         return bool(is_buffer_var(var)) and var.scope() in self.scopes

@@ -28,10 +28,18 @@ from deft_tvm.schedules.cuda.intrinsics import (
     load_left,
     multiply,
 )
-from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
+from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
+from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
-from deft_tvm.schedules.cuda.shares import FRAGMENT
-from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE, bind_threads, deal_threads, keep
+from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
+from deft_tvm.schedules.cuda.threads import (
+    LANES,
+    TABLE_SCOPE,
+    TILE_SCOPE,
+    bind_threads,
+    deal_quads,
+    keep,
+)
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
 
@@ -66,6 +74,7 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         by_tokens.append("probabilities")
     else:
         keep(sch, ("probabilities",), TILE_SCOPE)
+        pad_rows(sch, ("probabilities",), tile.operand)
     for block in by_tokens:
         keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), of_tokens)
@@ -82,11 +91,12 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         whole = block in ("init_out", "keep_out", "write_out")
         _on_fragments(sch, block, of_columns if whole else of_tokens)
 
-    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), TILE_SCOPE)
+    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
     for block, name in ROW_REDUCTIONS.items():
-        _reduce(sch, block, name, tile.kv_tile // shares, shares, warps)
-    for block in (*ROW_STATES, *ROW_KEEPS, "write_lse"):
-        deal_threads(sch, block, warps)
+        _reduce(sch, block, name, tile.kv_tile // shares, shares)
+    for block in (*ROW_STATES, *ROW_KEEPS):
+        deal_quads(sch, block, shares)
+    deal_quads(sch, "write_lse", shares, once=True)
     return True
 
 
@@ -155,6 +165,8 @@ def _product(
     first = sch.decompose_reduction(tile, steps)
     sch.tensorize(sch.get_loops(sch.get_child_blocks(first)[0])[-2], fill_zero())
     sch.tensorize(tile, multiply(operand, transposed))
+    # An index that is no constant would send accumulators to local memory.
+    unroll_all(sch, (columns,) if transposed else (columns, steps))
     return columns
 
 
@@ -189,23 +201,33 @@ def _on_fragments(sch: Schedule, name: str, place: object) -> None:
     unroll_all(sch, (tiles, registers))
 
 
-def _reduce(
-    sch: Schedule, name: str, operation: str, columns: int, shares: int, warps: int
-) -> None:
-    """Each warp reduces its share of 16 rows; the shares of a row are reduced by one thread."""
-    block = sch.get_sblock(name)
-    rows, tokens = sch.get_loops(block)[-2:]
+def _reduce(sch: Schedule, name: str, operation: str, columns: int, shares: int) -> None:
+    """Each warp reduces its tokens of 16 rows; then each reduces over all warps that have them."""
+    of_warp = sch.get_sblock(name)
+    rows, tokens = sch.get_loops(of_warp)[-2:]
     share, tokens = sch.split(tokens, [shares, None])
-    of_warp = block
     if shares > 1:
         of_warp = sch.rfactor(share, 0)
-        sch.set_scope(of_warp, 0, TILE_SCOPE)
-        deal_threads(sch, name, warps)
+        sch.set_scope(of_warp, 0, QUAD_ROWS)
+        _tell(sch, sch.cache_read(sch.get_sblock(name), 0, TABLE_SCOPE))
+        deal_quads(sch, name, shares)
         rows, share, tokens = sch.get_loops(of_warp)[-3:]
     rows, row = sch.split(rows, [None, SIDE])
     sch.reorder(rows, share, row, tokens)
     sch.bind(sch.fuse(rows, share), "threadIdx.y")
     first = sch.decompose_reduction(of_warp, row)
-    _, lane = sch.split(sch.get_loops(first)[-1], [1, LANES])
-    sch.bind(lane, "threadIdx.x")
+    upper, quad = sch.split(sch.get_loops(first)[-1], [2, 8])
+    sch.reorder(quad, upper)
+    repeat(sch, quad, "threadIdx.x", LANES // 8)
+    sch.unroll(upper)
     sch.tensorize(row, reduce_rows(operation, columns))
+
+
+def _tell(sch: Schedule, block: SBlockRV) -> None:
+    """Each warp writes what it found of its rows, ``[share, row]``, for the others."""
+    share, row = sch.get_loops(block)[-2:]
+    rows, upper, quad = sch.split(row, [None, 2, 8])
+    sch.reorder(rows, share, quad, upper)
+    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    repeat(sch, quad, "threadIdx.x", LANES // 8, once=True)
+    sch.unroll(upper)

@@ -12,6 +12,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
+from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.verbs import unroll_all
 
 LANES = 32
@@ -65,6 +66,24 @@ def deal_threads(sch: Schedule, block: str, warps: Any) -> None:
     own, warp, lane = sch.split(loop, [None, warps, LANES])
     sch.reorder(warp, lane, *rest, own)
     bind_threads(sch, warp, lane)
+    if rest:
+        sch.decompose_reduction(sblock, rest[0])
+
+
+def deal_quads(sch: Schedule, block: str, shares: int, *, once: bool = False) -> None:
+    """Rows to the lanes that hold their elements in fragments: two to each, the same two to four.
+
+    Args:
+        shares: warps that have the same rows, and all do the same.
+        once: only the first lane of four does it, of the first of these warps.
+    """
+    sblock = sch.get_sblock(block)
+    loop, *rest = _own_loops(sch, block)
+    warp, upper, quad = sch.split(loop, [None, 2, 8])
+    sch.reorder(warp, quad, *rest, upper)
+    repeat(sch, warp, "threadIdx.y", shares, once=once)
+    repeat(sch, quad, "threadIdx.x", LANES // 8, once=once)
+    sch.unroll(upper)
     if rest:
         sch.decompose_reduction(sblock, rest[0])
 
