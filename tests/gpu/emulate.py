@@ -1,4 +1,4 @@
-"""Generated CUDA run on the CPU: the source is compiled as C++20 with ``emulation/emulate.h``."""
+"""Generated CUDA run on the CPU: the source is compiled as C++17 with ``emulation/emulate.h``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptx import without_inline_ptx
 
 HEADERS = Path(__file__).parent / "emulation"
 FLAGS = (
-    "-std=c++20",
+    "-std=c++17",
     "-fno-strict-aliasing",
     "-march=native",
     "-w",
