@@ -36,7 +36,11 @@ class Exactness(msgspec.Struct, frozen=True):
 def check(case: Case, attention: TreeAttention) -> Exactness:
     """Plan and run `case`, and compare with `reference.tree_attention`."""
     plan = attention.plan(case.forest, case.pages)
-    out, lse = attention.run(case.q, case.kv, sinks=case.sinks)
+    return judge(case, plan, *attention.run(case.q, case.kv, sinks=case.sinks))
+
+
+def judge(case: Case, plan: Plan, out: Tensor, lse: Tensor) -> Exactness:
+    """What a run of `case` by `plan` has left, beside `reference.tree_attention`."""
     exact = case.reference()
     bound = bound_of(plan, exact, case.spec.dtype)
     return Exactness(

@@ -229,6 +229,22 @@ def permit_amx() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
+def gpu_error() -> str:
+    """Why this process can use its GPU no more; empty while it can, or where it has not begun to.
+
+    After a bad access a GPU refuses all that the process asks: a new one has to go on.
+    """
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def driver() -> str:
     """Version of NVIDIA's driver; empty where there is none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 import tempfile
@@ -29,6 +30,28 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         with suppress(OSError):
             os.unlink(scratch)
         raise
+
+
+def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+    """Add a line, which ends in a newline, onto the disk; all of it, or nothing and an error.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line  # after a line that was cut off
+        try:
+            if os.write(handle, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
 
 
 def replace_folder(new: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:

@@ -72,6 +72,7 @@ class Limit(msgspec.Struct, frozen=True):
 def probes(dtype: torch.dtype, kind: str = "cpu") -> dict[str, Callable[[], object]]:
     """Calls that read `READ_BYTES` and multiply two matrices, on all of a CPU or GPU."""
     buffer = torch.ones(READ_BYTES // 4, device=kind)
-    x = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=kind)
+    # Random: a GPU takes less power for ones, and clocks higher.
+    x = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=kind).to(dtype)
     out = torch.empty_like(x)
     return {READ: buffer.sum, PRODUCT: lambda: torch.mm(x, x, out=out)}

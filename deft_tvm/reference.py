@@ -153,14 +153,14 @@ def tree_attention(
             None for those that are taken as they are.
         sinks: [query heads], a logit of each head that counts in the sum and has no value.
     """
-    place = _places(lengths, page_indices, page_indptr, first_slot, page_size)
+    place = _places(lengths, page_indices, page_indptr, first_slot, page_size).to(q.device)
     if page_indices is None:
         buffers, layout = [buffer[None] for buffer in buffers], "NHD"
     heads_first = [b if layout == "HND" else b.transpose(1, 2) for b in buffers]
     factors = [None] * len(buffers) if scales is None else scales
 
     out = q.new_zeros((*q.shape[:2], v[2] - v[1]), dtype=torch.float64)
-    sink = torch.tensor(-math.inf) if sinks is None else sinks
+    sink = q.new_full((), -math.inf, dtype=torch.float64) if sinks is None else sinks
     lse = sink.double().expand(q.shape[:2]).clone()
     max_logit, max_value, max_tokens = _largest(sinks), 0.0, 0
     for row, tokens in enumerate(_seen(parents, lengths, rows, bidirectional, window)):

@@ -3,6 +3,9 @@
 No time without its spread: a `Timing` keeps every sample, and its summary is the median with a
 95 % confidence interval from order statistics, which supposes nothing about the distribution (Le
 Boudec, *Performance Evaluation of Computer and Communication Systems*, section 2.2.2).
+
+On a GPU the host's clock would add what a launch and a wait take, tens of microseconds: `Events`
+asks the device.
 """
 
 from __future__ import annotations
@@ -13,14 +16,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    import torch
 
 DIGITS = 8
 """Of a time that is kept: ten nanoseconds, below which no clock tells the truth."""
 FEWEST_ROUNDS = 6
 """Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ is 3 %, 2 · 0.5⁵ is 6 %."""
+LEAD_BYTES = 1 << 30
+"""A GPU that reads 4 TB/s needs a quarter of a millisecond for them: a host launches meanwhile."""
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -71,6 +79,7 @@ def measure(
     cold_bytes: int = 0,
     synchronize: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time `calls` in turn, A B A B, until the budget is spent.
 
@@ -85,9 +94,21 @@ def measure(
         synchronize: called inside the measured time after each call, and before it: waits for a
             GPU.
         clock: seconds, from any origin.
+        stopwatch: seconds of one call by another clock, such as `Events`; `cold_bytes` and
+            `synchronize` are then its business.
     """
-    cool = walk(cold_bytes)
+    cool = _nothing if stopwatch else walk(cold_bytes)
     finish = synchronize or _nothing
+
+    def once(call: Callable[[], object]) -> float:
+        cool()
+        finish()
+        begin = clock()
+        call()
+        finish()
+        return clock() - begin
+
+    timed = stopwatch or once
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with _no_garbage_collection():
         for _ in range(warmup):
@@ -98,14 +119,60 @@ def measure(
             rounds < most_rounds and clock() - started < budget
         ):
             for name, call in calls.items():
-                cool()
-                finish()
-                begin = clock()
-                call()
-                finish()
-                seconds[name].append(round(clock() - begin, DIGITS))
+                seconds[name].append(round(timed(call), DIGITS))
             rounds += 1
     return {name: Timing(tuple(samples)) for name, samples in seconds.items()}
+
+
+class Events:
+    """Seconds of a call on a GPU by the GPU's own clock, with nothing of it in the L2 cache.
+
+    Before each call the device reads far more than its cache holds. While it does, the host
+    launches the call, so that what is measured is the device's work and not the host's.
+    """
+
+    def __init__(self, size: int = LEAD_BYTES) -> None:
+        import torch
+
+        self._buffer = torch.ones(size // 4, device="cuda")
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        begin, end = self._events
+        self._buffer.sum()  # only read: what is written would have to leave the cache meanwhile
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return 1e-3 * float(begin.elapsed_time(end))
+
+
+def captured(call: Callable[[], object], warmup: int = 2) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what a call launches.
+
+    Args:
+        call: launches on the current stream and waits for nothing. The tensors that it makes live
+            as long as the graph, the others have to.
+        warmup: calls beforehand, in which modules are loaded and compiled.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    import torch
+
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            call()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            call()
+    finally:
+        torch.cuda.set_stream(current)  # torch stays on the other one after a failure
+    return graph
 
 
 def walk(size: int) -> Callable[[], Any]:

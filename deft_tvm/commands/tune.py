@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -76,6 +76,7 @@ def tune(
         ),
     ] = None,
     key: Annotated[str | None, typer.Option(help="With --rpc: what they registered as.")] = None,
+    device: Annotated[str, typer.Option(help="Of this machine: cpu, or cuda for its GPU.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Try ways to schedule the kernels on this machine, keep all results, build the best.
@@ -97,9 +98,13 @@ def tune(
         parse_workload(text)
     if (rpc is None) != (key is None):
         raise InputError(f"--rpc is {rpc!r} and --key is {key!r}; expected both or neither")
+    if device not in ("cpu", "cuda") or (rpc is not None and device != "cpu"):
+        wanted = "cpu or cuda" if rpc is None else "none beside --rpc"
+        raise InputError(f"--device is {device!r}; expected {wanted}")
+    kind = cast(Literal["cpu", "cuda"], device)
     if rpc is None:
         for each in specs:
-            check_place(cache_directory(each, DeviceProfile.detect()))
+            check_place(cache_directory(each, DeviceProfile.detect(kind)))
     if trials is None and minutes is None:
         trials = TRIALS
     share = None if minutes is None else minutes / len(specs)
@@ -107,7 +112,7 @@ def tune(
     try:
         with _fleet(rpc, key) as fleet:
             for each in specs:
-                found.append(_tune(each, workload, trials, share, seed, fleet))
+                found.append(_tune(each, workload, trials, share, seed, kind, fleet))
     except KeyboardInterrupt:
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
@@ -141,14 +146,18 @@ def _tune(
     trials: int | None,
     minutes: float | None,
     seed: int,
+    kind: Literal["cpu", "cuda"],
     fleet: Fleet | None,
 ) -> tuple[AttentionSpec, TuningResult, Path]:
     """Tune one spec and build its module."""
-    device = None if fleet is None else fleet.device
     with shown(str(spec)) as listener:
         from deft_tvm.build import build
+        from deft_tvm.tuning.probe import known_device
         from deft_tvm.tuning.tune import WORKLOADS, tune
 
+        device = None if fleet is None else fleet.device
+        if kind == "cuda":
+            device = known_device(listener=listener, kind=kind)
         found = tune(
             spec,
             workloads or WORKLOADS,

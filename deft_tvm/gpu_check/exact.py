@@ -1,76 +1,112 @@
-"""``python -m deft_tvm.gpu_check.exact``: one step of every attention beside float64.
+"""``python -m deft_tvm.gpu_check.exact``: attentions on all kinds of trees beside float64.
 
 A line for each, as soon as it is known; exits with 1 if one is further away than rounding explains,
-or cannot be run.
+cannot be run, or had no time.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
-import torch
+import msgspec
 
-from deft_tvm.check import Exactness, check
-from deft_tvm.gpu_check.arguments import device_of
+from deft_tvm.check import Exactness
+from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of, use_logs
+from deft_tvm.gpu_check.cells import CELLS, WORKLOADS, Cell, forest_of
+from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere
+from deft_tvm.gpu_check.modules import build_missing
+from deft_tvm.gpu_check.ways import ON_GPUS_ALONE, WAYS
 from deft_tvm.pytorch import TreeAttention
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.workloads import Case, parse, tensors
 
 T = TypeVar("T")
 
-SPECS = (
-    "gqa:hq=32,hkv=8,d=128,dtype=bf16",
-    "gqa:hq=32,hkv=8,d=128,dtype=f16",
-    "gqa:hq=32,hkv=8,d=128,dtype=f32",
-    "gqa:hq=32,hkv=32,d=128,dtype=bf16",
-    "gqa:hq=16,hkv=1,d=128,dtype=bf16",
-    "gta:hq=32,hkv=8,d=128,rope=64,dtype=bf16",
-    "gla:hq=16,hkv=2,d=256,rope=64,dtype=bf16,scale=0.07216878364870322",
-    "mla:hq=16,d=512,rope=64,dtype=bf16,scale=0.07216878364870322",
-)
-WORKLOADS = (
-    "few_shot:prompt=1000,branches=9,tokens=33,vary=20",
-    "speculative:nodes=64,context=1001",
-    "sequences:count=3,tokens=77",
-)
+FILE = "exact.jsonl"
 
 
-def main(specs: Sequence[str] = SPECS, workloads: Sequence[str] = WORKLOADS) -> None:
-    """Every attention on every workload."""
-    device = device_of(__doc__)
-    wrong = 0
-    for told, found in results(specs, workloads, device):
-        holds = isinstance(found, Exactness) and found.holds
-        wrong += not holds
-        print(f"{'exact' if holds else 'WRONG'} {told}: {found}", flush=True)
-    print(f"{wrong} of {len(specs) * len(workloads)} are not exact")
-    sys.exit(1 if wrong else 0)
+class Checked(msgspec.Struct, frozen=True):
+    """What came of a cell.
+
+    Attributes:
+        cell: which.
+        found: how near it is; None where it could not be run.
+        error: why not.
+    """
+
+    cell: Cell
+    found: Exactness | None = None
+    error: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.found is not None and self.found.holds
+
+    def __str__(self) -> str:
+        told = self.error if self.found is None else str(self.found)
+        return f"{'exact' if self.holds else 'WRONG'} {self.cell}: {told}"
+
+
+def main(specs: Sequence[str] | None = None, workloads: Sequence[str] = WORKLOADS) -> None:
+    """All cells, or every one of some attentions on every workload."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--only", default="", help="cells with this in their name")
+    asked = parser.parse_args()
+    use_logs(asked)
+    left, kind = deadline(asked), kind_of(asked)
+    given = [Cell(spec, workload) for spec in specs or () for workload in workloads]
+    cells = [
+        cell.canonical
+        for cell in (CELLS if specs is None else given)
+        if asked.only in str(cell) and not (kind == "cpu" and cell.way in ON_GPUS_ALONE)
+    ]
+    lines: Lines[Checked] = Lines(file_in(asked, FILE), Checked, asked.again)
+    last = {line.cell: line for line in lines.found}
+    todo = [c for c in cells if c not in last or not (asked.go_on or last[c].holds)]
+    unbuilt = build_missing((cell.spec for cell in todo), kind)
+    for line in results(todo, kind, unbuilt):
+        last[line.cell] = lines.add(line)
+        print(line, flush=True)
+        if not line.holds:
+            go_on_elsewhere(asked, left, ["--only", asked.only])
+        if left() <= 0:
+            break
+    undone = sum(cell not in last for cell in cells)
+    wrong = sum(not last[cell].holds for cell in cells if cell in last)
+    if undone:
+        print(f"{undone} had no time; the same command goes on with them")
+    print(f"{wrong} of {len(cells)} are not exact")
+    sys.exit(1 if wrong or undone else 0)
 
 
 def results(
-    specs: Sequence[str], workloads: Sequence[str], device: str
-) -> Iterator[tuple[str, Exactness | str]]:
-    """What was compared, and how near it is or why there is nothing to compare."""
-    for text in specs:
-        spec = AttentionSpec.parse(text)
-        # Once for all workloads: a build that fails takes as long as one that does not.
-        attention = attempt(partial(TreeAttention, spec, device=device))
-        for workload in workloads:
-            if isinstance(attention, str):
-                yield f"{spec} {workload}", attention
-            else:
-                yield f"{spec} {workload}", attempt(partial(compared, attention, workload))
+    cells: Iterable[Cell], device: str, unbuilt: dict[str, str] | None = None
+) -> Iterator[Checked]:
+    """What comes of each cell.
+
+    Args:
+        cells: in canonical form; those of one attention are best neighbours, whose module is
+            loaded once.
+        device: ``cuda`` or ``cpu``.
+        unbuilt: attentions that have no module, and why.
+    """
+    loaded: tuple[str, TreeAttention | str] | None = None
+    for cell in cells:
+        spec = AttentionSpec.parse(cell.spec)
+        if loaded is None or loaded[0] != cell.spec:
+            why = (unbuilt or {}).get(cell.spec)
+            make = partial(TreeAttention, spec, device=device)
+            loaded = cell.spec, why if why is not None else attempt(make)
+        attention = loaded[1]
+        found = attention if isinstance(attention, str) else attempt(partial(_run, attention, cell))
+        yield Checked(cell, error=found) if isinstance(found, str) else Checked(cell, found)
 
 
-def compared(attention: TreeAttention, workload: str) -> Exactness:
-    """One step of an attention beside float64."""
-    case = tensors(parse(workload).forest, attention.spec)
-    return check(moved(case, attention.device), attention)
+def _run(attention: TreeAttention, cell: Cell) -> Exactness:
+    return WAYS[cell.way](attention, forest_of(cell.workload))
 
 
 def attempt(call: Callable[[], T]) -> T | str:
@@ -79,17 +115,6 @@ def attempt(call: Callable[[], T]) -> T | str:
         return call()
     except Exception:
         return traceback.format_exc()
-
-
-def moved(case: Case, device: str | torch.device) -> Case:
-    """The same tensors on a device."""
-    return replace(
-        case,
-        q=case.q.to(device),
-        buffers=tuple(buffer.to(device) for buffer in case.buffers),
-        scales=tuple(scales.to(device) for scales in case.scales),
-        sinks=None if case.sinks is None else case.sinks.to(device),
-    )
 
 
 if __name__ == "__main__":

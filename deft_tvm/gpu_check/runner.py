@@ -19,6 +19,9 @@ from deft_tvm.manifest import source_commit
 
 Status = Literal["ok", "failed", "timeout"]
 
+OWN_SHARE = 0.95
+"""Of its time, after which a stage that can go on later ends by itself."""
+
 
 class Record(msgspec.Struct, frozen=True):
     """What became of a stage: ``<name>.json``, beside ``<name>.txt`` with what it printed.
@@ -50,15 +53,19 @@ def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = F
         out: folder of records.
         device: ``cuda`` or ``cpu``.
         seconds: after which it is stopped, with all its processes; what it printed is kept.
-        again: run it whatever it has been.
+        again: run it whatever it has been, and from its beginning.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{stage.name}.json"
     if not again and (known := _read(file)) is not None and known.status == "ok":
         return known
     command = ["-m", stage.module, "--device", device]
+    if stage.resumes:
+        command += ["--out", str(out), "--minutes", f"{OWN_SHARE * seconds / 60:.3f}"]
+        command += ["--again"] if again else []
     began, clock = datetime.now(timezone.utc), time.monotonic()
-    with open(out / f"{stage.name}.txt", "wb") as printed:
+    goes_on = stage.resumes and not again
+    with open(out / f"{stage.name}.txt", "ab" if goes_on else "wb") as printed:
         # Unbuffered, so that a stage that is cut short leaves all that it had found.
         process = subprocess.Popen(
             [sys.executable, "-u", *command],
@@ -66,7 +73,7 @@ def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = F
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        status = _wait(process, seconds)
+        status = wait(process, seconds)
         os.fsync(printed.fileno())
     record = Record(
         stage.name,
@@ -81,8 +88,8 @@ def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = F
     return record
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
-    """Until it ends or its time is over."""
+def wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
+    """Until it ends or its time is over; then all processes of its session are ended."""
     try:
         return "ok" if process.wait(seconds) == 0 else "failed"
     except subprocess.TimeoutExpired:

@@ -15,16 +15,27 @@ class Stage(NamedTuple):
         name: by which it is asked for.
         what: it does, in a few words.
         module: ``python -m`` runs it.
+        resumes: it takes ``--out``, ``--minutes`` and ``--again`` too, keeps what it finds line by
+            line in that folder, and goes on after the lines that are there.
     """
 
     name: str
     what: str
     module: str
+    resumes: bool = False
+
+
+def _own(name: str, what: str, module: str | None = None) -> Stage:
+    return Stage(name, what, f"deft_tvm.gpu_check.{module or name}", resumes=True)
 
 
 STAGES = (
-    Stage("rates", "bandwidth and matrix rates of the device", "deft_tvm.gpu_check.rates"),
-    Stage("exact", "one step of every attention beside float64", "deft_tvm.gpu_check.exact"),
+    _own("build", "modules of all attentions, many at once", "modules"),
+    _own("rates", "bandwidths, matrix rates and launches of the device"),
+    _own("exact", "every attention, tree and way to call it beside float64"),
+    _own("sanitize", "kernels under NVIDIA's compute-sanitizer"),
+    _own("tune", "the best decisions for this device"),
+    _own("bench", "one step of ours beside its peers and the device's limits"),
     Stage(
         "decode",
         "whole decodings of SmolLM2 beside transformers",

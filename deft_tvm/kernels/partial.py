@@ -58,9 +58,27 @@ from deft_tvm.kernels.stages import (
     whole_logits,
     write,
 )
-from deft_tvm.kernels.tokens import advance, ahead, find_cut, find_scales, find_tokens, load
+from deft_tvm.kernels.tokens import (
+    advance,
+    ahead,
+    find_cut,
+    find_scales,
+    find_tokens,
+    halvings,
+    load,
+)
 from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, CacheBuffer, TileShape
+
+LOCATED_TOKENS = 256
+"""Tokens that a GPU's blocks locate at a time, each by a thread or two: as many memory accesses that
+wait for one another as for one tile, over several of them."""
+
+
+def located_tiles(tile: TileShape) -> int:
+    """Tiles whose tokens a GPU's block locates at a time."""
+    return max(1, LOCATED_TOKENS // tile.kv_tile)
+
 
 SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
 """Buffers each of which is made element by element of another that is not read again: logits of
@@ -105,6 +123,7 @@ def partial_attention(
     TILE = storage(operand)
     ON_CPU = kind == "llvm"
     NEXT = N if ON_CPU else 0
+    L = 1 if ON_CPU else located_tiles(tile)
     loop = work_loop(kind)
     exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
     precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
@@ -116,6 +135,10 @@ def partial_attention(
         """KV head number `n` of a unit."""
         return head + n if H > 1 else head
 
+    def begin(t0: Any) -> Any:
+        """Where the tile that begins at token `t0` of the item does in the tables."""
+        return 0 if ON_CPU else t0 % (L * N)
+
     def base(n: Any) -> Any:
         """Where its rows begin in the unit's state."""
         return n * M if H > 1 else 0
@@ -124,12 +147,12 @@ def partial_attention(
         return head if R_HEADS == HK else 0
 
     @stage
-    def load_all(K, V, rope, k_cache, v_cache, rope_cache, page, slot, head):
+    def load_all(K, V, rope, k_cache, v_cache, rope_cache, page, slot, begin, head):
         if not TIED:
-            load(K, k_cache, at, page, slot, head, K0, operand, "load_k")
-        load(V, v_cache, at, page, slot, head, V0, operand, "load_v")
+            load(K, k_cache, at, page, slot, begin, head, K0, operand, "load_k")
+        load(V, v_cache, at, page, slot, begin, head, V0, operand, "load_v")
         if ROPED and not ROPE_ONCE:
-            load(rope, rope_cache, at, page, slot, rope_head(head), 0, operand, "load_rope")
+            load(rope, rope_cache, at, page, slot, begin, rope_head(head), 0, operand, "load_rope")
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -226,17 +249,19 @@ def partial_attention(
                     dest_begin: T.let[T.int32] = items[item, 5]
                     last_position: T.let[T.int32] = items[item, 6]
                     page_shift: T.let[T.int32] = header[0]
-                    search_steps: T.let[T.int32] = header[1]
+                    search_steps: T.let[T.int32] = (
+                        header[1] if ON_CPU else halvings(run_end - run_begin)
+                    )
                     Q = T.sblock_alloc_buffer((H * M, KW), TILE)
                     Q_rope = T.sblock_alloc_buffer((H * M, max(RW, 1)), TILE)
                     K = T.sblock_alloc_buffer((N, KW), TILE)
                     V = T.sblock_alloc_buffer((N, VW), TILE)
                     rope = T.sblock_alloc_buffer((N, max(RW, 1)), TILE)
-                    page = T.sblock_alloc_buffer((N + NEXT,), "int32")
-                    slot = T.sblock_alloc_buffer((N + NEXT,), "int32")
-                    lane_begin = T.sblock_alloc_buffer((N + NEXT,), "int32")
-                    lane_end = T.sblock_alloc_buffer((N + NEXT,), "int32")
-                    position = T.sblock_alloc_buffer((N + NEXT,), "int32")
+                    page = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
+                    slot = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
+                    lane_begin = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
+                    lane_end = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
+                    position = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
                     k_scale = T.sblock_alloc_buffer((N,), "float32")
                     v_scale = T.sblock_alloc_buffer((N,), "float32")
                     cut = T.sblock_alloc_buffer((1,), "int32")
@@ -297,31 +322,38 @@ def partial_attention(
                             T.reads()
                             T.writes()
                             t0: T.let[T.int32] = step * N
-                            for _ in T.serial(1):
-                                with T.sblock("locating"):
-                                    T.reads()
-                                    T.writes()
-                                    if ON_CPU:
-                                        advance(
-                                            page, slot, lane_begin, lane_end, position, WINDOWED, N
-                                        )
-                                    find_tokens(
-                                        page, slot, lane_begin, lane_end, position, WINDOWED, NEXT,
-                                        runs, page_indices, page_shift, run_begin, run_end,
-                                        search_steps, row_begin, G, t0 + NEXT, num_tokens, N,
-                                        ON_CPU,
-                                    )  # fmt: skip
-                                    if SCALED and H == 1:
+                            if ON_CPU or begin(t0) == 0:
+                                for _ in T.serial(1):
+                                    with T.sblock("locating"):
+                                        T.reads()
+                                        T.writes()
+                                        if ON_CPU:
+                                            advance(
+                                                page, slot, lane_begin, lane_end, position,
+                                                WINDOWED, N,
+                                            )  # fmt: skip
+                                        find_tokens(
+                                            page, slot, lane_begin, lane_end, position, WINDOWED,
+                                            NEXT, runs, page_indices, page_shift, run_begin,
+                                            run_end, search_steps, row_begin, G, t0 + NEXT,
+                                            num_tokens, L * N, ON_CPU,
+                                        )  # fmt: skip
+                            if SCALED and H == 1:
+                                for _ in T.serial(1):
+                                    with T.sblock("locating_scales"):
+                                        T.reads()
+                                        T.writes()
                                         find_scales(
-                                            k_scale, v_scale, k_scales, v_scales, page, head, N
-                                        )
+                                            k_scale, v_scale, k_scales, v_scales, page, begin(t0),
+                                            head, N,
+                                        )  # fmt: skip
                             for _ in T.serial(1):
                                 with T.sblock("cutting"):
                                     T.reads()
                                     T.writes()
                                     find_cut(
-                                        cut, lane_begin, lane_end, position, lanes, last_position,
-                                        WINDOW, N,
+                                        cut, lane_begin, lane_end, position, begin(t0), lanes,
+                                        last_position, WINDOW, N,
                                     )  # fmt: skip
                             if ROPED and ROPE_ONCE:
                                 for _ in T.serial(1):
@@ -329,8 +361,8 @@ def partial_attention(
                                         T.reads()
                                         T.writes()
                                         load(
-                                            rope, rope_cache, at, page, slot, 0, 0, operand,
-                                            "load_rope",
+                                            rope, rope_cache, at, page, slot, begin(t0), 0, 0,
+                                            operand, "load_rope",
                                         )  # fmt: skip
                             if H == 1:
                                 for _ in T.serial(1):
@@ -339,7 +371,7 @@ def partial_attention(
                                         T.writes()
                                         load_all(
                                             K, V, rope, k_cache, v_cache, rope_cache, page, slot,
-                                            head,
+                                            begin(t0), head,
                                         )  # fmt: skip
                             for h in range(H):
                                 with T.sblock("head"):
@@ -354,11 +386,11 @@ def partial_attention(
                                                 if SCALED:
                                                     find_scales(
                                                         k_scale, v_scale, k_scales, v_scales, page,
-                                                        head + n, N,
+                                                        begin(t0), head + n, N,
                                                     )  # fmt: skip
                                                 load_all(
                                                     K, V, rope, k_cache, v_cache, rope_cache, page,
-                                                    slot, head + n,
+                                                    slot, begin(t0), head + n,
                                                 )  # fmt: skip
                                     for _ in T.serial(1):
                                         with T.sblock("qk"):
@@ -408,7 +440,7 @@ def partial_attention(
                                                         T.writes()
                                                         masked_logits(
                                                             X, S, S_rope, ROPED, k_scale, SCALED,
-                                                            logit, lane_begin, lane_end, position,
+                                                            logit, lane_begin, lane_end, position, begin(t0),
                                                             row_positions, row_begin, lanes, G,
                                                             WINDOW,
                                                         )  # fmt: skip

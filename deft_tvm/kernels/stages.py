@@ -155,20 +155,23 @@ def whole_logits(X, S, S_rope, roped, k_scale, scaled, logit):
 
 @stage
 def masked_logits(
-    X, S, S_rope, roped, k_scale, scaled, logit, lane_begin, lane_end, position, row_positions,
-    row_begin, lanes, group, window,
+    X, S, S_rope, roped, k_scale, scaled, logit, lane_begin, lane_end, position, begin,
+    row_positions, row_begin, lanes, group, window,
 ):  # fmt: skip
-    """A row sees the tokens whose interval holds it, up to so far before its own position."""
+    """A row sees the tokens whose interval holds it, up to so far before its own position.
+
+    The tile's entries in the tables are those from `begin`.
+    """
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("masked_logits"):
             vi, vj = T.axis.remap("SS", [i, j])
             X[vi, vj] = T.Select(
                 T.And(
-                    T.And(lane_begin[vj] <= vi, vi < lane_end[vj]),
+                    T.And(lane_begin[begin + vj] <= vi, vi < lane_end[begin + vj]),
                     in_window(
                         position_of(row_positions, row_begin, vi, lanes, group, window),
                         position,
-                        vj,
+                        begin + vj,
                         window,
                     ),
                 ),

@@ -35,6 +35,13 @@ def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
     return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
 
 
+def halvings(count: Any) -> Expr:
+    """How often `count` runs can be halved until one is left."""
+    return tirx.Select(
+        count > 1, tirx.const(32, "int32") - tirx.clz(count - 1), tirx.const(0, "int32")
+    )
+
+
 def in_window(own: Expr | None, position: Any, j: Any, window: int | None) -> Expr:
     """Whether token j is less than `window` positions before a row's own; true without one."""
     return tirx.const(True, "bool") if window is None else own - position[j] < window
@@ -176,18 +183,18 @@ def advance(page, slot, lane_begin, lane_end, position, windowed, kv_tile):
 
 
 @stage
-def find_scales(k_scale, v_scale, k_scales, v_scales, page, head, kv_tile):
+def find_scales(k_scale, v_scale, k_scales, v_scales, page, begin, head, kv_tile):
     """By what K's and V's stored elements are multiplied."""
     for j in range(kv_tile):
         with T.sblock("find_scales"):
             vj = T.axis.spatial(kv_tile, j)
-            k_scale[vj] = k_scales[page[vj], head]
-            v_scale[vj] = v_scales[page[vj], head]
+            k_scale[vj] = k_scales[page[begin + vj], head]
+            v_scale[vj] = v_scales[page[begin + vj], head]
 
 
 @stage
-def find_cut(cut, lane_begin, lane_end, position, lanes, last_position, window, kv_tile):
-    """How many tokens of the tile some row of the item does not see."""
+def find_cut(cut, lane_begin, lane_end, position, begin, lanes, last_position, window, kv_tile):
+    """How many tokens of the tile, from entry `begin` of the tables, some row does not see."""
     for j in range(kv_tile):
         with T.sblock("find_cut"):
             vj = T.axis.reduce(kv_tile, j)
@@ -195,8 +202,8 @@ def find_cut(cut, lane_begin, lane_end, position, lanes, last_position, window, 
                 cut[0] = 0
             cut[0] = cut[0] + T.Select(
                 T.And(
-                    T.And(lane_begin[vj] <= 0, lanes <= lane_end[vj]),
-                    in_window(last_position, position, vj, window),
+                    T.And(lane_begin[begin + vj] <= 0, lanes <= lane_end[begin + vj]),
+                    in_window(last_position, position, begin + vj, window),
                 ),
                 0,
                 1,
@@ -204,12 +211,14 @@ def find_cut(cut, lane_begin, lane_end, position, lanes, last_position, window, 
 
 
 @stage
-def load(tile, cache, at, page, slot, head, first, operand, block):
-    """Columns from `first` of each token of the tile."""
+def load(tile, cache, at, page, slot, begin, head, first, operand, block):
+    """Columns from `first` of each token of the tile, from entry `begin` of the tables."""
     for j, d in T.grid(tile.shape[0], tile.shape[1]):
         with T.sblock(block):
             vj, vd = T.axis.remap("SS", [j, d])
-            tile[vj, vd] = narrow(at(cache, page[vj], slot[vj], head, first + vd), operand)
+            tile[vj, vd] = narrow(
+                at(cache, page[begin + vj], slot[begin + vj], head, first + vd), operand
+            )
 
 
 @stage

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deft_tvm.peers.gathered import Gathered
-from deft_tvm.peers.peer import Call, Peer, no_cap_and_no_sinks, too_large
+from deft_tvm.peers.peer import Call, Peer, no_cap_and_no_sinks, on_cpus_alone, too_large
 from deft_tvm.peers.pieces import Batch, Piece, batches, by_level, by_prefix
 
 NOTHING_SEEN = -1e30
@@ -129,7 +129,11 @@ def _rows(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _lacks(gathered: Gathered) -> str | None:
-    return no_cap_and_no_sinks(gathered) or too_large("masks may take", gathered.mask_bytes)
+    return (
+        on_cpus_alone(gathered)
+        or no_cap_and_no_sinks(gathered)
+        or too_large("masks may take", gathered.mask_bytes)
+    )
 
 
 def _ordered(_: Gathered, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``flex_attention``, compiled by TorchInductor for this CPU, with the tree as its block mask."""
+"""``flex_attention``, compiled by TorchInductor, with the tree as its block mask."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ LANES = (4, 8, 16, 32)
 TOKENS = 256
 """Lane rows and tokens of a block of the mask, and of the tile of the compiled kernel. More of
 either, up to 128 and 1024, was never faster by more than about a tenth."""
+GPU_BLOCK = 128
+"""Of both on a GPU, whose kernels take multiples of it."""
 
 
 def flex(gathered: Gathered) -> Call:
@@ -33,9 +35,12 @@ def flex(gathered: Gathered) -> Call:
     def seen(_batch: Tensor, _head: Tensor, lane: Tensor, token: Tensor) -> Tensor:
         return table[lane, token]
 
+    device, on_cpu = q.device.type, q.device.type == "cpu"
     masks = {
-        size: create_block_mask(seen, None, None, lanes, tokens, "cpu", (size, TOKENS))
-        for size in LANES
+        size: create_block_mask(
+            seen, None, None, lanes, tokens, device, (size, TOKENS if on_cpu else GPU_BLOCK)
+        )
+        for size in (LANES if on_cpu else (GPU_BLOCK,))
     }
     blocks = masks[min(masks, key=lambda size: _cost(masks[size].to_dense(), size))]
     # One compilation for each shape: after some of them Dynamo would go on without compiling.
@@ -55,7 +60,7 @@ def _cost(read: Tensor, size: int) -> int:
 
 
 def _lacks(gathered: Gathered) -> str | None:
-    if shutil.which("g++") is None:
+    if gathered.q.device.type == "cpu" and shutil.which("g++") is None:
         return "there is no g++ to compile it with"
     if gathered.mask.numel() == 0:
         return "it takes no empty mask"

@@ -33,6 +33,12 @@ class Peer:
     ordered: Callable[[Gathered, Any], Tensor]
 
 
+def on_cpus_alone(gathered: Gathered) -> str | None:
+    """Of a peer whose kernel is written for CPUs."""
+    kind = gathered.q.device.type
+    return None if kind == "cpu" else f"its kernel is for CPUs, and q is on {kind}"
+
+
 def no_cap_and_no_sinks(gathered: Gathered) -> str | None:
     """What plain softmax attention cannot do."""
     spec = gathered.case.spec

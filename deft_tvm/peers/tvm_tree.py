@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.peers.gathered import Gathered
-from deft_tvm.peers.peer import Call, Peer, no_cap_and_no_sinks
+from deft_tvm.peers.peer import Call, Peer, no_cap_and_no_sinks, on_cpus_alone
 from deft_tvm.peers.pieces import tree_rows
 from deft_tvm.tree import Forest
 
@@ -131,6 +131,8 @@ def _compiled(kv_heads: int, q_heads: int, width: int, dtype: str) -> Any:
 
 
 def _lacks(gathered: Gathered) -> str | None:
+    if elsewhere := on_cpus_alone(gathered):
+        return elsewhere
     if gathered.case.spec.window is not None:
         return "it has no window"
     if not gathered.seen.any(1).all():

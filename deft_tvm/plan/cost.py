@@ -44,7 +44,7 @@ GRANULES: dict[str, tuple[int, ...]] = {"float32": (16,), "bfloat16": (48, 32, 1
 class CostModel:
     """The device's rates, and what share of them the kernels reach.
 
-    Rates come from a `DeviceProfile`; the shares of a CPU are in `ON_CPU`, those of a GPU guesses.
+    Rates come from a `DeviceProfile`; the shares are in `ON_CPU` and `ON_CUDA`.
 
     Attributes:
         cores: cores or SMs that take units.
@@ -64,6 +64,7 @@ class CostModel:
             worked on one after another find near what was read for the ones before. 8 MiB: one
             sequence of 65,536 tokens takes 0.98 of the time with 64 MiB in float32, 0.94 in
             bfloat16 (AMD EPYC Zen 4, 2 cores, 2026-11-21). 0: no limit, as on a GPU.
+        few_rows: below so many lane rows `few_share` and `few_loading_seconds` hold.
         trimmed: kernels end where an item's rows do, in steps of `GRANULES`, as on a CPU.
     """
 
@@ -80,6 +81,7 @@ class CostModel:
     unit_seconds: float = 1e-6
     reach_bytes: int = 0
     trimmed: bool = False
+    few_rows: int = FEW_LANE_ROWS
 
     @classmethod
     def from_profile(cls, profile: DeviceProfile) -> CostModel:
@@ -103,14 +105,14 @@ class CostModel:
 
     def loading(self, spec: AttentionSpec, tile: TileShape) -> float:
         """Seconds in which one core locates and copies a token under all KV heads."""
-        if tile.lane_rows < FEW_LANE_ROWS:
+        if tile.lane_rows < self.few_rows:
             return spec.num_kv_heads * self.few_loading_seconds
         return spec.num_kv_heads * self.loading_seconds + token_bytes(spec) / self.copy_rate
 
     def rate(self, tile: TileShape) -> float:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
         rates = dict(self.matrix_rate)
-        shares = dict(self.few_share if tile.lane_rows < FEW_LANE_ROWS else self.matrix_share)
+        shares = dict(self.few_share if tile.lane_rows < self.few_rows else self.matrix_share)
         rate = rates.get(tile.operand, rates["float32"])
         return shares.get(tile.operand, shares["float32"]) * rate / self.cores
 
@@ -133,11 +135,15 @@ CUDA_BLOCKS = 2
 """Units that a multiprocessor works on at a time: each is a block that waits most of its time."""
 
 ON_CUDA: dict[str, Any] = {
-    "matrix_share": (("float32", 0.4), ("float16", 0.3), ("bfloat16", 0.3)),
-    "few_share": (("float32", 0.1),),
+    "matrix_share": (("float32", 0.4), ("float16", 0.18), ("bfloat16", 0.18)),
+    "few_share": (("float32", 0.1), ("float16", 0.08), ("bfloat16", 0.08)),
+    "few_rows": 17,
     "bandwidth_share": 0.85,
     "unit_seconds": 3e-6,
+    "launch_seconds": 5e-6,
 }
+"""Of a first fit: GQA-32/8 of width 128 and MLA with 16 and 64 lane rows. A launch counts with the
+time in which its last units wait (NVIDIA H200, 2026-11-27)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,13 +48,13 @@ def measure_again(
         TuningError: another tuning writes the log.
     """
     device = logged_device(log)
-    if runner is None and device.slug != (here := DeviceProfile.detect().slug):
+    if runner is None and device.slug != (here := DeviceProfile.detect(device.kind).slug):
         raise LogError(f"{log.directory} is a log of {device.slug}; expected one of {here}")
     kernels = logged_kernels(log, device, kernel, workload)
     finalists = {each: [_winner(each, log)] for each in kernels}
     spec = AttentionSpec.parse(kernels[0].space.subject.spec)
     target = TuningLog(Path(into) / device.slug / spec.slug)
-    with target.only_writer(), opened(runner) as chosen:
+    with target.only_writer(), opened(runner, device) as chosen:
         if not device_file(device, into).is_file():
             write_profile(device, into)
         listener(Progress("start", "preparing processes to time the winners"))

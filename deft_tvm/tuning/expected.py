@@ -45,7 +45,7 @@ class Expected:
 
 
 def expected(launch: Launch) -> Expected:
-    """What the launch's kernel must write, and how far off rounding may be."""
+    """What the launch's kernel must write, and how far off rounding may be; on the CPU."""
     tile = launch.subject.tile
     outputs = tuple(torch.full(t.shape, torch.nan, dtype=torch.float64) for t in launch.outputs)
     exact = _merged(launch, outputs) if tile is None else _partials(launch, outputs)
@@ -98,16 +98,19 @@ def _item(launch: Launch, item: Sequence[int]) -> Exact:
     queries = case.q[rows].double().unflatten(1, (spec.num_kv_heads, -1))
     logits = spec.scale * torch.einsum("rngw,tnw->rngt", queries, keys)
     max_logit = _largest(sensitivity(logits, spec.soft_cap))
-    masked = capped(logits, spec.soft_cap).masked_fill(~seen[:, None, None], -math.inf)
+    unseen = ~seen[:, None, None].to(logits.device)
+    masked = capped(logits, spec.soft_cap).masked_fill(unseen, -math.inf)
     lse = masked.logsumexp(-1)
     if case.sinks is not None:
         alone = torch.from_numpy(launch.plan.dests[dest_begin : dest_begin + num_rows] < 0)
         sinks = case.sinks.double().view(spec.num_kv_heads, -1)
-        lse = torch.where(alone[:, None, None], torch.logaddexp(lse, sinks), lse)
+        alone = alone[:, None, None].to(lse.device)
+        lse = torch.where(alone, torch.logaddexp(lse, sinks), lse)
         max_logit = max(max_logit, _largest(sinks))
     weights = (masked - lse.nan_to_num(neginf=0)[..., None]).exp()
     out = torch.einsum("rngt,tnv->rngv", weights, values)
-    return Exact(out.flatten(1, 2), lse.flatten(1), max_logit, _largest(values), len(page))
+    out, lse = out.flatten(1, 2).cpu(), lse.flatten(1).cpu()
+    return Exact(out, lse, max_logit, _largest(values), len(page))
 
 
 def _merged(launch: Launch, outputs: Sequence[Tensor]) -> Exact:

@@ -53,7 +53,7 @@ class Place(WorkerRunner):
         arguments = (tracker.host, str(tracker.port), key)
         self._key, self._kind = key, kind
         self._worker = Worker("remote", REMOTE, arguments, start_seconds)
-        super().__init__(self._worker, self._worker, "", "lost", compile_limit, run_limit)
+        super().__init__([self._worker], self._worker, "", "lost", compile_limit, run_limit)
 
     @property
     def ready(self) -> bool:

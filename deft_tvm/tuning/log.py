@@ -12,7 +12,6 @@ and the next one begins on a line of its own.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections import defaultdict
@@ -29,6 +28,7 @@ import platformdirs
 from deft_tvm import env
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError, TuningError
+from deft_tvm.files import append_line
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.lines import Line, Run, Trial, decode
 
@@ -81,7 +81,7 @@ class TuningLog:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _append(self.path, msgspec.json.encode(line) + b"\n")
+            append_line(self.path, msgspec.json.encode(line) + b"\n")
         except OSError as error:
             raise LogError(
                 f"{self.path} cannot be written: {error.strerror}; all that was in it before still "
@@ -141,24 +141,6 @@ class TuningLog:
                 yield None
             except LogError as error:
                 raise LogError(f"{self.path}: {error}") from None
-
-
-def _append(path: Path, line: bytes) -> None:
-    """All of the line, or nothing and an error."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":
-            line = b"\n" + line  # after a line that was cut off
-        try:
-            if os.write(handle, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, size)
-            raise
-    finally:
-        os.close(handle)
 
 
 def best(log: TuningLog) -> dict[str, Trial]:

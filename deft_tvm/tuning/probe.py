@@ -6,6 +6,7 @@ nobody else uses it; how much of that our kernels reach is the cost model's busi
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ import msgspec
 import torch
 
 from deft_tvm.device import DeviceProfile
+from deft_tvm.timing import Events, captured
 from deft_tvm.tuning.log import DEVICE, AnyPath, writable_root
 from deft_tvm.tuning.result import Listener, Progress, ignore
 
@@ -26,6 +28,9 @@ SECONDS = 0.4
 
 BUSY_SECONDS = 1e-4
 """A longer launch waited for a core that another process had, and is not believed."""
+
+LAUNCHES = 256
+"""Kernels of the graph in which a GPU's launch is timed."""
 
 MATRIX_SIZES = {"cpu": (512, 2048), "cuda": (2048, 8192)}
 LONGEST_PRODUCT = 1.0
@@ -80,20 +85,40 @@ def known_device(
     return DeviceProfile.read(file)
 
 
+def copy_bandwidth(device: DeviceProfile) -> float:
+    """Bytes per second, read plus written, of a kernel that copies far more than caches hold.
+
+    The better one of torch's ``copy_``, which on a GPU may be a slower engine's, and of a kernel
+    that changes signs on the way; medians.
+    """
+    x = torch.randn(_size(device) // 4, device=device.kind)
+    y = torch.empty_like(x)
+    ways = (partial(y.copy_, x), partial(torch.neg, x, out=y))
+    return 2 * x.nbytes / min(statistics.median(_seconds(device, way)) for way in ways)
+
+
+def _size(device: DeviceProfile) -> int:
+    """Bytes far beyond what caches hold."""
+    least = 256 << 20 if device.kind == "cpu" else 2 << 30
+    return max(least, 4 * (device.l3_bytes or device.l2_bytes))
+
+
 def _read_bandwidth(device: DeviceProfile) -> float:
     """Bytes per second of a sum over far more than the last-level cache holds."""
-    size = max(256 << 20, 4 * (device.l3_bytes or device.l2_bytes))
-    buffer = torch.ones(size // 4, device=device.kind)
-    return size / _best_seconds(device, buffer.sum)
+    buffer = torch.ones(_size(device) // 4, device=device.kind)
+    return buffer.nbytes / _best_seconds(device, buffer.sum)
 
 
 def _matrix_rate(device: DeviceProfile, dtype: str) -> float:
-    """FLOP per second of the largest square product that does not take too long."""
+    """FLOP per second of the largest square product that does not take too long.
+
+    Of random numbers: a GPU takes less power for ones, and clocks higher.
+    """
     rate = 0.0
     for n in MATRIX_SIZES[device.kind]:
         if rate and 2 * n**3 / rate > LONGEST_PRODUCT:
             break
-        x = torch.ones(n, n, dtype=getattr(torch, dtype), device=device.kind)
+        x = torch.randn(n, n, device=device.kind).to(getattr(torch, dtype))
         out = torch.empty_like(x)
         seconds = _best_seconds(device, partial(torch.mm, x, x, out=out))
         rate = max(rate, 2 * n**3 / seconds)
@@ -101,21 +126,31 @@ def _matrix_rate(device: DeviceProfile, dtype: str) -> float:
 
 
 def _launch_seconds(device: DeviceProfile) -> float:
-    """Of the smallest operator that torch gives to all cores."""
+    """Of the smallest operator that torch gives to all cores; on a GPU of one in a CUDA graph."""
     buffer = torch.zeros(1 << 16, device=device.kind)
+    if device.kind == "cuda":  # not by `zero_`, which is no kernel there
+        graph = captured(lambda: [buffer[:32].add_(1.0) for _ in range(LAUNCHES)])
+        return _best_seconds(device, graph.replay) / LAUNCHES
     seconds = _best_seconds(device, buffer.zero_)
     return seconds if seconds < BUSY_SECONDS else device.launch_seconds
 
 
 def _best_seconds(device: DeviceProfile, call: Callable[[], object]) -> float:
-    finish = torch.cuda.synchronize if device.kind == "cuda" else lambda: None
+    return min(_seconds(device, call))
+
+
+def _seconds(device: DeviceProfile, call: Callable[[], object]) -> list[float]:
+    """Of each round, for so long as one rate may take."""
+    once = _by_host if device.kind == "cpu" else Events()
     call()
-    best, rounds, started = float("inf"), 0, time.perf_counter()
-    while rounds < FEWEST_ROUNDS or time.perf_counter() - started < SECONDS:
-        finish()
-        begin = time.perf_counter()
-        call()
-        finish()
-        best = min(best, time.perf_counter() - begin)
-        rounds += 1
-    return best
+    rounds: list[float] = []
+    started = time.perf_counter()
+    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() - started < SECONDS:
+        rounds.append(once(call))
+    return rounds
+
+
+def _by_host(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin

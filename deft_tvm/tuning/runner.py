@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -56,10 +59,12 @@ class Runner(Protocol):
 
 
 class WorkerRunner:
-    """A runner on a process that compiles and one that times, which may be the same.
+    """A runner on processes that compile and one that times, which may be the same.
+
+    Only one request is timed at a time, and as many candidates are compiled as there are builders.
 
     Args:
-        builder: answers `Build`.
+        builders: answer `Build`.
         timer: answers `Time`, and reads what the builder wrote.
         directory: theirs, for libraries; empty: they have one of their own.
         died: status of a candidate during which a process ended; by default an error of what was
@@ -68,11 +73,11 @@ class WorkerRunner:
         run_limit: seconds after which checking and timing do, beyond what was asked for.
     """
 
-    name, width = "local", 1
+    name = "local"
 
     def __init__(
         self,
-        builder: Worker,
+        builders: Sequence[Worker],
         timer: Worker,
         directory: str,
         died: Status | None = None,
@@ -80,14 +85,23 @@ class WorkerRunner:
         run_limit: float = RUN_LIMIT,
     ) -> None:
         self.compile_limit, self.run_limit = compile_limit, run_limit
-        self._builder, self._timer, self._directory, self._died = builder, timer, directory, died
+        self._timer, self._directory, self._died = timer, directory, died
+        self._builders, self._free = tuple(builders), SimpleQueue[Worker]()
+        for builder in builders:
+            self._free.put(builder)
+        self._pool = ThreadPoolExecutor(len(builders), "deft-tvm-build")
+        self._changing = threading.Lock()
         self._built: dict[str, tuple[str, Outcome]] = {}
         self._libraries = 0
+
+    @property
+    def width(self) -> int:
+        return len(self._builders)
 
     def time(
         self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
     ) -> list[Outcome]:
-        built = [self._build(module, subject) for module in modules]
+        built = list(self._pool.map(lambda module: self._build(module, subject), modules))
         libraries = tuple(path for path, outcome in built if outcome.status == "ok")
         symbol = str(modules[0].get_global_vars()[0].name_hint)
         found = self._time(Time(subject, libraries, symbol, seconds, anchored))
@@ -103,31 +117,37 @@ class WorkerRunner:
         ]
 
     def close(self) -> None:
-        self._builder.close()
-        self._timer.close()
+        for worker in (*self._builders, self._timer):
+            worker.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _build(self, module: IRModule, subject: Subject) -> tuple[str, Outcome]:
         """Path of the library, and what is known so far; one that is there is not made again."""
         text, target = str(tvm.ir.save_json(module)), subject.device.target()
         key = sha256(text.encode() + msgspec.json.encode(target)).hexdigest()
-        if key in self._built:
-            return self._built[key]
-        self._libraries += 1
-        path = str(Path(self._directory, f"{self._libraries}.so"))
-        outcome = self._answered(
-            "compiling",
-            "compile",
-            lambda: self._builder.ask(Build(text, target, path), Built, self.compile_limit),
-        )
+        with self._changing:
+            if key in self._built:
+                return self._built[key]
+            self._libraries += 1
+            path = str(Path(self._directory, f"{self._libraries}.so"))
+        request, builder = Build(text, target, path), self._free.get()
+        try:
+            outcome = self._answered(
+                "compiling", "compile", lambda: builder.ask(request, Built, self.compile_limit)
+            )
+        finally:
+            self._free.put(builder)
         if isinstance(outcome, Outcome):
             return path, outcome
-        self._built[key] = path, Outcome("ok", compile_s=round(outcome.seconds, 3))
-        if len(self._built) > KEPT_LIBRARIES:
-            oldest, _ = self._built.pop(next(iter(self._built)))
-            if self._directory:  # otherwise it lies on another machine, and goes with the session
-                with suppress(OSError):
-                    os.unlink(oldest)
-        return self._built[key]
+        found = path, Outcome("ok", compile_s=round(outcome.seconds, 3))
+        with self._changing:
+            self._built[key] = found
+            oldest = next(iter(self._built)) if len(self._built) > KEPT_LIBRARIES else None
+            forgotten = None if oldest is None else self._built.pop(oldest)[0]
+        if forgotten and self._directory:  # otherwise it lies on another machine, and goes with it
+            with suppress(OSError):
+                os.unlink(forgotten)
+        return found
 
     def _time(self, request: Time) -> Sequence[Outcome] | Outcome:
         """What came of each library, or of the process that was to time them all."""
@@ -148,7 +168,8 @@ class WorkerRunner:
             text = f"{doing}: {error}"
         except WorkerDied as error:
             status, text = self._died or failed, brief(str(error))
-        self._built.clear()  # what a process has built may have gone with it
+        with self._changing:
+            self._built.clear()  # what a process has built may have gone with it
         return Outcome(status, error=text)
 
 
@@ -157,12 +178,19 @@ class LocalRunner(WorkerRunner):
 
     Args:
         compile_limit, run_limit: as in `WorkerRunner`.
+        builders: processes that compile at once. On a CPU more than one would take the cores from
+            the candidate that is being timed.
     """
 
-    def __init__(self, compile_limit: float = COMPILE_LIMIT, run_limit: float = RUN_LIMIT) -> None:
+    def __init__(
+        self,
+        compile_limit: float = COMPILE_LIMIT,
+        run_limit: float = RUN_LIMIT,
+        builders: int = 1,
+    ) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="deft-tvm-")
         super().__init__(
-            Worker("build"),
+            [Worker("build") for _ in range(builders)],
             Worker("time"),
             self._scratch.name,
             compile_limit=compile_limit,

@@ -24,6 +24,7 @@ from deft_tvm.plan import Plan, make_plan
 from deft_tvm.plan.cost import token_bytes
 from deft_tvm.plan.traffic import visible_flops
 from deft_tvm.spec import AttentionSpec, TileShape
+from deft_tvm.timing import LEAD_BYTES
 
 MERGE = "merge"
 MOST_COLD_BYTES = 256 << 20
@@ -116,7 +117,7 @@ class Launch:
 
 def cold_bytes(device: DeviceProfile) -> int:
     """To be walked before each timed call, so that caches hold nothing of the call before."""
-    return min(2 * device.l3_bytes, MOST_COLD_BYTES) if device.kind == "cpu" else 0
+    return min(2 * device.l3_bytes, MOST_COLD_BYTES) if device.kind == "cpu" else LEAD_BYTES
 
 
 def subjects(
@@ -128,7 +129,7 @@ def subjects(
         WorkloadError: there is no such workload.
     """
     name = workloads.parse(workload).name
-    plan = _plan(_case(str(spec), name), tiles, device)
+    plan = _plan(_case(str(spec), name, device.kind), tiles, device)
     kernels = [tiles[tile].name for tile, _, _ in plan.launches]
     kernels += [MERGE] if len(plan.merge_rows) else []
     return [Subject(kernel, str(spec), name, tuple(tiles), device) for kernel in kernels]
@@ -143,7 +144,7 @@ def forget_launches() -> None:
 @lru_cache(maxsize=16)
 def _launch(encoded: bytes) -> Launch:
     subject = msgspec.json.decode(encoded, type=Subject)
-    case = _case(subject.spec, subject.workload)
+    case = _case(subject.spec, subject.workload, subject.device.kind)
     plan = _plan(case, subject.tiles, subject.device)
     if subject.tile is None:
         items, (inputs, outputs) = plan.items[:0], _merge_arguments(case, plan)
@@ -156,8 +157,9 @@ def _launch(encoded: bytes) -> Launch:
 
 
 @lru_cache(maxsize=2)
-def _case(spec: str, workload: str) -> workloads.Case:
-    return workloads.tensors(workloads.parse(workload).forest, AttentionSpec.parse(spec))
+def _case(spec: str, workload: str, kind: str) -> workloads.Case:
+    forest = workloads.parse(workload).forest
+    return workloads.tensors(forest, AttentionSpec.parse(spec), device=kind)
 
 
 def _plan(case: workloads.Case, tiles: Sequence[TileShape], device: DeviceProfile) -> Plan:

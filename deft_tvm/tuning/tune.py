@@ -9,6 +9,7 @@ Everything known is in the log, so a tuning that was killed goes on where it sto
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -32,6 +33,8 @@ from deft_tvm.tuning.subject import Subject, subjects
 
 WORKLOADS = ("few_shot", "sequences", "speculative", "multi_step")
 TRIALS = 24
+TIMING_CORES = 2
+"""For the process that launches what a GPU is timed with, and for this one."""
 
 
 def tune(
@@ -60,7 +63,8 @@ def tune(
         root: folder of logs, by default ``DEFT_TVM_LOGS``, else among the user's data.
         seed: of the search.
         listener: told how it goes, from the first moment.
-        runner: where candidates are compiled and timed, by default this machine; it stays open.
+        runner: where candidates are compiled and timed, by default this machine, see
+            `local_runner`; it stays open.
 
     Raises:
         TuningError: another tuning writes the same log, or the workers cannot start.
@@ -77,7 +81,7 @@ def tune(
         kernels = kernels_of(spec, workloads, device, reading)
         budget, made = Budget(trials, minutes), 0
         if _unfinished(kernels, budget):
-            with opened(runner) as chosen:
+            with opened(runner, device) as chosen:
                 run = new_run(spec, device, chosen, workloads, budget, seed)
                 journal = Journal(log, run, kernels, budget, listener)
                 Search(journal, chosen, seed).run()
@@ -91,13 +95,19 @@ def tune(
 
 
 @contextmanager
-def opened(runner: Runner | None) -> Iterator[Runner]:
+def opened(runner: Runner | None, device: DeviceProfile) -> Iterator[Runner]:
     """The runner that was given, or one on this machine, which is closed afterwards."""
     if runner is not None:
         yield runner
         return
-    with closing(LocalRunner()) as local:
+    with closing(local_runner(device)) as local:
         yield local
+
+
+def local_runner(device: DeviceProfile) -> LocalRunner:
+    """On this machine. Where a GPU is timed, its cores compile for all they are worth."""
+    cores = os.cpu_count() or 1
+    return LocalRunner(builders=1 if device.kind == "cpu" else max(1, cores - TIMING_CORES))
 
 
 def kernels_of(

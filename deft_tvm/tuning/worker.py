@@ -18,11 +18,11 @@ import torch
 import tvm_ffi
 
 from deft_tvm import threads
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, gpu_error
 from deft_tvm.limit import probes
 from deft_tvm.manifest import installed_versions
 from deft_tvm.native import TORCH_POOL, compile_c
-from deft_tvm.timing import FEWEST_ROUNDS, measure
+from deft_tvm.timing import FEWEST_ROUNDS, Events, measure
 from deft_tvm.tuning.child import answers_alone, end_with_parent, write_line
 from deft_tvm.tuning.expected import Expected, expected
 from deft_tvm.tuning.messages import (
@@ -54,6 +54,8 @@ def main(role: str) -> None:
     write_line(answers, msgspec.json.encode(Ready()))
     for line in sys.stdin.buffer:
         answer = _answer(msgspec.json.decode(line, type=Request))
+        if error := gpu_error():
+            sys.exit(error)
         write_line(answers, msgspec.json.encode(answer))
 
 
@@ -97,7 +99,6 @@ def _time(request: Time) -> Timed:
         _expected.cache_clear()
     launch = request.subject.launch()
     device = request.subject.device
-    finish = torch.cuda.synchronize if device.kind == "cuda" else None
     outcomes: dict[str, Outcome] = {}
     calls: dict[str, Callable[[], object]] = {}
     for library in request.libraries:
@@ -115,7 +116,7 @@ def _time(request: Time) -> Timed:
         warmup=1,
         most_rounds=FEWEST_ROUNDS if request.anchored else MOST_SAMPLES,
         cold_bytes=cold_bytes(device),
-        synchronize=finish,
+        stopwatch=Events(cold_bytes(device)) if device.kind == "cuda" else None,
     )
     anchor_us = _microseconds(launch.limit.rounds(timings)) if anchors else ()
     for library in calls:

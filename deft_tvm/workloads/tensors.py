@@ -112,6 +112,7 @@ def tensors(
     contiguous: bool = False,
     max_logit: float | None = None,
     scales: Literal["head", "page"] = "page",
+    device: torch.device | str = "cpu",
 ) -> Case:
     """Normally distributed q, K and V in a cache that looks used.
 
@@ -125,10 +126,11 @@ def tensors(
         contiguous: a cache without pages, nodes back to back in the caller's order.
         max_logit: scale q so that logits reach about ± this; by default they are about ± 5.
         scales: whether 8-bit caches have a scale for each head, or each page and head.
+        device: where they are made, and then are; on another one they are other numbers.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
     pages = PageTable.contiguous(forest) if contiguous else shuffled_pages(forest, spec, seed)
-    q = torch.randn(forest.num_rows, spec.num_q_heads, spec.q_width, generator=random)
+    q = _normal(random, forest.num_rows, spec.num_q_heads, spec.q_width)
     if max_logit is not None:
         # Logits of unit-normal q and k have the deviation scale · √width, and the largest of a
         # hundred thousand are some five deviations out.
@@ -142,7 +144,7 @@ def tensors(
             values, scale = quantize(values, layout=spec.layout, by_page=by_page)
             of_buffers.append(scale)
         buffers.append(values.to(getattr(torch, buffer.dtype)))
-    sinks = torch.randn(spec.num_q_heads, generator=random) if spec.sinks else None
+    sinks = _normal(random, spec.num_q_heads) if spec.sinks else None
     q = q.to(getattr(torch, spec.dtype))
     return Case(spec, forest, pages, q, tuple(buffers), tuple(of_buffers), sinks)
 
@@ -171,6 +173,11 @@ def token_places(forest: Forest, pages: PageTable) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(page).long(), torch.from_numpy(x % pages.page_size).long()
 
 
+def _normal(random: torch.Generator, *shape: int) -> Tensor:
+    """float32, on the generator's device."""
+    return torch.randn(shape, generator=random, device=random.device)
+
+
 def _buffer(
     buffer: CacheBuffer,
     spec: AttentionSpec,
@@ -179,10 +186,10 @@ def _buffer(
     random: torch.Generator,
 ) -> Tensor:
     """float32, not yet rounded to the buffer's type."""
-    tokens = torch.randn(forest.num_tokens, buffer.heads, buffer.width, generator=random)
+    tokens = _normal(random, forest.num_tokens, buffer.heads, buffer.width)
     if pages.is_contiguous:
         return tokens
     shape = (pages.max_page + 1, spec.page_size, buffer.heads, buffer.width)
-    cache = torch.full(shape, torch.nan, dtype=tokens.dtype)
+    cache = tokens.new_full(shape, torch.nan)
     cache[token_places(forest, pages)] = tokens
     return cache.transpose(1, 2).contiguous() if spec.layout == "HND" else cache

@@ -23,7 +23,7 @@ MOST_THREADS = 2048
 REGISTERS = 65536
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "uint16": 2}
-TABLES_BYTES = 4096
+TABLES_BYTES = 16384
 """More than the tables of tokens and rows ever take beside the tiles."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from deft_tvm.kernels.numerics import storage
+from deft_tvm.kernels.partial import located_tiles
 from deft_tvm.schedules.cuda.copies import BYTES, load_tile, whole_lanes
 from deft_tvm.schedules.cuda.limits import BLOCKS, ELEMENT_BYTES, fits_staged, most_blocks
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
@@ -64,7 +65,8 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
 
     # Only copies of 16 bytes run beside the work; what is converted passes through registers.
     two = whole and fits_staged(task, 2, padding)
-    load_ahead(sch, knobs.pick("stages", (1, 2) if two else (1,), 2 if two else 1))
+    stages = knobs.pick("stages", (1, 2) if two else (1,), 2 if two else 1)
+    load_ahead(sch, stages, located_tiles(task.tile))
     _leave_room(task, sch, knobs, int(warps), 2 if two else 1, padding)
 
 

@@ -147,9 +147,7 @@ class _Registers:
             func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
         ) -> tirx.PrimFunc:
             name = str(func.attrs["global_symbol"]).removesuffix("_kernel")
-            return func.with_attr(
-                "tirx.launch_bounds_min_blocks_per_sm", self.blocks.get(name, 1)
-            )
+            return func.with_attr("tirx.launch_bounds_min_blocks_per_sm", self.blocks.get(name, 1))
 
         return bound
 

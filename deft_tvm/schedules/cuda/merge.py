@@ -13,6 +13,8 @@ from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import nearest
 
 WARPS = (1, 2, 4)
+AHEAD = (1, 4, 8)
+"""Partials whose loads wait for memory together."""
 
 
 def merge_columns(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
@@ -20,9 +22,13 @@ def merge_columns(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     if task.kernel != "merge":
         return False
     warps = knobs.pick("warps", WARPS, nearest(WARPS, task.spec.v_width // LANES))
+    ahead = knobs.pick_number("ahead", AHEAD, 8)
     keep(sch, ("largest", "sum"), "local")
     keep(sch, ("weigh",), DEALT_THREADS)
     for block in ("weigh", "write_out"):
         deal_threads(sch, block, warps)
+    for block, place in (("largest", -1), ("sum", -1), ("weigh_update", -2)):
+        partials = sch.get_loops(sch.get_sblock(block))[place]
+        sch.unroll(sch.split(partials, [None, ahead])[1])
     by_first_thread(sch, "write_lse", warps)
     return True

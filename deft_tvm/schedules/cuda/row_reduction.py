@@ -45,9 +45,7 @@ def reduce_rows(name: str, columns: int) -> str:
         x = T.match_buffer(
             x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
         )
-        result = T.match_buffer(
-            result_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1
-        )
+        result = T.match_buffer(result_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1)
         with T.sblock("root"):
             T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
             T.writes(result[0:SIDE])
@@ -67,9 +65,7 @@ def reduce_rows(name: str, columns: int) -> str:
         x = T.match_buffer(
             x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
         )
-        result = T.match_buffer(
-            result_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1
-        )
+        result = T.match_buffer(result_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1)
         with T.sblock("root"):
             T.reads(result[0:SIDE], x[0:tiles, 0:LANES, 0:HELD])
             T.writes(result[0:SIDE])

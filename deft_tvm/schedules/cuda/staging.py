@@ -32,7 +32,9 @@ from deft_tvm.schedules.cuda.copies import asynchronous
 STAGES = "deft_tvm.stages"
 AHEAD = "deft_tvm.ahead"
 LOCATE, LOAD = 1, 2
-"""Values of `AHEAD`. Locating goes on past the last tile, as barriers stand in it."""
+"""Values of `AHEAD`. Locating may go on past the last tile, where it finds no tokens."""
+LOCATED = "deft_tvm.located"
+"""Annotation of the loop over tiles: how many are located at a time, which is under a condition."""
 
 WAIT = """
 __device__ __forceinline__ void deft_wait_for_copies() {
@@ -41,9 +43,11 @@ __device__ __forceinline__ void deft_wait_for_copies() {
 """
 
 
-def load_ahead(sch: Schedule, stages: Any) -> None:
-    """Annotate the tile loop of a partial kernel."""
-    sch.annotate(sch.get_loops(sch.get_sblock("tile"))[-1], STAGES, stages)
+def load_ahead(sch: Schedule, stages: Any, located: int) -> None:
+    """Annotate the tile loop of a partial kernel that locates `located` tiles at a time."""
+    loop = sch.get_loops(sch.get_sblock("tile"))[-1]
+    sch.annotate(loop, STAGES, stages)
+    sch.annotate(loop, LOCATED, located)
     for block, value in (("locating", LOCATE), ("loading", LOAD)):
         sch.annotate(sch.get_loops(sch.get_sblock(block))[-1], AHEAD, value)
 
@@ -75,6 +79,8 @@ class _Staged:
         self.bind, *stages = list(self.block.body.seq)
         self.ahead = [stage for stage in stages if _mark(stage)]
         self.rest = [stage for stage in stages if not _mark(stage)]
+        self.located = int(loop.annotations[LOCATED])
+        self.tables = _buffers([s for s in self.ahead if _mark(s) == LOCATE], stores=True)
         self.written = _buffers(self.ahead, stores=True)
         used = _buffers(self.rest, stores=False)
         self.doubled = [buffer for buffer in self.written if _among(buffer, used)]
@@ -82,21 +88,20 @@ class _Staged:
     def statement(self) -> tirx.Stmt:
         """The loop with all that comes before it, in a block that owns the doubled buffers."""
         loop, step = self.loop, self.loop.loop_var
-        zero, one, two = (tirx.IntImm("int32", value) for value in (0, 1, 2))
+        zero, one = (tirx.IntImm("int32", value) for value in (0, 1))
         wait = tirx.Evaluate(T.cuda.func_call("deft_wait_for_copies", source_code=WAIT))
-        following = self._fetch(tirx.min(step + one, loop.extent - one), step + one < loop.extent)
-        rest = [self._at(stage, tirx.floormod(step, two)) for stage in self.rest]
-        body = tirx.SeqStmt(
-            [wait, *self._half(following, tirx.floormod(step + one, two)), self.bind, *rest]
-        )
+        following = self._fetch(step + one, step + one < loop.extent)
+        rest = [self._at(stage, step) for stage in self.rest]
+        body = tirx.SeqStmt([wait, *following, self.bind, *rest])
         realize = SBlockRealize(
             loop.body.iter_values,
             loop.body.predicate,
             with_allocations(self.block, body, list(self.block.alloc_buffers)),
         )
         inner = tirx.For(step, loop.min, loop.extent, loop.kind, realize, loop.thread_binding, {})
-        first = self._half(self._fetch(zero, None), zero)
-        whole = SBlock([], [], [], "staged", tirx.SeqStmt([*first, inner]), None, [], [], {})
+        whole = SBlock(
+            [], [], [], "staged", tirx.SeqStmt([*self._fetch(zero, None), inner]), None, [], [], {}
+        )
         return SBlockRealize([], True, lift(whole, lambda b: _among(b, self.written)))
 
     def _fetch(self, tile: Any, condition: Any) -> list[tirx.Stmt]:
@@ -106,6 +111,7 @@ class _Staged:
         fetched: list[tirx.Stmt] = [tirx.Bind(begin, value)]
         for stage in self.ahead:
             moved = _substitute(stage, self.bind.var, begin)
+            moved = self._at(_substitute(moved, self.loop.loop_var, tile), tile)
             if _mark(stage) == LOAD:
                 moved = asynchronous(moved)
                 if condition is not None:
@@ -113,14 +119,17 @@ class _Staged:
             fetched.append(moved)
         return fetched
 
-    def _half(self, statements: list[tirx.Stmt], stage: Any) -> list[tirx.Stmt]:
-        return [self._at(statement, stage) for statement in statements]
+    def _half(self, buffer: Any, tile: Any) -> Any:
+        """In which half of a doubled buffer tile number `tile` is."""
+        if _among(buffer, self.tables):
+            tile = tirx.floordiv(tile, tirx.IntImm("int32", self.located))
+        return tirx.floormod(tile, tirx.IntImm("int32", 2))
 
-    def _at(self, statement: tirx.Stmt, stage: Any) -> tirx.Stmt:
-        """`statement` in half `stage` of the doubled buffers."""
+    def _at(self, statement: tirx.Stmt, tile: Any) -> tirx.Stmt:
+        """`statement` on the doubled buffers' halves for tile number `tile`."""
 
         def shifted(buffer: Any, indices: Any) -> list[Any]:
-            return [indices[0] + stage * buffer.ty.shape[0], *indices[1:]]
+            return [indices[0] + self._half(buffer, tile) * buffer.ty.shape[0], *indices[1:]]
 
         def store(node: Any) -> Any:
             if not self._is_doubled(node.buffer):
@@ -138,7 +147,7 @@ class _Staged:
                 return call
             kind, data, offset, *others = call.args
             half = buffer.offset_of([buffer.ty.shape[0], *[0] * (len(buffer.ty.shape) - 1)])[0]
-            arguments = (kind, data, offset + stage * half, *others)
+            arguments = (kind, data, offset + self._half(buffer, tile) * half, *others)
             return tirx.call_intrin("handle", "tirx.tvm_access_ptr", *arguments)
 
         uses = [(tirx.BufferStore, store), (TensorLoad, load), (Call, pointer)]
@@ -153,6 +162,8 @@ def _among(buffer: Any, buffers: list[Any]) -> bool:
 
 
 def _mark(stage: tirx.Stmt) -> int:
+    if isinstance(stage, tirx.IfThenElse):
+        return _mark(stage.then_case)
     return int(stage.annotations.get(AHEAD, 0)) if isinstance(stage, tirx.For) else 0
 
 

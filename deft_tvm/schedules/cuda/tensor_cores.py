@@ -132,9 +132,7 @@ def _default_shares(task: KernelTask, possible: list[int]) -> int:
     assert task.tile is not None
     rows = task.tile.lane_rows // SIDE
     wanted = 4 if rows == 1 else 8
-    good = (
-        n for n in possible if rows * n >= wanted and task.spec.v_width // n <= GOOD_WIDTH
-    )
+    good = (n for n in possible if rows * n >= wanted and task.spec.v_width // n <= GOOD_WIDTH)
     return next(good, possible[-1])
 
 

@@ -45,6 +45,7 @@ static inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+static inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 static inline float __half2float(half value) { return value; }
 static inline half __float2half_rn(float value) { return half(value); }
 
