@@ -26,6 +26,8 @@ CUDA = DeviceProfile.nominal()
 
 # A shared root, a branch with causal rows under it and one with a child; 97 tokens.
 BRANCHES = Forest.from_parents([-1, 0, 0, 1], [70, 13, 5, 9], [0, 3, 1, 2])
+# More tokens than a kernel locates at a time, twice.
+LONG = Forest.from_parents([-1, 0], [601, 21], [2, 3])
 # A draft tree under a context: one token and one row a node.
 DRAFT = Forest.from_parents([-1, 0, 0, 1, 1, 2, 3], [21, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1])
 # Rows of the last 36 of 40 tokens: whole tiles that early rows do not see.

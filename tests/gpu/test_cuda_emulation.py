@@ -18,6 +18,7 @@ from problems import (
     CAUSAL,
     DRAFT,
     EMPTY,
+    LONG,
     Problem,
     check,
     make_problem,
@@ -113,6 +114,14 @@ CASES = {
         (4, 16, "float32"),
         EMPTY,
         "node",
+    ),
+    "scalar, long": (gqa(4, 2, 64, "float32"), (4, 16, "float32"), LONG, "flatten"),
+    "tensor cores, long": (gqa(4, 1, 64, "bfloat16"), (16, 32, "bfloat16"), LONG, "node"),
+    "tensor cores, long window": (
+        gqa(4, 1, 64, "float16", window=300),
+        (32, 16, "float16"),
+        LONG,
+        "packed",
     ),
     "empty": (gqa(4, 2, 64, "float16"), (16, 16, "float16"), EMPTY, "node"),
 }

@@ -12,6 +12,7 @@ from problems import (
     BRANCHES,
     CAUSAL,
     DRAFT,
+    LONG,
     check,
     cuda_of,
     make_problem,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is miss
 
 SAMPLES = 2  # of each variant
 TRIES = 20
-FORESTS = {"branches": BRANCHES, "draft": DRAFT, "causal": CAUSAL}
+FORESTS = {"branches": BRANCHES, "draft": DRAFT, "causal": CAUSAL, "long": LONG}
 GROUPINGS = ("node", "packed", "flatten")
 
 VARIANTS = {
