@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
-from built import SMALL, artifact
 
 from deft_tvm import gpu_check
 from deft_tvm.cli import main
 from deft_tvm.errors import InputError
-from deft_tvm.gpu_check import STAGES, Record, Stage, chosen, exact, run
+from deft_tvm.gpu_check import STAGES, Record, Stage, chosen, run
 
 WORKS = "print('found it'); print(sys.argv[1:])"
 FAILS = "print('so far'); sys.exit(3)"
@@ -62,6 +60,20 @@ def test_a_stage_that_takes_too_long_is_stopped_and_leaves_what_it_had(
     assert (tmp_path / "out/toy.txt").read_text() == "so far\n"
 
 
+def test_a_stage_that_resumes_is_told_where_and_keeps_what_it_printed(
+    stage, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(stage(FAILS), out, "cpu", 60)
+    going_on = stage(WORKS)._replace(resumes=True)
+    found = run(going_on, out, "cpu", 60)
+    more = ["--out", str(out), "--minutes", "0.950"]
+    assert found.command == ["-m", "toy", "--device", "cpu", *more]
+    assert (out / "toy.txt").read_text().startswith("so far\nfound it\n")
+    assert run(going_on, out, "cpu", 60, again=True).command[-1] == "--again"
+    assert not (out / "toy.txt").read_text().startswith("so far")
+
+
 def test_a_damaged_record_counts_as_none(stage, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(stage(WORKS), out, "cpu", 60)
@@ -87,6 +99,14 @@ def test_the_command_runs_stages_and_ends_with_1_where_one_failed(
             main(["gpu-check", *names, "--device", "cpu", "--out", str(tmp_path / "out")])
         assert ended.value.code == code
     printed = capsys.readouterr().out
+    more = ["good", "--option=--more=1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["gpu-check", *more])
+    assert json.loads((tmp_path / "out/good.json").read_text())["command"][-1] == "--more=1"
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu-check", "bad", *more])
+    assert ended.value.code == 2
+    assert "expected one stage" in capsys.readouterr().err
     assert "good" in printed and "failed" in printed
     assert json.loads((tmp_path / "out/bad.json").read_text())["status"] == "failed"
 
@@ -98,16 +118,3 @@ def test_a_device_that_is_not_there_is_refused(device: str, capsys, monkeypatch)
         main(["gpu-check", "--device", device])
     assert ended.value.code == 2
     assert f"device is '{device}'" in capsys.readouterr().err
-
-
-def test_exactness_is_told_line_by_line(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEFT_TVM_MODULE_PATH", str(artifact(SMALL).parent))
-    monkeypatch.setattr(sys, "argv", ["exact", "--device", "cpu"])
-    workloads = ["few_shot:prompt=20,branches=3,tokens=5", "no_such_workload"]
-    with pytest.raises(SystemExit) as ended:
-        exact.main([str(SMALL)], workloads)
-    assert ended.value.code == 1
-    first, second, *_, last = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"exact {SMALL} few_shot") and "out_error" in first
-    assert second.startswith(f"WRONG {SMALL} no_such_workload")
-    assert last == "1 of 2 are not exact"

@@ -51,7 +51,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--peers", help="with commas between; by default all but flex")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, at the end")
     parser.add_argument("--no-groupings", action="store_true", help="leave out DeFT's groupings")
-    parser.add_argument("--peer-seconds", type=float, default=100.0, help="for one peer in a cell")
+    parser.add_argument("--peer-seconds", type=float, default=150.0, help="for one peer in a cell")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,16 +17,26 @@ from deft_tvm.bench.core import Cell
 from deft_tvm.bench.step import running
 from deft_tvm.check import judge
 from deft_tvm.device import DeviceProfile, gpu_error
-from deft_tvm.gpu_check.rotation import Call, count_of, host_seconds, launched, rotated, seconds_of
+from deft_tvm.gpu_check.rotation import (
+    Call,
+    cold_seconds,
+    count_of,
+    host_seconds,
+    launched,
+    rotated,
+    seconds_of,
+)
 from deft_tvm.gpu_check.speeds import Beside, Ours, difference, verdict
 from deft_tvm.limit import Limit
-from deft_tvm.peers import PEERS, Gathered
+from deft_tvm.peers import PEERS, Gathered, Peer
 from deft_tvm.pytorch import TreeAttention
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import Case, tensors
 
 LONGEST_CALL = 0.2
 """Seconds of one call beyond which a peer is not timed."""
+COPYING_SECONDS = 4.0
+"""For a peer's copies, some of which search for their best setting each."""
 FREE_PART = 0.6
 """Of the free memory that a peer's copies may take."""
 
@@ -86,6 +97,10 @@ class Measuring:
     def peer(self, name: str, bound: float) -> Beside:
         """A peer, compared with ours once.
 
+        Its call may have a method ``over_a_copy``: the same call over KV of its own. Otherwise it
+        is made anew for each copy of the case; where that takes too much time or memory, caches
+        are emptied before each call instead.
+
         Args:
             name: in `PEERS`.
             bound: how far ours may be from what is right.
@@ -105,10 +120,18 @@ class Measuring:
         seconds = host_seconds(first, 2)
         if seconds > LONGEST_CALL:
             return beside(failed=f"one call takes {seconds:.2f} s")
-        count = self._affordable(self._memory() - before)
-        calls = [first, *(peer.make(self.gathered(number)) for number in range(1, count))]
+        calls = self._copies(first, peer, self._affordable(self._memory() - before))
         times, in_graph = self._timed(calls)
-        return beside(seconds=times, copies=count, in_graph=in_graph)
+        return beside(seconds=times, copies=len(calls), in_graph=in_graph)
+
+    def _copies(self, first: Call, peer: Peer, count: int) -> list[Call]:
+        """The call and others over KV of their own, as many as there is time for."""
+        over_a_copy = getattr(first, "over_a_copy", None)
+        calls, end = [first], time.monotonic() + COPYING_SECONDS
+        while len(calls) < count and time.monotonic() < end:
+            other = peer.make(self.gathered(len(calls))) if over_a_copy is None else over_a_copy()
+            calls.append(other)
+        return calls
 
     def gathered(self, number: int) -> Gathered:
         """Of one of the cases; all peers share it."""
@@ -117,9 +140,10 @@ class Measuring:
         return self._gathered[number]
 
     def _timed(self, calls: list[Call]) -> tuple[tuple[float, ...], bool]:
-        """Seconds of a call, and whether all of them were one graph."""
+        """Seconds of a call, and whether in a graph; of the first one where some are missing."""
+        missing = len(calls) < len(self.cases) and self.kind == "cuda"
         try:
-            return seconds_of(calls, self.kind), True
+            return cold_seconds(calls[0]) if missing else seconds_of(calls, self.kind), True
         except Exception:
             if self.kind == "cpu" or gpu_error():
                 raise

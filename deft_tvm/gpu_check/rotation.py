@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.limit import Limit
-from deft_tvm.timing import captured
+from deft_tvm.timing import Events, captured
 from deft_tvm.workloads import Case
 
 MOST_COPIES = 24
@@ -80,6 +80,13 @@ def launched(calls: Sequence[Call]) -> tuple[float, ...]:
     once()
     (first,) = _events(once, 1)
     return tuple(seconds / len(calls) for seconds in _events(once, _rounds(first)))
+
+
+def cold_seconds(call: Call) -> tuple[float, ...]:
+    """Of a CUDA graph of one call, with the caches emptied before each replay."""
+    graph, events = captured(call), Events()
+    events(graph.replay)
+    return tuple(events(graph.replay) for _ in range(2 * FEWEST_REPLAYS))
 
 
 def _rounds(seconds: float) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -45,8 +46,16 @@ class Record(msgspec.Struct, frozen=True):
     began: str
 
 
-def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = False) -> Record:
-    """Run a stage, unless it has been ok already.
+def run(
+    stage: Stage,
+    out: Path,
+    device: str,
+    seconds: float,
+    *,
+    again: bool = False,
+    options: Sequence[str] = (),
+) -> Record:
+    """Run a stage, unless it has been ok already and has no options of its own.
 
     Args:
         stage: which.
@@ -54,15 +63,17 @@ def run(stage: Stage, out: Path, device: str, seconds: float, *, again: bool = F
         device: ``cuda`` or ``cpu``.
         seconds: after which it is stopped, with all its processes; what it printed is kept.
         again: run it whatever it has been, and from its beginning.
+        options: of the stage's module.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{stage.name}.json"
-    if not again and (known := _read(file)) is not None and known.status == "ok":
+    if not (again or options) and (known := _read(file)) is not None and known.status == "ok":
         return known
     command = ["-m", stage.module, "--device", device]
     if stage.resumes:
         command += ["--out", str(out), "--minutes", f"{OWN_SHARE * seconds / 60:.3f}"]
         command += ["--again"] if again else []
+    command += options
     began, clock = datetime.now(timezone.utc), time.monotonic()
     goes_on = stage.resumes and not again
     with open(out / f"{stage.name}.txt", "ab" if goes_on else "wb") as printed:

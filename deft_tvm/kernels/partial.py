@@ -71,8 +71,8 @@ from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, CacheBuffer, TileShape
 
 LOCATED_TOKENS = 256
-"""Tokens that a GPU's blocks locate at a time, each by a thread or two: as many memory accesses that
-wait for one another as for one tile, over several of them."""
+"""Tokens that a GPU's block locates at a time, each by a thread or two: memory is waited for as
+often as for one tile, but for several of them."""
 
 
 def located_tiles(tile: TileShape) -> int:
@@ -440,9 +440,9 @@ def partial_attention(
                                                         T.writes()
                                                         masked_logits(
                                                             X, S, S_rope, ROPED, k_scale, SCALED,
-                                                            logit, lane_begin, lane_end, position, begin(t0),
-                                                            row_positions, row_begin, lanes, G,
-                                                            WINDOW,
+                                                            logit, lane_begin, lane_end, position,
+                                                            begin(t0), row_positions, row_begin,
+                                                            lanes, G, WINDOW,
                                                         )  # fmt: skip
                                     for _ in T.serial(1):
                                         with T.sblock("softmax"):

@@ -29,7 +29,7 @@ def flex(gathered: Gathered) -> Call:
 
     spec, q = gathered.case.spec, gathered.folded.unsqueeze(0)
     k, v = gathered.k.unsqueeze(0), gathered.v.unsqueeze(0)
-    table = gathered.seen.repeat_interleave(spec.group, 0)
+    table = gathered.seen.repeat_interleave(spec.group, 0).to(q.device)
     lanes, tokens = table.shape
 
     def seen(_batch: Tensor, _head: Tensor, lane: Tensor, token: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Gathered:
             forest.rows.tolist(),
             forest.bidirectional.astype(bool).tolist(),
             spec.window,
-        ).to(case.q.device)
+        )
         tokens = [
             _by_token(case, buffer if scale is None else _wide(case, buffer, scale))
             for buffer, scale in zip(case.buffers, case.scale_of, strict=True)
@@ -87,8 +87,7 @@ class Gathered:
         """int64[rows], the caller's number of each row in depth-first order; None where every row
         has the same number in both."""
         order = torch.from_numpy(self.case.forest.row_order.copy()).long()
-        same = torch.equal(order, torch.arange(len(order)))
-        return None if same else order.to(self.q.device)
+        return None if torch.equal(order, torch.arange(len(order))) else order
 
     def depth_first(self, x: Tensor) -> Tensor:
         """[rows, ...] in depth-first order, of the caller's order."""

@@ -79,7 +79,7 @@ class Batch:
         if self.seen is None:
             return None
         unseen = ~self.seen.repeat_interleave(group, 1).unsqueeze(1)
-        return unseen.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+        return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
 
 
 def by_tree(gathered: Gathered) -> list[Piece]:
@@ -116,7 +116,7 @@ def by_level(gathered: Gathered) -> list[Piece]:
 
     def add(nodes: Sequence[int], begin: int, end: int) -> None:
         chosen = np.asarray(nodes, np.int64)
-        wanted = seen.new_zeros(seen.shape[1])
+        wanted = torch.zeros(seen.shape[1], dtype=torch.bool)
         wanted[torch.from_numpy(consecutive(first_token[chosen], forest.lengths[chosen]))] = True
         for piece in _piece(seen, begin, end, wanted, int(depth[begin])):
             pieces.append(piece)
@@ -221,7 +221,7 @@ def _batch(seen: Tensor, pieces: Sequence[Piece]) -> Batch:
     first = pieces[0]
     rows, most = first.end - first.begin, max(len(p.tokens) for p in pieces)
     tokens = first.tokens.new_zeros(len(pieces), most)
-    visible = seen.new_zeros(len(pieces), rows, most)
+    visible = torch.zeros(len(pieces), rows, most, dtype=torch.bool)
     for i, piece in enumerate(pieces):
         tokens[i, : len(piece.tokens)] = piece.tokens
         visible[i, :, : len(piece.tokens)] = seen[piece.begin : piece.end, piece.tokens]

@@ -38,10 +38,11 @@ def masked(gathered: Gathered) -> Call:
     ``enable_gqa`` wherever it was measured.
     """
     spec, q = gathered.case.spec, gathered.folded
-    calls = [
-        (batch.lanes(q, spec.group), *gathered.read(batch.tokens), batch.bias(spec.group, q.dtype))
-        for batch in batches(gathered, by_tree(gathered))
-    ]
+    calls = []
+    for batch in batches(gathered, by_tree(gathered)):
+        bias = batch.bias(spec.group, q.dtype)
+        here = None if bias is None else bias.to(q.device)
+        calls.append((batch.lanes(q, spec.group), *gathered.read(batch.tokens), here))
     return lambda: [
         F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=spec.scale)
         for q, k, v, bias in calls

@@ -84,6 +84,8 @@ class TreeAttention:
         directory = None if module is None else self.artifact.directory
         self._key = make_key(spec, self.artifact.tiles, directory)
         self._loaded = remember(self._key, kind, self.artifact)
+        # Outside of any program: before Python 3.12 it takes a lock, which Dynamo cannot trace.
+        _ = spec.scaled
 
     def __repr__(self) -> str:
         return f"TreeAttention({str(self.spec)!r}, {str(self.device)!r}, plan={self.last_plan})"

@@ -13,7 +13,7 @@ from typing import Any
 import tvm_ffi
 from tvm import tirx, transform
 from tvm.ir import TensorLoad, Var
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import FP8_BITS, storage
@@ -24,6 +24,8 @@ BYTES = 16
 COPY = "deft_tvm.copy"
 """Annotation of a loop over 16 bytes of a cache row, with one of these values."""
 NOW, LATER = 1, 2
+LOOK_UP = "deft_tvm.look_up"
+"""Annotation of the loop over a thread's copies: where all rows lie is read before the first."""
 
 CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
@@ -101,9 +103,10 @@ def whole_lanes(source: str, operand: str, width: int) -> int:
 def load_tile(sch: Schedule, block: str, warps: Any, lanes: int) -> None:
     """All threads load the block's two-dimensional tile, `lanes` elements at a time."""
     fused = sch.fuse(*sch.get_loops(sch.get_sblock(block))[-2:])
-    _, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes])
+    rounds, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes])
     bind_threads(sch, warp, lane)
     if lanes > 1:
+        sch.annotate(rounds, LOOK_UP, 1)
         sch.annotate(piece, COPY, NOW)
 
 
@@ -125,7 +128,71 @@ def copy_whole_vectors(
     func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
 ) -> tirx.PrimFunc:
     """Put device functions where loops are annotated with `COPY`."""
-    return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.For, _copy)], order="post"))
+    body = tvm_ffi.structural_map(func.body, [(tirx.For, _copy)], order="post")
+    return func.with_body(tvm_ffi.structural_map(body, [(tirx.For, _looked_up)], order="post"))
+
+
+def _looked_up(loop: tirx.For) -> tirx.Stmt:
+    """A loop over copies with what it reads of shared tables read before, into registers.
+
+    Else each copy waits for a table that, as far as ptxas knows, the copy before may have changed.
+    """
+    if LOOK_UP not in loop.annotations or _has_guard(loop):
+        return loop
+    loads: list[Any] = []
+
+    def note(load: Any) -> None:
+        is_table = load.source.scope().startswith("shared") and load.source.ty.dtype == "int32"
+        if is_table and not any(tvm_ffi.structural_equal(load, other) for other in loads):
+            loads.append(load)
+
+    tvm_ffi.structural_walk(loop.body, [(TensorLoad, note)])
+    if not loads:
+        return loop
+    count = int(loop.extent)
+    held = [
+        tirx.decl_buffer([count], "int32", f"{load.source.name}_held", scope="local")
+        for load in loads
+    ]
+
+    def place(load: Any) -> Any:
+        for known, register in zip(loads, held, strict=True):
+            if tvm_ffi.structural_equal(load, known):
+                return tirx.BufferLoad(register, [loop.loop_var])
+        return load
+
+    reads = [
+        tirx.BufferStore(register, load, [loop.loop_var])
+        for load, register in zip(loads, held, strict=True)
+    ]
+    copies = tvm_ffi.structural_map(loop.body, [(TensorLoad, place)], order="post")
+    body = tirx.SeqStmt([_unrolled(loop, tirx.SeqStmt(reads)), _unrolled(loop, copies)])
+    block = SBlock([], [], [], "looked_up", body, None, held, [], {})
+    return SBlockRealize([], True, block)
+
+
+def _has_guard(loop: tirx.For) -> bool:
+    """Whether some of its iterations may be left out, whose table entries may not be there."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(loop.body, [(tirx.IfThenElse, found.append)])
+    tvm_ffi.structural_walk(
+        loop.body,
+        [(SBlockRealize, lambda r: None if _is_true(r.predicate) else found.append(r))],
+    )
+    return bool(found)
+
+
+def _is_true(predicate: Any) -> bool:
+    return isinstance(predicate, tirx.IntImm) and bool(int(predicate))
+
+
+def _unrolled(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
+    """A loop with an index of its own."""
+    index = Var(loop.loop_var.name, "int32")
+    moved = tvm_ffi.structural_map(
+        body, [(Var, lambda var: index if var.same_as(loop.loop_var) else var)]
+    )
+    return tirx.For(index, loop.min, loop.extent, tirx.ForKind.UNROLLED, moved)
 
 
 def _copy(loop: tirx.For) -> tirx.Stmt:

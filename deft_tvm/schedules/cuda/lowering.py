@@ -12,6 +12,7 @@ from typing import Any
 import tvm_ffi
 from tvm import DataType, IRModule, s_tir, tirx, transform
 from tvm import compile as tvm_compile
+from tvm.ir import Var
 from tvm.target import Target
 from tvm.tirx.compilation_pipeline import (
     finalize_device_passes,
@@ -22,7 +23,7 @@ from tvm.tirx.compilation_pipeline import (
 from deft_tvm.errors import PlanError
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
-from deft_tvm.schedules.cuda.limits import BLOCKS, shared_limit
+from deft_tvm.schedules.cuda.limits import BLOCKS, LEAST_SHARED_BYTES, shared_limit
 from deft_tvm.schedules.cuda.repeats import repeat_iterations
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
@@ -85,16 +86,21 @@ def shared_bytes(module: IRModule, arch: str) -> int:
 
 
 def _shared_bytes(body: tirx.Stmt) -> int:
-    sizes = [0]
+    return sum(size for _, size in _shared_sizes(body))
+
+
+def _shared_sizes(body: tirx.Stmt) -> list[tuple[Any, int]]:
+    """The buffers in shared memory, and the bytes of each."""
+    sizes: list[tuple[Any, int]] = []
 
     def look(allocation: Any) -> None:
         buffer = allocation.buffer
         if buffer.scope().startswith("shared"):
             elements = math.prod(int(extent) for extent in buffer.ty.shape)
-            sizes.append(elements * DataType(str(buffer.ty.dtype)).itemsize)
+            sizes.append((buffer, elements * DataType(str(buffer.ty.dtype)).itemsize))
 
     tvm_ffi.structural_walk(body, [(tirx.AllocBuffer, look)])
-    return sum(sizes)
+    return sizes
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.CheckSharedMemory")
@@ -110,6 +116,31 @@ def _check_shared_memory(
             f"{limit} on {target['arch']}: give its tile class a smaller kv_tile or lane_rows"
         )
     return func
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.AskForSharedMemory")
+def _ask_for_shared_memory(
+    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """Let dynamic shared memory alone be more than what every kernel may have, if all of it is.
+
+    TVM asks CUDA for more by the dynamic part alone: with a static one beside, a kernel may need
+    more without a word, and is not launched (``CUDA_ERROR_INVALID_VALUE``; H200, 2026-11-27).
+    """
+    sizes = _shared_sizes(func.body)
+    dynamic = sum(size for buffer, size in sizes if buffer.scope() == "shared.dyn")
+    total = sum(size for _, size in sizes)
+    if not dynamic or not dynamic <= LEAST_SHARED_BYTES < total:
+        return func
+    (old,) = (buffer for buffer, _ in sizes if buffer.scope() == "shared.dyn")
+    element = DataType(str(old.ty.dtype)).itemsize
+    wide = tirx.decl_buffer(
+        [LEAST_SHARED_BYTES // element + 16], old.ty.dtype, old.name, scope="shared.dyn"
+    )
+    body = tvm_ffi.structural_map(
+        func.body, [(Var, lambda var: wide if var.same_as(old) else var)], order="post"
+    )
+    return func.with_body(body)
 
 
 class _Registers:
@@ -195,6 +226,7 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
         registers.note(),
         *_threaded(),
         _check_shared_memory,
+        _ask_for_shared_memory,
         tirx.transform.SplitHostDevice(),
         tirx.transform.MakePackedAPI(),
         tirx.transform.BF16StorageLegalize(),

@@ -82,8 +82,8 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), of_columns)
 
-    for block, depth in products.items():
-        _product(sch, block, tile.operand, shares, True, depth)
+    for block, width in products.items():
+        _product(sch, block, tile.operand, shares, True, width)
     depth = None if shares == 1 else tile.kv_tile
     fold = _product(sch, "accumulate", tile.operand, shares, False, depth)
     _fold_at(sch, fold, of_columns)
@@ -128,7 +128,7 @@ def _possible_shares(task: KernelTask) -> list[int]:
 
 
 def _default_shares(task: KernelTask, possible: list[int]) -> int:
-    """The fewest that give each scheduler of a multiprocessor a warp, with room for another block."""
+    """The fewest that give each scheduler of a multiprocessor a warp, beside another block."""
     assert task.tile is not None
     rows = task.tile.lane_rows // SIDE
     wanted = 4 if rows == 1 else 8
