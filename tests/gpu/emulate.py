@@ -1,4 +1,4 @@
-"""Generated CUDA run on the CPU: the source is compiled as C++20 with ``emulation/emulate.h``."""
+"""Generated CUDA run on the CPU: the source is compiled as C++17 with ``emulation/emulate.h``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
@@ -21,7 +21,7 @@ from ptx import without_inline_ptx
 
 HEADERS = Path(__file__).parent / "emulation"
 FLAGS = (
-    "-std=c++20",
+    "-std=c++17",
     "-fno-strict-aliasing",
     "-march=native",
     "-w",
@@ -46,8 +46,8 @@ WAITING_FUNCTION = re.compile(
 WAIT_CALL = re.compile(r"\bptx_cp_async_wait_(group|all)\(")
 ARRAY_OF_SHARED = re.compile(r"__shared__ (alignas\(\d+\))")
 LAUNCH = """
-extern "C" const char* launch(int blocks, int reversed, int skipped{declarations}) {{
-  skipped_statement = skipped;
+extern "C" const char* launch(int blocks, int reversed, long skipped{declarations}) {{
+  skipped_statements = skipped;
   return run_blocks(blocks, {threads}, reversed, [=] {{
     forget_copies();
     {symbol}_kernel({names});
@@ -75,7 +75,7 @@ UNSEEN static uint64_t digest(const std::vector<char>& bytes) {{
   return found;
 }}
 int main(int count, char** words) {{
-  const char* failure = launch({blocks}, atoi(words[1]), atoi(words[2]){arguments});
+  const char* failure = launch({blocks}, atoi(words[1]), atol(words[2]){arguments});
   for (const auto& bytes : loaded) printf("%016lx", digest(bytes));
   printf(" %s", failure ? failure : "");
 }}
@@ -140,7 +140,7 @@ class Kernel:
         blocks: int,
         arguments: Arguments,
         last_first: bool = False,
-        skipped: int | None = None,
+        skipped: Collection[int] = (),
     ) -> None:
         """Compile and run `blocks` blocks in this process; arguments are found by name.
 
@@ -149,14 +149,15 @@ class Kernel:
             blocks: how many there are.
             arguments: tensors and sizes; results are written in place.
             last_first: threads of high numbers run first, up to the next barrier.
-            skipped: the barrier of this number is not there, or after them all a wait.
+            skipped: numbers of barriers that are not there, or after them all of waits.
 
         Raises:
             EmulationError: threads that cannot go on, a misaligned copy.
         """
         values = [_value(parameter, arguments) for parameter in self.parameters]
         library = _library(_compiled(folder, self.cpp, RUN_FLAGS))
-        failure = library.launch(blocks, *_options(last_first, skipped), *values)
+        options = map(ctypes.c_int64, _options(last_first, skipped))
+        failure = library.launch(blocks, *options, *values)
         if failure:
             raise EmulationError(failure.decode())
 
@@ -166,7 +167,7 @@ class Kernel:
         blocks: int,
         arguments: Arguments,
         last_first: bool = False,
-        skipped: int | None = None,
+        skipped: Collection[int] = (),
         watched: bool = True,
     ) -> Outcome:
         """The same run in a process of its own, `watched` by ThreadSanitizer."""
@@ -206,6 +207,7 @@ def translate(source: str, symbol: str) -> Kernel:
     kernel, barriers = _skippable(kernel, r"__syncthreads\(\);", 0)
     waiting = "|".join(WAITING_FUNCTION.findall(functions)) or "(?!)"
     kernel, waits = _skippable(kernel, rf"\b(?:{waiting})\([^;]*\);", barriers)
+    assert barriers + waits < 64, "as many as skipped_statements has bits"
     text = without_inline_ptx(functions + kernel)
     return Kernel(parameters, f'#include "emulate.h"\n{text}{launch}', barriers, waits)
 
@@ -236,14 +238,16 @@ def _runs(command: list[Any]) -> bool:
 def _skippable(text: str, statement: str, first: int) -> tuple[str, int]:
     """`text` where each such statement can be skipped by its number, and how many there are."""
     numbers = count(first)
-    return re.subn(
-        statement, lambda found: f"if (skipped_statement != {next(numbers)}) {found[0]}", text
-    )
+
+    def skippable(found: re.Match[str]) -> str:
+        return f"if (!(skipped_statements >> {next(numbers)} & 1)) {found[0]}"
+
+    return re.subn(statement, skippable, text)
 
 
-def _options(last_first: bool, skipped: int | None) -> tuple[int, int]:
+def _options(last_first: bool, skipped: Collection[int]) -> tuple[int, int]:
     """The numbers that ``launch`` takes before the kernel's arguments."""
-    return int(last_first), -1 if skipped is None else skipped
+    return int(last_first), sum(1 << number for number in skipped)
 
 
 def _parameter(text: str) -> Parameter:

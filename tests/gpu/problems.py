@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.layer import kernel_operands
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.reference import Exact
-from deft_tvm.schedules import KernelTask, schedule
+from deft_tvm.schedules import Decision, KernelTask, schedule
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tree import Forest
@@ -22,6 +23,17 @@ from deft_tvm.workloads import Case, tensors
 ARCH = "sm_90a"
 TARGET = {"kind": "cuda", "arch": ARCH}
 CUDA = DeviceProfile.nominal()
+
+# A shared root, a branch with causal rows under it and one with a child; 97 tokens.
+BRANCHES = Forest.from_parents([-1, 0, 0, 1], [70, 13, 5, 9], [0, 3, 1, 2])
+# More tokens than a kernel locates at a time, twice.
+LONG = Forest.from_parents([-1, 0], [601, 21], [2, 3])
+# A draft tree under a context: one token and one row a node.
+DRAFT = Forest.from_parents([-1, 0, 0, 1, 1, 2, 3], [21, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1])
+# Rows of the last 36 of 40 tokens: whole tiles that early rows do not see.
+CAUSAL = Forest.from_parents([-1], [40], [36])
+# A row that sees nothing, and one that only its parent's tokens.
+EMPTY = Forest.from_parents([-1, -1, 1], [0, 3, 0], [1, 0, 2])
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,8 @@ def make_problem(
     )
 
 
-def cuda_of(task: KernelTask, decision: dict[str, int] | None = {}) -> str:  # noqa: B006
-    """CUDA source of the task's scheduled kernel; `decision` None samples the space."""
+def cuda_of(task: KernelTask, decision: Decision = {}) -> str:  # noqa: B006
+    """CUDA source of the task's kernel, scheduled by default but for what `decision` names."""
     return cuda_source(compile_cuda(schedule(task, decision)[0].mod, ARCH))
 
 
@@ -116,15 +128,15 @@ def results(problem: Problem) -> dict[str, Tensor]:
     return {n: getattr(problem, n) for n in ("out", "lse", "partial_out", "partial_lse")}
 
 
-def run(problem: Problem, folder: Path, decision: dict[str, int] | None = {}) -> None:  # noqa: B006
-    """Both stages of `problem` in emulation, block after block."""
+def run(problem: Problem, folder: Path, source: Callable[[KernelTask], str] = cuda_of) -> None:
+    """Both stages of `problem` in emulation, block after block, from CUDA by `source`."""
     spec, plan = problem.case.spec, problem.plan
     for tile, begin, end in plan.launches:
-        kernel = translate(cuda_of(partial_task(spec, plan.tiles[tile]), decision), "partial")
+        kernel = translate(source(partial_task(spec, plan.tiles[tile])), "partial")
         blocks = (end - begin) * spec.num_kv_heads
         run_either_way(kernel, folder, blocks, partial_arguments(problem, begin, end), problem)
     if len(plan.merge_rows):
-        kernel = translate(cuda_of(merge_task(spec), decision), "merge")
+        kernel = translate(source(merge_task(spec)), "merge")
         blocks = len(plan.merge_rows) * spec.num_q_heads
         run_either_way(kernel, folder, blocks, merge_arguments(problem), problem)
 

@@ -14,6 +14,11 @@ import torch
 import tvm
 from emulate import FLAGS
 from problems import (
+    BRANCHES,
+    CAUSAL,
+    DRAFT,
+    EMPTY,
+    LONG,
     Problem,
     check,
     make_problem,
@@ -26,18 +31,8 @@ from deft_tvm.schedules import apply_rules, schedule
 from deft_tvm.schedules.cuda.copies import _device_function
 from deft_tvm.schedules.cuda.lowering import compile_cuda
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
-from deft_tvm.tree import Forest
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
-
-# A shared root, a branch with causal rows under it and one with a child; 97 tokens.
-BRANCHES = Forest.from_parents([-1, 0, 0, 1], [70, 13, 5, 9], [0, 3, 1, 2])
-# A draft tree under a context: one token and one row a node.
-DRAFT = Forest.from_parents([-1, 0, 0, 1, 1, 2, 3], [21, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1])
-# Rows of the last 36 of 40 tokens: whole tiles that early rows do not see.
-CAUSAL = Forest.from_parents([-1], [40], [36])
-# A row that sees nothing, and one that only its parent's tokens.
-EMPTY = Forest.from_parents([-1, -1, 1], [0, 3, 0], [1, 0, 2])
 
 
 def gqa(heads: int, kv_heads: int, width: int, dtype: str, **others: object) -> AttentionSpec:
@@ -119,6 +114,14 @@ CASES = {
         (4, 16, "float32"),
         EMPTY,
         "node",
+    ),
+    "scalar, long": (gqa(4, 2, 64, "float32"), (4, 16, "float32"), LONG, "flatten"),
+    "tensor cores, long": (gqa(4, 1, 64, "bfloat16"), (16, 32, "bfloat16"), LONG, "node"),
+    "tensor cores, long window": (
+        gqa(4, 1, 64, "float16", window=300),
+        (32, 16, "float16"),
+        LONG,
+        "packed",
     ),
     "empty": (gqa(4, 2, 64, "float16"), (16, 16, "float16"), EMPTY, "node"),
 }

@@ -1,4 +1,4 @@
-// CUDA as C++20, as far as generated kernels use it: types, and functions of one thread.
+// CUDA as C++17, as far as generated kernels use it: types, and functions of one thread.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -53,7 +53,8 @@ struct Coroutine {
 
 static Coroutine coroutines[MOST_THREADS];
 static Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
-static int thread_count, running, last_first, skipped_statement;
+static int thread_count, running, last_first;
+static long skipped_statements;  // a bit for each that can be left out, as a mistake
 static const void* body_of_block;
 static void (*call_body)();
 static char block_begins, block_ends;
