@@ -78,6 +78,19 @@ def fragments_of(width: int, shares: int = 1) -> Callable[[Any, Any], tuple[Any,
     return place
 
 
+def rows_first(width: int, shares: int) -> Callable[[Any, Any], tuple[Any, ...]]:
+    """The same elements row by row of a lane: (tile row, share, lane, which of the lane's two rows,
+    tile column, which half of it, which of two neighbours) of element (i, j)."""
+    own = width // SIDE // shares
+
+    def place(i: Any, j: Any) -> tuple[Any, ...]:
+        column = j // SIDE
+        lane, _ = fragment_of(i % SIDE, j % SIDE)
+        return i // SIDE, column // own, lane, i % SIDE // 8, column % own, j % SIDE // 8, j % 2
+
+    return place
+
+
 @cache
 def fill_zero() -> str:
     """The intrinsic that clears an accumulator."""

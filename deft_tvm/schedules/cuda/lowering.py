@@ -25,6 +25,7 @@ from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.limits import BLOCKS, LEAST_SHARED_BYTES, shared_limit
 from deft_tvm.schedules.cuda.repeats import repeat_iterations
+from deft_tvm.schedules.cuda.rows import ask_once_a_row
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
     DEALT_ROWS,
@@ -203,6 +204,7 @@ def _threaded() -> list[transform.Pass]:
         keep_own_share(FRAGMENT),
         lift_registers,
         simplify(),
+        ask_once_a_row,
         lower.LowerOpaqueBlock(),
         tirx.transform.FlattenBuffer(),
         tirx.transform.BF16ComputeLegalize(),

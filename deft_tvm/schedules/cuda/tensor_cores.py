@@ -27,11 +27,13 @@ from deft_tvm.schedules.cuda.intrinsics import (
     fragments_of,
     load_left,
     multiply,
+    rows_first,
 )
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
 from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.rounding import round_fragment, round_to_tile
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
+from deft_tvm.schedules.cuda.rows import ROWS
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import (
     LANES,
@@ -90,10 +92,12 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     _fold_at(sch, fold, of_columns)
     _round(sch, tile.operand, shares)
     for block in (*MATRIX_PASSES, *made):
-        if block == "probabilities":
+        if block in ("probabilities", "write_out"):
             continue
-        whole = block in ("init_out", "keep_out", "write_out")
+        whole = block in ("init_out", "keep_out")
         _on_fragments(sch, block, of_columns if whole else of_tokens)
+
+    _write(sch, rows_first(spec.v_width, shares))
 
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
     for block, name in ROW_REDUCTIONS.items():
@@ -212,6 +216,16 @@ def _on_fragments(sch: Schedule, name: str, place: object) -> None:
     rows, share, tiles, lane, registers = sch.get_loops(block)[-5:]
     bind_threads(sch, sch.fuse(rows, share), lane)
     unroll_all(sch, (tiles, registers))
+
+
+def _write(sch: Schedule, place: object) -> None:
+    """Write the output row by row."""
+    block = sch.get_sblock("write_out")
+    sch.transform_block_layout(block, place)
+    rows, share, lane, row, *columns = sch.get_loops(block)[-7:]
+    bind_threads(sch, sch.fuse(rows, share), lane)
+    sch.annotate(row, ROWS, 1)
+    unroll_all(sch, (row, *columns))
 
 
 def _reduce(sch: Schedule, name: str, operation: str, columns: int, shares: int) -> None:
