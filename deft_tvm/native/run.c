@@ -84,6 +84,8 @@ static int fits(const DLTensor *tensor, const Wanted *wanted, DLDevice device,
                           : right == NEEDED_OR_MORE ? size < layout[NEEDED] : size != right)
       return 0;
   }
+  /* Outputs: a GPU writes elements of 16 bits in pairs. */
+  if (wanted->whole && device.device_type != kDLCPU && (uintptr_t)data_of(tensor) % 4) return 0;
   if (wanted->whole) return is_whole(tensor);
   return !tensor->strides || tensor->strides[tensor->ndim - 1] == 1;
 }

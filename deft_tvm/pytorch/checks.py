@@ -123,6 +123,10 @@ def _refuse_number(names: Sequence[str], kv: Sequence[Tensor]) -> NoReturn:
     raise InputError(f"kv has {len(kv)} tensors; expected {len(names)}: {', '.join(names)}")
 
 
+PAIR_BYTES = 4
+"""Of two elements of 16 bits."""
+
+
 def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> None:
     """Refuse outputs that kernels cannot write to, or whose gradient would silently be lost.
 
@@ -138,6 +142,11 @@ def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> Non
             _refuse(name, tensor, dtype, expected, step.device)
         if not tensor.is_contiguous():
             raise InputError(f"{name} has strides {tensor.stride()}; expected it contiguous")
+        if not tensor.is_cpu and tensor.data_ptr() % PAIR_BYTES:
+            raise InputError(
+                f"{name} begins {tensor.data_ptr() % PAIR_BYTES} bytes after a multiple of "
+                f"{PAIR_BYTES}; expected it at one, as a GPU writes elements in pairs"
+            )
 
 
 def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor | None) -> None:

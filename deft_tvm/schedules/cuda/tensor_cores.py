@@ -225,7 +225,8 @@ def _write(sch: Schedule, place: object) -> None:
     rows, share, lane, row, *columns = sch.get_loops(block)[-7:]
     bind_threads(sch, sch.fuse(rows, share), lane)
     sch.annotate(row, ROWS, 1)
-    unroll_all(sch, (row, *columns))
+    unroll_all(sch, (row, *columns[:-1]))
+    sch.vectorize(columns[-1])
 
 
 def _reduce(sch: Schedule, name: str, operation: str, columns: int, shares: int) -> None:

@@ -65,6 +65,8 @@ VECTOR_TYPE(int, int)
 VECTOR_TYPE(uint, uint)
 VECTOR_TYPE(ushort, ushort)
 VECTOR_TYPE(int64_t, longlong)
+VECTOR_TYPE(half, half)
+VECTOR_TYPE(nv_bfloat16, nv_bfloat16)
 
 #define __global__
 #define __device__
