@@ -65,6 +65,9 @@ class CostModel:
             sequence of 65,536 tokens takes 0.98 of the time with 64 MiB in float32, 0.94 in
             bfloat16 (AMD EPYC Zen 4, 2 cores, 2026-11-21). 0: no limit, as on a GPU.
         few_rows: below so many lane rows `few_share` and `few_loading_seconds` hold.
+        blocks_at_a_time: units that a multiprocessor works on at a time, each of which counts as a
+            core; a unit of a class that leaves no room for a second one takes two.
+        shared_bytes: memory of a multiprocessor, where that is so.
         trimmed: kernels end where an item's rows do, in steps of `GRANULES`, as on a CPU.
     """
 
@@ -82,6 +85,8 @@ class CostModel:
     reach_bytes: int = 0
     trimmed: bool = False
     few_rows: int = FEW_LANE_ROWS
+    blocks_at_a_time: int = 1
+    shared_bytes: int = 0
 
     @classmethod
     def from_profile(cls, profile: DeviceProfile) -> CostModel:
@@ -94,7 +99,13 @@ class CostModel:
         )
         if profile.kind == "cpu":
             return replace(rates, **ON_CPU)
-        return replace(rates, **ON_CUDA, cores=CUDA_BLOCKS * rates.cores)
+        return replace(
+            rates,
+            **ON_CUDA,
+            cores=CUDA_BLOCKS * rates.cores,
+            blocks_at_a_time=CUDA_BLOCKS,
+            shared_bytes=profile.target()["max_shared_memory_per_block"],
+        )
 
     def granule(self, tile: TileShape) -> int:
         """Lane rows that the kernel of `tile` computes at a time."""
@@ -108,6 +119,16 @@ class CostModel:
         if tile.lane_rows < self.few_rows:
             return spec.num_kv_heads * self.few_loading_seconds
         return spec.num_kv_heads * self.loading_seconds + token_bytes(spec) / self.copy_rate
+
+    def blocks(self, spec: AttentionSpec, tile: TileShape) -> int:
+        """Units of `tile` that fit beside each other: queries, and two steps of K and V."""
+        if not self.shared_bytes:
+            return 1
+        token = sum(kv_bytes(spec).values()) // spec.num_kv_heads
+        element = DTYPE_BYTES[tile.operand]
+        used = tile.lane_rows * (spec.q_width + tile.kv_tile) * element
+        used += STAGES * tile.kv_tile * token + TABLES_BYTES
+        return min(self.blocks_at_a_time, max(1, self.shared_bytes // used))
 
     def rate(self, tile: TileShape) -> float:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
@@ -133,6 +154,10 @@ AVX512-BF16, 2026-11-21)."""
 
 CUDA_BLOCKS = 2
 """Units that a multiprocessor works on at a time: each is a block that waits most of its time."""
+
+STAGES = 2
+TABLES_BYTES = 8 << 10
+"""Of a unit beside its tiles."""
 
 ON_CUDA: dict[str, Any] = {
     "matrix_share": (("float32", 0.4), ("float16", 0.18), ("bfloat16", 0.18)),
@@ -164,6 +189,7 @@ class Prices:
         launch_seconds: one kernel launch.
         cores: units at a time.
         longest: tokens of an item that waits for memory, at the most.
+        joins: classes of a plan are joined where fewer launches pay.
     """
 
     capacity: Ints
@@ -178,6 +204,7 @@ class Prices:
     launch_seconds: float
     cores: int
     longest: int
+    joins: bool = False
 
     @property
     def classes(self) -> int:
@@ -205,6 +232,28 @@ class Prices:
         seconds = self._item_seconds(tokens, rows)
         best = seconds.argmin(axis=0)
         return best, seconds.min(axis=0) / self.units[best]
+
+    def joined(self, tokens: Ints, rows: Ints, tile: Ints, seconds: Floats) -> tuple[Ints, Floats]:
+        """All items in the last class that they have, if that ends earlier than one class after
+        the other, each with a launch: else as they are.
+
+        Args:
+            tokens: int[I], tokens of each item.
+            rows: int[I], rows of each item.
+            tile: int[I], the class of each.
+            seconds: float[I], of one unit of each.
+        """
+        used = sorted(set(tile.tolist())) if self.joins else []
+        if len(used) < 2:
+            return tile, seconds
+        apart = self.launch_seconds * (len(used) - 1)
+        apart += float(by_class(tile, seconds, self.units[tile], self.cores))
+        last = used[-1]
+        together = self._item_seconds(tokens, rows)[last] / self.units[last]
+        units = np.full(len(tokens), self.units[last])
+        if float(makespan(together, units, self.cores)) < apart:
+            return np.full_like(tile, last), together
+        return tile, seconds
 
     def _item_seconds(self, tokens: Ints, rows: Ints) -> Floats:
         """float[C, I], of all units one after another; infinite where a class is too small."""
@@ -287,6 +336,17 @@ def makespan(seconds: Floats, units: Ints, cores: int) -> Floats:
     return np.maximum(mean, (waves * longest_first).max(axis=-1, initial=0.0))
 
 
+def by_class(tile: Ints, seconds: Floats, units: Ints, cores: int) -> Floats:
+    """float[...], the time of the units of tile classes that run one class after another."""
+    first, *others = sorted(set(tile.ravel().tolist()))
+    if not others:
+        return makespan(seconds, units, cores)
+    total = makespan(seconds * (tile == first), units, cores)
+    for each in others:
+        total += makespan(seconds * (tile == each), units, cores)
+    return total
+
+
 def running_sum(seconds: Floats) -> Any:
     """float[...], the sum along the last axis, one after another: a loop in C finds the same bits,
     which numpy's sum in pairs does not."""
@@ -313,7 +373,8 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
         )
     bandwidth = model.bandwidth_share * model.read_bandwidth
     a_core = bandwidth / model.cores
-    units = spec.num_kv_heads // np.array([tile.heads for tile in tiles], np.int64)
+    heads = np.array([tile.heads * model.blocks(spec, tile) for tile in tiles], np.int64)
+    units = spec.num_kv_heads * max(1, model.blocks_at_a_time) // heads
     kv_tile = np.array([tile.kv_tile for tile in tiles], np.int64)
     widths = spec.q_width + spec.v_width
     rows = np.arange(capacity.max() + 1)
@@ -337,6 +398,7 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
         launch_seconds=model.launch_seconds,
         cores=model.cores,
         longest=_longest(spec, model.reach_bytes, int(kv_tile.max())),
+        joins=model.blocks_at_a_time > 1,
     )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deft_tvm.plan.cost import Floats, Ints, Prices, makespan, running_sum
+from deft_tvm.plan.cost import Floats, Ints, Prices, by_class, running_sum
 
 SLACK = 1.02
 """A plan within this factor of a perfect balance is not cut."""
@@ -61,7 +61,7 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         uncut = _evenly(prices, tokens, fewest)
         whole = Cut(uncut, float(_seconds(prices, tokens, uncut[None], rows)[0]))
     else:
-        whole = Cut(tokens, float(_by_class(tile, seconds, units, prices.cores)), (tile, seconds))
+        whole = Cut(tokens, float(by_class(tile, seconds, units, prices.cores)), (tile, seconds))
     if whole.seconds <= SLACK * running_sum(balanced):
         return whole
     pieces = np.ceil(seconds / (balanced[tile] / SHARES[:, None])).astype(np.int64)
@@ -83,16 +83,5 @@ def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:
     tile, seconds, units = prices.units_of(chunk.ravel(), rows.ravel())
     units = units.reshape(chunk.shape) * pieces
     seconds = seconds.reshape(chunk.shape)
-    time = _by_class(tile.reshape(chunk.shape), seconds, units, prices.cores)
+    time = by_class(tile.reshape(chunk.shape), seconds, units, prices.cores)
     return time + prices.partial_seconds * ((pieces - 1) * rows).sum(axis=1)
-
-
-def _by_class(tile: Ints, seconds: Floats, units: Ints, cores: int) -> Floats:
-    """float[...], the time of the units of tile classes that run one class after another."""
-    first, *others = sorted(set(tile.ravel().tolist()))
-    if not others:
-        return makespan(seconds, units, cores)
-    total = makespan(seconds * (tile == first), units, cores)
-    for each in others:
-        total += makespan(seconds * (tile == each), units, cores)
-    return total

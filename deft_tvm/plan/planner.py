@@ -203,6 +203,8 @@ class Recipe:
         groups = self._cut_rows(walk, cut_tokens(walk, whole, cut.chunk))
         groups = cut_window(walk, groups)
         tile, cost = cut.tiles if cut.tiles and groups is whole else self._assign(groups)
+        if not self.deterministic:
+            tile, cost = self.prices.joined(groups.tokens, groups.rows, tile, cost)
         items, launches = lay_out_items(walk, groups, tile, cost, len(self.tiles))
         partials = _reused(previous, groups) or number_partials(groups, forest.row_order)
         return Laid(

@@ -1,18 +1,29 @@
 /* Prices and makespan of deft_tvm/plan/cost.py. */
 #include "native.h"
 
-Price choose_tile(const Prices *prices, int64_t tokens, int64_t rows) {
+/* Of all units of an item in one class, one after another. */
+static double item_seconds(const Prices *prices, int32_t tile, int64_t tokens, int64_t rows) {
   double reading = (double)tokens * prices->token_seconds;
-  Price best = {0, 0, 0};
+  int64_t at = tile * (prices->most_rows + 1) + rows;
+  double seconds = (double)ceil_div(tokens, prices->kv_tile[tile]) * prices->step_seconds[at];
+  return (seconds > reading ? seconds : reading) + prices->fixed_seconds[at];
+}
+
+Price price_in(const Prices *prices, int32_t tile, int64_t tokens, int64_t rows) {
+  int64_t units = prices->units[tile];
+  return (Price){tile, units, item_seconds(prices, tile, tokens, rows) / (double)units};
+}
+
+Price choose_tile(const Prices *prices, int64_t tokens, int64_t rows) {
+  int32_t best = 0;
+  double least = 0;
   for (int32_t tile = 0; tile < prices->classes; ++tile) {
-    int64_t at = tile * (prices->most_rows + 1) + rows;
-    double steps = (double)ceil_div(tokens, prices->kv_tile[tile]);
-    double seconds = steps * prices->step_seconds[at];
-    seconds = (seconds > reading ? seconds : reading) + prices->fixed_seconds[at];
-    if (!tile || seconds < best.seconds) best = (Price){tile, prices->units[tile], seconds};
+    double seconds = item_seconds(prices, tile, tokens, rows);
+    if (tile && seconds >= least) continue;
+    best = tile;
+    least = seconds;
   }
-  best.seconds /= (double)best.units;
-  return best;
+  return (Price){best, prices->units[best], least / (double)prices->units[best]};
 }
 
 Price units_of(const Prices *prices, int64_t tokens, int64_t rows) {
@@ -69,4 +80,16 @@ double makespan(Price *units, Price *scratch, int32_t count, int64_t cores) {
   }
   double mean = total / (double)cores;
   return mean > longest ? mean : longest;
+}
+
+double by_class(const Prices *prices, const Price *units, int32_t count, Price *one_class,
+                Price *scratch) {
+  double total = 0;
+  for (int32_t tile = 0; tile < prices->classes; ++tile) {
+    int32_t of_class = 0;
+    for (int32_t i = 0; i < count; ++i)
+      if (units[i].tile == tile) one_class[of_class++] = units[i];
+    if (of_class) total += makespan(one_class, scratch, of_class, prices->cores);
+  }
+  return total;
 }

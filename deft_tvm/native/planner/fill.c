@@ -12,32 +12,17 @@ typedef struct {
   Price *units, *one_class, *scratch; /* [groups] */
 } Uncut;
 
-static int64_t rows_of(const Groups *groups, int32_t g) {
-  return groups->row_end[g] - groups->row_begin[g];
-}
-
-/* The time of units of tile classes that run one class after another. */
-static double run_classes(const Uncut *uncut, const Price *units) {
-  double total = 0;
-  for (int32_t tile = 0; tile < uncut->prices->classes; ++tile) {
-    int32_t count = 0;
-    for (int32_t g = 0; g < uncut->groups->count; ++g)
-      if (units[g].tile == tile) uncut->one_class[count++] = units[g];
-    if (count) total += makespan(uncut->one_class, uncut->scratch, count, uncut->prices->cores);
-  }
-  return total;
-}
-
 static double seconds_of(const Uncut *uncut, const int64_t *chunk) {
   int64_t partials = 0;
   for (int32_t g = 0; g < uncut->groups->count; ++g) {
-    int64_t rows = rows_of(uncut->groups, g);
+    int64_t rows = group_rows(uncut->groups, g);
     int64_t pieces = ceil_div(uncut->groups->tokens[g], chunk[g]);
     uncut->units[g] = units_of(uncut->prices, chunk[g], rows);
     uncut->units[g].units *= pieces;
     partials += (pieces - 1) * rows;
   }
-  double time = run_classes(uncut, uncut->units);
+  double time = by_class(uncut->prices, uncut->units, uncut->groups->count, uncut->one_class,
+                         uncut->scratch);
   return time + uncut->prices->partial_seconds * (double)partials;
 }
 
@@ -68,7 +53,7 @@ double fill(Arena *arena, const Prices *prices, const Groups *groups, int64_t *c
   int64_t longest_wait = 0;
   memset(balanced, 0, (size_t)prices->classes * sizeof(double));
   for (int32_t g = 0; g < count; ++g) {
-    units[g] = units_of(prices, tokens[g], rows_of(groups, g));
+    units[g] = units_of(prices, tokens[g], group_rows(groups, g));
     double work = units[g].seconds * (double)units[g].units;
     balanced[units[g].tile] += work;
     int waits = (double)(2 * tokens[g]) * prices->token_seconds > work;
@@ -83,7 +68,7 @@ double fill(Arena *arena, const Prices *prices, const Groups *groups, int64_t *c
   } else {
     for (int32_t g = 0; g < count; ++g) fewest[g] = 1;
     memcpy(chunk, tokens, (size_t)count * sizeof(int64_t));
-    seconds = run_classes(&uncut, units);
+    seconds = by_class(prices, units, groups->count, uncut.one_class, uncut.scratch);
   }
   if (seconds <= SLACK * total) return seconds;
   for (size_t i = 0; i < sizeof SHARES / sizeof *SHARES; ++i) {

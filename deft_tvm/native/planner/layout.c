@@ -55,14 +55,37 @@ static int32_t *lay_out_runs(int32_t *run, const Walk *walk, const Groups *group
   return run;
 }
 
+/* All items in the last class that they have, if that ends earlier than one class after another. */
+static void join_classes(Arena *arena, const Groups *groups, const Prices *prices, Price *chosen) {
+  int32_t count = groups->count, *in_class = TAKE(arena, int32_t, prices->classes);
+  Price *joined = TAKE(arena, Price, count), *scratch = TAKE(arena, Price, count);
+  int32_t classes = 0, last = 0;
+  for (int32_t tile = 0; tile < prices->classes; ++tile) in_class[tile] = 0;
+  for (int32_t g = 0; g < count; ++g) ++in_class[chosen[g].tile];
+  for (int32_t tile = 0; tile < prices->classes; ++tile)
+    if (in_class[tile]) last = tile, ++classes;
+  if (classes < 2) return;
+  double apart = prices->launch_seconds * (double)(classes - 1);
+  apart += by_class(prices, chosen, count, joined, scratch);
+  for (int32_t g = 0; g < count; ++g)
+    joined[g] = price_in(prices, last, groups->tokens[g], group_rows(groups, g));
+  if (makespan(joined, scratch, count, prices->cores) >= apart) return;
+  for (int32_t g = 0; g < count; ++g)
+    chosen[g] = price_in(prices, last, groups->tokens[g], group_rows(groups, g));
+}
+
 static int32_t *lay_out_items(Arena *arena, int32_t *item, const Groups *groups,
                               const Prices *prices, int64_t *items_of) {
   Item *order = TAKE(arena, Item, groups->count);
   int32_t *dest = TAKE(arena, int32_t, groups->count), dests = 0;
+  Price *chosen = TAKE(arena, Price, groups->count);
   int sorted = 1;
+  for (int32_t g = 0; g < groups->count; ++g)
+    chosen[g] = choose_tile(prices, groups->tokens[g], group_rows(groups, g));
+  if (prices->joins) join_classes(arena, groups, prices, chosen);
   for (int32_t g = 0; g < groups->count; ++g) {
-    int32_t rows = groups->row_end[g] - groups->row_begin[g];
-    Price price = choose_tile(prices, groups->tokens[g], rows);
+    int32_t rows = group_rows(groups, g);
+    Price price = chosen[g];
     order[g] = (Item){g, price.tile, price.seconds};
     dest[g] = dests;
     dests += rows;

@@ -24,7 +24,7 @@ typedef struct { /* PageTable */
 } Pages;
 
 typedef struct { /* Prices: [classes], and the seconds [classes][most_rows + 1] */
-  int64_t classes, cores, most_rows, row_step, longest_step, longest;
+  int64_t classes, cores, most_rows, row_step, longest_step, longest, joins;
   const int64_t *kv_tile, *units;
   const double *step_seconds, *fixed_seconds;
   double token_seconds, partial_seconds, launch_seconds;
@@ -50,9 +50,13 @@ typedef struct {
   double seconds; /* of one unit */
 } Price;
 Price choose_tile(const Prices *prices, int64_t tokens, int64_t rows);
+Price price_in(const Prices *prices, int32_t tile, int64_t tokens, int64_t rows);
 Price units_of(const Prices *prices, int64_t tokens, int64_t rows);
 double cost(const Prices *prices, int64_t tokens, int64_t rows, double balanced);
 double makespan(Price *units, Price *scratch, int32_t count, int64_t cores); /* sorts them */
+/* The time of units of tile classes that run one class after another; room for `count` each. */
+double by_class(const Prices *prices, const Price *units, int32_t count, Price *one_class,
+                Price *scratch);
 
 /* clusters.c */
 typedef struct {
@@ -74,6 +78,9 @@ typedef struct {
   int32_t *row_begin, *row_end;
   int64_t *tokens; /* [count] */
 } Groups;
+static inline int32_t group_rows(const Groups *groups, int32_t g) {
+  return groups->row_end[g] - groups->row_begin[g];
+}
 Groups take_groups(Arena *arena, int64_t count, int64_t pieces);
 void add_node(Groups *groups, const Walk *walk, int32_t node);
 void close_group(Groups *groups, int32_t row_begin, int32_t row_end); /* unless it is empty */
