@@ -10,6 +10,7 @@ without an output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from functools import partial as bind
 from typing import Any
@@ -21,6 +22,9 @@ from tvm.script import tirx as T
 from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, finite, natural_lse
 from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec
+
+SHARES = 8
+"""Into so many equal shares a GPU's warps may divide the partials of a row."""
 
 
 @cache
@@ -36,7 +40,9 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
         written.
     """
     HQ, VW, SINKS = spec.num_q_heads, spec.v_width, spec.sinks
-    exp2 = bind(exp2_polynomial, operand="float32") if kind == "llvm" else tirx.exp2
+    ON_CPU = kind == "llvm"
+    exp2 = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
+    weighed = bind(_weighed, exp2=exp2)
     work = work_loop(kind)
 
     @T.prim_func(s_tir=True)
@@ -82,7 +88,8 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                 with T.sblock("largest"):
                                     vp = T.axis.reduce(count + 1, p)
                                     with T.init():
-                                        m[0] = T.float32("-inf")
+                                        # TVM's identity of max, for a reduction over threads.
+                                        m[0] = T.min_value("float32")
                                     m[0] = T.max(m[0], _lse_of(first, partial_lse, begin, vp, head))
                             for p in range(count + 1):
                                 with T.sblock("sum"):
@@ -96,20 +103,26 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                         )
                                         * LOG2_E
                                     )
-                            for d, p in T.grid(VW, count + 1):
-                                with T.sblock("weigh"):
-                                    vd, vp = T.axis.remap("SR", [d, p])
-                                    with T.init():
-                                        A[vd] = T.float32(0)
-                                    A[vd] = A[vd] + T.if_then_else(
-                                        vp == 0,
-                                        T.float32(0),
-                                        partial_out[begin + vp - 1, head, vd]
-                                        * exp2(
-                                            (partial_lse[begin + vp - 1, head] - finite(m[0]))
-                                            * LOG2_E
-                                        ),
-                                    )
+                            if ON_CPU:
+                                for d, p in T.grid(VW, count + 1):
+                                    with T.sblock("weigh"):
+                                        vd, vp = T.axis.remap("SR", [d, p])
+                                        with T.init():
+                                            A[vd] = T.float32(0)
+                                        A[vd] = A[vd] + weighed(
+                                            partial_out, partial_lse, begin, count, vp, head, vd,
+                                            m[0],
+                                        )  # fmt: skip
+                            else:
+                                for d, n, w in T.grid(VW, (count + SHARES) // SHARES, SHARES):
+                                    with T.sblock("weigh"):
+                                        vd, vn, vw = T.axis.remap("SRR", [d, n, w])
+                                        with T.init():
+                                            A[vd] = T.float32(0)
+                                        A[vd] = A[vd] + weighed(
+                                            partial_out, partial_lse, begin, count,
+                                            vn * SHARES + vw, head, vd, m[0],
+                                        )  # fmt: skip
                     for _ in T.serial(1):
                         with T.sblock("epilogue"):
                             T.reads()
@@ -124,6 +137,24 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                 lse[row, head] = natural_lse(m[0] * LOG2_E, total[0])
 
     return used_parameters(kernel).with_attr("global_symbol", name)
+
+
+def _weighed(
+    partial_out: Any,
+    partial_lse: Any,
+    begin: Any,
+    count: Any,
+    p: Any,
+    head: Any,
+    d: Any,
+    largest: Any,
+    exp2: Callable[[Any], Expr],
+) -> Expr:
+    """Output d of partial p - 1 by its weight; 0 for p = 0, a sink's, and beyond the last."""
+    slot = begin + p - 1
+    weight = exp2((partial_lse[slot, head] - finite(largest)) * LOG2_E)
+    is_one = tirx.And(p > 0, p <= count)
+    return tirx.if_then_else(is_one, partial_out[slot, head, d] * weight, tirx.const(0, "float32"))
 
 
 def _lse_of(first: Any, partial_lse: Any, begin: Any, p: Any, head: Any) -> Expr:

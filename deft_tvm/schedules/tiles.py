@@ -32,7 +32,7 @@ in float32, 0.85 in bfloat16 (AMD EPYC Zen 4, 2026-11-22)."""
 CPU_STATE_BYTES = 64 << 10
 """Queries and outputs of the heads that a unit takes at a time lie in the second nearest cache."""
 CUDA_KV_TILE = 64
-CUDA_ROWS = (16, 64)
+CUDA_ROWS = (16, 32, 64)
 CUDA_WIDE = 384
 """Queries and values wider than this together take half the tokens a step, to fit 99 KB of shared
 memory, but in the smallest class, whose queries take little."""
@@ -105,17 +105,21 @@ def _few_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
 
 def _cuda_rows(spec: AttentionSpec, operand: Dtype) -> tuple[int, ...]:
     """16 lane rows are the fewest that tensor cores multiply; fewer are worth a class of their own
-    only without them (H200, 2026-11-27: 64 sequences of 4,096, GQA-32/8, 1,470 µs with 4 rows of
-    float32)."""
+    only without them (64 sequences of 4,096, GQA-32/8: 1,470 µs with 4 rows of float32, 290 with 16
+    of bfloat16; NVIDIA H200, 2026-11-27). Where values are wide, 32 rows leave no more room than 64
+    do."""
     few = (spec.group,) if operand == "float32" and spec.group < 16 else ()
-    return (*few, *(rows for rows in CUDA_ROWS if rows >= spec.group)) or (
-        -(-spec.group // 16) * 16,
-    )
+    many = [r for r in CUDA_ROWS if r >= spec.group and not (r == 32 and _is_wide(spec))]
+    return (*few, *many) or (-(-spec.group // 16) * 16,)
 
 
 def _cuda_tokens(spec: AttentionSpec, lane_rows: int) -> int:
-    wide = spec.q_width + spec.v_width > CUDA_WIDE and lane_rows > CUDA_ROWS[0]
+    wide = _is_wide(spec) and lane_rows > CUDA_ROWS[0]
     return CUDA_KV_TILE // (2 if wide else 1)
+
+
+def _is_wide(spec: AttentionSpec) -> bool:
+    return spec.q_width + spec.v_width > CUDA_WIDE
 
 
 def _one_dtype(spec: AttentionSpec) -> Dtype:

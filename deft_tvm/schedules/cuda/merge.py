@@ -1,34 +1,68 @@
-"""The merge of partials: a block for each row and head, a thread for each output column.
+"""The merge of partials: a block for each row and head, whose warps share the partials.
 
-Every thread walks the row's few LSEs for itself: no thread waits for another.
+A row's LSEs are reduced by the lanes of each warp for itself. Of the outputs every warp weighs its
+own, each lane some columns; then the warps' sums are added. A row that was cut in hundreds of
+pieces, as one long sequence is, so waits for memory a few times and not hundreds.
 """
 
 from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cuda.shares import DEALT_THREADS
-from deft_tvm.schedules.cuda.threads import LANES, by_first_thread, deal_threads, keep
+from deft_tvm.kernels.merge import SHARES
+from deft_tvm.schedules.cuda.shares import DEALT, DEALT_THREADS
+from deft_tvm.schedules.cuda.threads import (
+    LANES,
+    TABLE_SCOPE,
+    bind_threads,
+    by_first_thread,
+    deal_threads,
+    keep,
+)
 from deft_tvm.schedules.rule import KernelTask, Knobs
-from deft_tvm.schedules.verbs import nearest
+from deft_tvm.schedules.verbs import unroll_all
 
-WARPS = (1, 2, 4)
-AHEAD = (1, 4, 8)
-"""Partials whose loads wait for memory together."""
+WARPS = tuple(n for n in (1, 2, 4, 8) if SHARES % n == 0)
+AHEAD = (1, 2, 4)
+"""Partials of a warp whose loads wait for memory together."""
 
 
 def merge_columns(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: the merge kernel."""
     if task.kernel != "merge":
         return False
-    warps = knobs.pick("warps", WARPS, nearest(WARPS, task.spec.v_width // LANES))
-    ahead = knobs.pick_number("ahead", AHEAD, 8)
+    warps = knobs.pick_number("warps", WARPS, 4)
+    ahead = knobs.pick_number("ahead", AHEAD, 2)
     keep(sch, ("largest", "sum"), "local")
+    for block in ("largest", "sum"):
+        partials = sch.get_loops(sch.get_sblock(block))[-1]
+        sch.bind(sch.split(partials, [None, LANES])[1], "threadIdx.x")
     keep(sch, ("weigh",), DEALT_THREADS)
-    for block in ("weigh", "write_out"):
-        deal_threads(sch, block, warps)
-    for block, place in (("largest", -1), ("sum", -1), ("weigh_update", -2)):
-        partials = sch.get_loops(sch.get_sblock(block))[place]
-        sch.unroll(sch.split(partials, [None, ahead])[1])
+    _weigh(sch, warps, ahead)
+    deal_threads(sch, "write_out", warps)
     by_first_thread(sch, "write_lse", warps)
     return True
+
+
+def _weigh(sch: Schedule, warps: int, ahead: int) -> None:
+    """Partials to warps and columns to lanes; then a thread for a column adds the warps' sums."""
+    shares = sch.get_loops(sch.get_sblock("weigh"))[-1]
+    mine, _ = sch.split(shares, [warps, None])
+    of_warp = sch.rfactor(mine, 0)
+    sch.set_scope(of_warp, 0, DEALT)
+    told = sch.cache_read(sch.get_sblock("weigh"), 0, TABLE_SCOPE)
+    deal_threads(sch, "weigh", warps)
+
+    column, rounds, warp, shares = sch.get_loops(of_warp)[-4:]
+    columns, lane = sch.split(column, [None, LANES])
+    rounds, inner = sch.split(rounds, [None, ahead])
+    sch.reorder(warp, lane, rounds, inner, shares, columns)
+    bind_threads(sch, warp, lane)
+    unroll_all(sch, (inner, shares, columns))
+    sch.decompose_reduction(of_warp, rounds)
+
+    warp, column = sch.get_loops(told)[-2:]
+    columns, lane = sch.split(column, [None, LANES])
+    sch.reorder(warp, lane, columns)
+    bind_threads(sch, warp, lane)
+    sch.unroll(columns)
