@@ -54,6 +54,7 @@ from deft_tvm.kernels.stages import (
     product,
     round_weights,
     weigh,
+    weigh_on,
     whole_logits,
     write,
 )
@@ -457,13 +458,15 @@ def partial_attention(
                                         with T.sblock("pv"):
                                             T.reads()
                                             T.writes()
-                                            U = T.sblock_alloc_buffer((M, VW), "float32")
                                             if ON_CPU:
                                                 ahead(
                                                     v_cache, at, page, slot, nth(head, n), V0, VW,
                                                     N, "ahead_v",
                                                 )  # fmt: skip
-                                            weigh(A_new, U, A, base(n), factor, P, V, operand)
+                                                U = T.sblock_alloc_buffer((M, VW), "float32")
+                                                weigh(A_new, U, A, base(n), factor, P, V, operand)
+                                            else:
+                                                weigh_on(A_new, A, base(n), factor, P, V, operand)
                                     for _ in T.serial(1):
                                         with T.sblock("keeping"):
                                             T.reads()

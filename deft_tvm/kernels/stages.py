@@ -254,6 +254,17 @@ def weigh(A_new, U, A, base, factor, P, V, operand):
 
 
 @stage
+def weigh_on(A_new, A, base, factor, P, V, operand):
+    """The same, summed onto the rescaled output: on tensor cores no other sums are kept."""
+    for i, d, j in T.grid(P.shape[0], V.shape[1], V.shape[0]):
+        with T.sblock("accumulate"):
+            vi, vd, vj = T.axis.remap("SSR", [i, d, j])
+            with T.init():
+                A_new[vi, vd] = A[base + vi, vd] * factor[vi]
+            A_new[vi, vd] = A_new[vi, vd] + widen(P[vi, vj], operand) * widen(V[vj, vd], operand)
+
+
+@stage
 def keep(A, A_new, m, m_new, total, total_new, base):
     """The new state becomes the state of the rows from `base` on."""
     for i, d in T.grid(A_new.shape[0], A_new.shape[1]):

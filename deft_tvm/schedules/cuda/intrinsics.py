@@ -15,7 +15,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import storage, widen
-from deft_tvm.schedules.cuda.shares import FRAGMENT
+from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
 from deft_tvm.spec import SHORT_DTYPE
 
@@ -181,23 +181,10 @@ def load_left(operand: str) -> str:
 
 
 @cache
-def multiply(operand: str, transposed: bool) -> str:
-    """The intrinsic that adds to an accumulator a fragment times a shared tile.
-
-    The tile is [k, n], or [n, k] if `transposed`.
-    """
-    element = storage(operand)
-    kind = SHORT_DTYPE[operand]
+def multiply_transposed(operand: str) -> str:
+    """The intrinsic that adds to sums a left factor times a shared tile [n, k]."""
+    element, kind = storage(operand), SHORT_DTYPE[operand]
     text = TENSOR_CORES % {"type": kind}
-    function = f"deft_multiply_transposed_{kind}" if transposed else f"deft_multiply_{kind}"
-
-    def tile_index(n: Any, k: Any) -> tuple[Any, Any]:
-        return (n, k) if transposed else (k, n)
-
-    def row_offset(lane: Any, pitch: Any) -> Any:
-        if transposed:
-            return (lane // 16 * 8 + lane % 8) * pitch + lane % 16 // 8 * 8
-        return lane % 16 * pitch + lane // 16 * 8
 
     @T.prim_func(s_tir=True)
     def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
@@ -212,12 +199,11 @@ def multiply(operand: str, transposed: bool) -> str:
                     vi, vn, vk = T.axis.remap("SSR", [i, n, k])
                     lane_c, register_c = T.meta_var(fragment_of(vi, vn))
                     lane_a, register_a = T.meta_var(fragment_of(vi, vk))
-                    row, column = T.meta_var(tile_index(vn, vk))
-                    T.reads(c[lane_c, register_c], a[lane_a, register_a], b[row, column])
+                    T.reads(c[lane_c, register_c], a[lane_a, register_a], b[vn, vk])
                     T.writes(c[lane_c, register_c])
                     c[lane_c, register_c] = c[lane_c, register_c] + widen(
                         a[lane_a, register_a], operand
-                    ) * widen(b[row, column], operand)
+                    ) * widen(b[vn, vk], operand)
 
     @T.prim_func(s_tir=True)
     def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
@@ -238,16 +224,110 @@ def multiply(operand: str, transposed: bool) -> str:
             for lane in T.thread_binding(LANES, thread="threadIdx.x"):
                 T.evaluate(
                     T.cuda.func_call(
-                        function,
+                        f"deft_multiply_transposed_{kind}",
                         T.address_of(c[lane, 0]),
                         T.address_of(a[lane, 0]),
-                        b.access_ptr("r", offset=row_offset(lane, pitch)),
+                        b.access_ptr(
+                            "r", offset=(lane // 16 * 8 + lane % 8) * pitch + lane % 16 // 8 * 8
+                        ),
                         source_code=text,
                     )
                 )
 
-    name = f"deft_tvm.multiply_{operand}_{'nk' if transposed else 'kn'}"
-    return registered(name, description, implementation)
+    return registered(f"deft_tvm.multiply_transposed_{operand}", description, implementation)
+
+
+@cache
+def multiply_on(operand: str) -> str:
+    """The intrinsic that adds to sums a left factor times a shared tile [k, n].
+
+    What the sums began with, an output and the factors of its rows, TVM leaves among what each step
+    reads; a step reads none of it.
+    """
+    element, kind = storage(operand), SHORT_DTYPE[operand]
+    text = TENSOR_CORES % {"type": kind}
+
+    @T.prim_func(s_tir=True)
+    def description(
+        old_handle: T.handle,
+        factor_handle: T.handle,
+        a_handle: T.handle,
+        b_handle: T.handle,
+        c_handle: T.handle,
+    ) -> None:
+        old = T.match_buffer(old_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        factor = T.match_buffer(factor_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1)
+        a = T.match_buffer(a_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
+        b = T.match_buffer(b_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1)
+        c = T.match_buffer(c_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(
+                c[0:LANES, 0:HELD],
+                old[0:LANES, 0:HELD],
+                factor[0:SIDE],
+                a[0:LANES, 0:HELD],
+                b[0:SIDE, 0:SIDE],
+            )
+            T.writes(c[0:LANES, 0:HELD])
+            for i, n, k in T.grid(SIDE, SIDE, SIDE):
+                with T.sblock("multiply"):
+                    vi, vn, vk = T.axis.remap("SSR", [i, n, k])
+                    lane_c, register_c = T.meta_var(fragment_of(vi, vn))
+                    lane_a, register_a = T.meta_var(fragment_of(vi, vk))
+                    T.reads(
+                        c[lane_c, register_c],
+                        old[lane_c, register_c],
+                        factor[vi],
+                        a[lane_a, register_a],
+                        b[vk, vn],
+                    )
+                    T.writes(c[lane_c, register_c])
+                    c[lane_c, register_c] = c[lane_c, register_c] + widen(
+                        a[lane_a, register_a], operand
+                    ) * widen(b[vk, vn], operand)
+
+    @T.prim_func(s_tir=True)
+    def implementation(
+        old_handle: T.handle,
+        factor_handle: T.handle,
+        a_handle: T.handle,
+        b_handle: T.handle,
+        c_handle: T.handle,
+    ) -> None:
+        pitch = T.int32()
+        old = T.match_buffer(old_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        factor = T.match_buffer(factor_handle, (SIDE,), "float32", scope=QUAD_ROWS, offset_factor=1)
+        a = T.match_buffer(a_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
+        b = T.match_buffer(
+            b_handle,
+            (SIDE, SIDE),
+            element,
+            scope=TILE_SCOPE,
+            offset_factor=1,
+            strides=[pitch, T.int32(1)],
+        )
+        c = T.match_buffer(c_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(
+                c[0:LANES, 0:HELD],
+                old[0:LANES, 0:HELD],
+                factor[0:SIDE],
+                a[0:LANES, 0:HELD],
+                b[0:SIDE, 0:SIDE],
+            )
+            T.writes(c[0:LANES, 0:HELD])
+            for lane in T.thread_binding(LANES, thread="threadIdx.x"):
+                T.evaluate(
+                    T.cuda.func_call(
+                        f"deft_multiply_{kind}",
+                        T.address_of(c[lane, 0]),
+                        T.address_of(a[lane, 0]),
+                        b.access_ptr("r", offset=lane % 16 * pitch + lane // 16 * 8),
+                        source_code=text,
+                    )
+                )
+
+    return registered(f"deft_tvm.multiply_on_{operand}", description, implementation)
 
 
 def registered(name: str, description: Any, implementation: Any) -> str:

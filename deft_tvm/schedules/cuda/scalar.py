@@ -44,9 +44,9 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     locate_tokens(task, sch, warps)
     load_tiles(task, sch, knobs, warps)
 
-    keep(sch, ("init_out", *products, "logits", *made, "accumulate", "fold"), DEALT)
+    keep(sch, ("init_out", *products, "logits", *made, "accumulate"), DEALT)
     keep(sch, ("probabilities",), TILE_SCOPE)
-    for block in (*products, "accumulate", "fold", *MATRIX_PASSES, *made):
+    for block in (*products, "accumulate", *MATRIX_PASSES, *made):
         deal(sch, block, warps)
 
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), DEALT_ROWS)

@@ -24,9 +24,11 @@ from deft_tvm.schedules.cuda.blocks import (
 from deft_tvm.schedules.cuda.intrinsics import (
     SIDE,
     fill_zero,
+    fragment_of,
     fragments_of,
     load_left,
-    multiply,
+    multiply_on,
+    multiply_transposed,
     rows_first,
 )
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
@@ -81,15 +83,16 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     for block in by_tokens:
         keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), of_tokens)
-    for block in ("init_out", "accumulate", "fold"):
+    for block in ("init_out", "accumulate"):
         keep(sch, (block,), FRAGMENT)
         sch.transform_layout(sch.get_sblock(block), ("write", 0), of_columns)
+
+    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
 
     for block, width in products.items():
         _product(sch, block, tile.operand, shares, True, width)
     depth = None if shares == 1 else tile.kv_tile
-    fold = _product(sch, "accumulate", tile.operand, shares, False, depth)
-    _fold_at(sch, fold, of_columns)
+    _product(sch, "accumulate", tile.operand, shares, False, depth)
     _round(sch, tile.operand, shares)
     for block in (*MATRIX_PASSES, *made):
         if block in ("probabilities", "write_out"):
@@ -99,7 +102,6 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     _write(sch, rows_first(spec.v_width, shares))
 
-    keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
     for block, name in ROW_REDUCTIONS.items():
         _reduce(sch, block, name, tile.kv_tile // shares, shares)
     for block in (*ROW_STATES, *ROW_KEEPS):
@@ -146,12 +148,11 @@ def _default_shares(task: KernelTask, possible: list[int]) -> int:
 
 def _product(
     sch: Schedule, name: str, operand: str, shares: int, transposed: bool, depth: int | None
-) -> LoopRV:
-    """One product in steps of 16; returns the loop over tile columns.
+) -> None:
+    """One product in steps of 16.
 
-    If `transposed`, the right factor is [n, k], and the left one comes out of shared memory, once
-    for all columns. Otherwise columns are finished one tile after the other, so that few
-    accumulators live at a time.
+    If `transposed`, the right factor is [n, k], the left one comes out of shared memory, once for
+    all columns, and sums begin with zero. Otherwise they begin with the output so far, rescaled.
 
     Args:
         depth: of the left factor, which lies in shared memory; None if it is in fragments.
@@ -168,17 +169,32 @@ def _product(
     tile = sch.blockize(row)
     if depth is not None:
         _load_left(sch, tile, steps if transposed else warp, operand, depth)
-    first = sch.decompose_reduction(tile, steps)
-    sch.tensorize(sch.get_loops(sch.get_child_blocks(first)[0])[-2], fill_zero())
-    sch.tensorize(tile, multiply(operand, transposed))
+    (first,) = sch.get_child_blocks(sch.decompose_reduction(tile, steps))
+    if transposed:
+        sch.tensorize(sch.get_loops(first)[-2], fill_zero())
+    else:
+        _begin(sch, first)
+    sch.tensorize(tile, multiply_transposed(operand) if transposed else multiply_on(operand))
     # An index that is no constant would send accumulators to local memory.
     unroll_all(sch, (columns,) if transposed else (columns, steps))
-    return columns
+
+
+def _begin(sch: Schedule, block: SBlockRV) -> None:
+    """What 16 × 16 sums begin with, each lane its own."""
+    sch.transform_block_layout(block, fragment_of)
+    lane, registers = sch.get_loops(block)[-2:]
+    sch.bind(lane, "threadIdx.x")
+    sch.unroll(registers)
 
 
 def _load_left(sch: Schedule, product: SBlockRV, at: LoopRV, operand: str, depth: int) -> None:
     """Bring the left factor of `product` into fragments, as much as is read within a loop."""
-    left = sch.cache_read(product, 0, FRAGMENT)
+    in_tiles = (
+        index
+        for index, region in enumerate(sch.get(product).reads)
+        if region.source.scope() == TILE_SCOPE
+    )
+    left = sch.cache_read(product, next(in_tiles), FRAGMENT)
     sch.compute_at(left, at)
     sch.transform_layout(left, ("write", 0), fragments_of(depth))
     (rows, row), (columns, column) = (
@@ -186,16 +202,6 @@ def _load_left(sch: Schedule, product: SBlockRV, at: LoopRV, operand: str, depth
     )
     sch.reorder(rows, columns, row, column)
     sch.tensorize(sch.blockize(row), load_left(operand))
-
-
-def _fold_at(sch: Schedule, columns: LoopRV, place: object) -> None:
-    """Fold each 16 columns of the second product into the output as soon as they are done."""
-    fold = sch.get_sblock("fold")
-    sch.transform_block_layout(fold, place)
-    sch.reverse_compute_at(fold, columns)
-    lane, registers = sch.get_loops(fold)[-2:]
-    sch.bind(lane, "threadIdx.x")
-    sch.unroll(registers)
 
 
 def _round(sch: Schedule, operand: str, shares: int) -> None:
