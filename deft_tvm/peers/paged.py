@@ -151,7 +151,8 @@ class Table:
         """Each head's rows as rows of their own, head after head, over pages of their own."""
         if heads == 1:
             return self
-        each = torch.arange(heads, dtype=torch.int32).unsqueeze(1)
+        device = self.page_indices.device
+        each = torch.arange(heads, dtype=torch.int32, device=device).unsqueeze(1)
         return Table(
             row_indptr=_repeated(self.row_indptr, each),
             page_indptr=_repeated(self.page_indptr, each),

@@ -9,12 +9,7 @@ ROW_KEEPS = ("keep_max", "keep_sum")
 
 ROW_REDUCTIONS = {"row_max": "max", "row_sum": "sum"}
 
-MATRIX_PASSES = (
-    "init_out",
-    "logits",
-    "masked_logits",
-    "probabilities",
-    "keep_out",
-    "write_out",
-)
-"""One element of a matrix after the other, beside `blocks.matrices_of_softmax`."""
+SCORE_PASSES = ("logits", "masked_logits")
+OUTPUT_PASSES = ("init_out", "keep_out")
+"""One element of a matrix after the other, beside `blocks.matrices_of_softmax`, the probabilities
+and what is written at the end."""

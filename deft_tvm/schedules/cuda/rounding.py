@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -42,23 +44,7 @@ __device__ __forceinline__ void deft_round_to_tile_%(type)s(
 @cache
 def round_fragment(operand: str) -> str:
     """The intrinsic that rounds an accumulator to a left factor, both in fragments."""
-    element, kind = storage(operand), SHORT_DTYPE[operand]
-    text = ROUNDING % {"type": kind, "instruction": INSTRUCTIONS[operand]}
-
-    @T.prim_func(s_tir=True)
-    def description(x_handle: T.handle, p_handle: T.handle) -> None:
-        x = T.match_buffer(x_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
-        p = T.match_buffer(p_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
-        with T.sblock("root"):
-            T.reads(x[0:LANES, 0:HELD])
-            T.writes(p[0:LANES, 0:HELD])
-            for i, j in T.grid(SIDE, SIDE):
-                with T.sblock("round"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    lane, register = T.meta_var(fragment_of(vi, vj))
-                    T.reads(x[lane, register])
-                    T.writes(p[lane, register])
-                    p[lane, register] = narrow(x[lane, register], operand)
+    element, kind, text = storage(operand), SHORT_DTYPE[operand], _text(operand)
 
     @T.prim_func(s_tir=True)
     def implementation(x_handle: T.handle, p_handle: T.handle) -> None:
@@ -77,29 +63,14 @@ def round_fragment(operand: str) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.round_{operand}", description, implementation)
+    described = _description(operand, (LANES, HELD), FRAGMENT, fragment_of)
+    return registered(f"deft_tvm.round_{operand}", described, implementation)
 
 
 @cache
 def round_to_tile(operand: str) -> str:
     """The intrinsic that rounds an accumulator into a tile in shared memory."""
-    element, kind = storage(operand), SHORT_DTYPE[operand]
-    text = ROUNDING % {"type": kind, "instruction": INSTRUCTIONS[operand]}
-
-    @T.prim_func(s_tir=True)
-    def description(x_handle: T.handle, p_handle: T.handle) -> None:
-        x = T.match_buffer(x_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
-        p = T.match_buffer(p_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1)
-        with T.sblock("root"):
-            T.reads(x[0:LANES, 0:HELD])
-            T.writes(p[0:SIDE, 0:SIDE])
-            for i, j in T.grid(SIDE, SIDE):
-                with T.sblock("round"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    lane, register = T.meta_var(fragment_of(vi, vj))
-                    T.reads(x[lane, register])
-                    T.writes(p[vi, vj])
-                    p[vi, vj] = narrow(x[lane, register], operand)
+    element, kind, text = storage(operand), SHORT_DTYPE[operand], _text(operand)
 
     @T.prim_func(s_tir=True)
     def implementation(x_handle: T.handle, p_handle: T.handle) -> None:
@@ -127,4 +98,35 @@ def round_to_tile(operand: str) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.round_to_tile_{operand}", description, implementation)
+    described = _description(operand, (SIDE, SIDE), TILE_SCOPE, lambda i, j: (i, j))
+    return registered(f"deft_tvm.round_to_tile_{operand}", described, implementation)
+
+
+def _text(operand: str) -> str:
+    return ROUNDING % {"type": SHORT_DTYPE[operand], "instruction": INSTRUCTIONS[operand]}
+
+
+def _description(
+    operand: str, shape: tuple[int, int], scope: str, place: Callable[[Any, Any], tuple[Any, Any]]
+) -> Any:
+    """What is done: each element goes to its `place`."""
+    element = storage(operand)
+    rows, columns = shape
+
+    @T.prim_func(s_tir=True)
+    def description(x_handle: T.handle, p_handle: T.handle) -> None:
+        x = T.match_buffer(x_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
+        p = T.match_buffer(p_handle, (rows, columns), element, scope=scope, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(x[0:LANES, 0:HELD])
+            T.writes(p[0:rows, 0:columns])
+            for i, j in T.grid(SIDE, SIDE):
+                with T.sblock("round"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    lane, register = T.meta_var(fragment_of(vi, vj))
+                    row, column = T.meta_var(place(vi, vj))
+                    T.reads(x[lane, register])
+                    T.writes(p[row, column])
+                    p[row, column] = narrow(x[lane, register], operand)
+
+    return description

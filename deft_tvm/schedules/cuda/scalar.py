@@ -12,10 +12,11 @@ from tvm.s_tir import Schedule
 
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
-    MATRIX_PASSES,
+    OUTPUT_PASSES,
     ROW_KEEPS,
     ROW_REDUCTIONS,
     ROW_STATES,
+    SCORE_PASSES,
 )
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
 from deft_tvm.schedules.cuda.shares import DEALT, DEALT_ROWS
@@ -46,7 +47,8 @@ def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     keep(sch, ("init_out", *products, "logits", *made, "accumulate"), DEALT)
     keep(sch, ("probabilities",), TILE_SCOPE)
-    for block in (*products, "accumulate", *MATRIX_PASSES, *made):
+    passes = (*SCORE_PASSES, *made, "probabilities", *OUTPUT_PASSES, "write_out")
+    for block in (*products, "accumulate", *passes):
         deal(sch, block, warps)
 
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), DEALT_ROWS)

@@ -11,15 +11,19 @@ float each, and where several have a row, its probabilities.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
-    MATRIX_PASSES,
+    OUTPUT_PASSES,
     ROW_KEEPS,
     ROW_REDUCTIONS,
     ROW_STATES,
+    SCORE_PASSES,
 )
 from deft_tvm.schedules.cuda.intrinsics import (
     SIDE,
@@ -48,6 +52,9 @@ from deft_tvm.schedules.cuda.threads import (
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
 
+Place = Callable[[Any, Any], tuple[Any, ...]]
+"""Where an element of a matrix is, or in which iteration it is done."""
+
 MAX_ROWS = 128
 MAX_WARPS = 16
 MAX_WIDTH = 256
@@ -74,40 +81,39 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     of_tokens = fragments_of(tile.kv_tile, shares)
     of_columns = fragments_of(spec.v_width, shares)
-    by_tokens = [*products, "logits", *made]
+    _hold(sch, (*products, "logits", *made), of_tokens)
+    _hold(sch, ("init_out", "accumulate"), of_columns)
     if shares == 1:
-        by_tokens.append("probabilities")
+        _hold(sch, ("probabilities",), of_tokens)
     else:
         keep(sch, ("probabilities",), TILE_SCOPE)
         pad_rows(sch, ("probabilities",), tile.operand)
-    for block in by_tokens:
-        keep(sch, (block,), FRAGMENT)
-        sch.transform_layout(sch.get_sblock(block), ("write", 0), of_tokens)
-    for block in ("init_out", "accumulate"):
-        keep(sch, (block,), FRAGMENT)
-        sch.transform_layout(sch.get_sblock(block), ("write", 0), of_columns)
-
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
 
     for block, width in products.items():
         _product(sch, block, tile.operand, shares, True, width)
-    depth = None if shares == 1 else tile.kv_tile
-    _product(sch, "accumulate", tile.operand, shares, False, depth)
-    _round(sch, tile.operand, shares)
-    for block in (*MATRIX_PASSES, *made):
-        if block in ("probabilities", "write_out"):
-            continue
-        whole = block in ("init_out", "keep_out")
-        _on_fragments(sch, block, of_columns if whole else of_tokens)
-
-    _write(sch, rows_first(spec.v_width, shares))
-
+    for block in (*SCORE_PASSES, *made):
+        _on_fragments(sch, block, of_tokens)
     for block, name in ROW_REDUCTIONS.items():
         _reduce(sch, block, name, tile.kv_tile // shares, shares)
+    _round(sch, tile.operand, shares)
+    depth = None if shares == 1 else tile.kv_tile
+    _product(sch, "accumulate", tile.operand, shares, False, depth)
+    for block in OUTPUT_PASSES:
+        _on_fragments(sch, block, of_columns)
+    _write(sch, rows_first(spec.v_width, shares))
+
     for block in (*ROW_STATES, *ROW_KEEPS):
         deal_quads(sch, block, shares)
     deal_quads(sch, "write_lse", shares, once=True)
     return True
+
+
+def _hold(sch: Schedule, blocks: Iterable[str], place: Place) -> None:
+    """Keep the matrix that each block writes in fragments."""
+    keep(sch, blocks, FRAGMENT)
+    for block in blocks:
+        sch.transform_layout(sch.get_sblock(block), ("write", 0), place)
 
 
 def _fits(task: KernelTask) -> bool:
@@ -215,7 +221,7 @@ def _round(sch: Schedule, operand: str, shares: int) -> None:
     sch.tensorize(row, round_fragment(operand) if shares == 1 else round_to_tile(operand))
 
 
-def _on_fragments(sch: Schedule, name: str, place: object) -> None:
+def _on_fragments(sch: Schedule, name: str, place: Place) -> None:
     """A pass over a matrix, each lane over what it holds."""
     block = sch.get_sblock(name)
     sch.transform_block_layout(block, place)
@@ -224,7 +230,7 @@ def _on_fragments(sch: Schedule, name: str, place: object) -> None:
     unroll_all(sch, (tiles, registers))
 
 
-def _write(sch: Schedule, place: object) -> None:
+def _write(sch: Schedule, place: Place) -> None:
     """Write the output row by row."""
     block = sch.get_sblock("write_out")
     sch.transform_block_layout(block, place)
