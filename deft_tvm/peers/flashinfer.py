@@ -37,7 +37,7 @@ from deft_tvm.peers.pieces import tree_rows
 
 DEVICE = "cuda"
 WORKSPACE_BYTES = 512 << 20
-"""For what FlashInfer keeps between the two halves of a split: the 128 MiB that it recommends are too
+"""For what FlashInfer keeps between the halves of a split: the 128 MiB that it recommends are too
 little with 16 query heads to a KV head."""
 
 WIDTHS = (64, 128, 256)
