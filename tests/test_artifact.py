@@ -67,7 +67,7 @@ def test_a_replaced_module_is_loaded_again(
     ("fields", "message"),
     [
         ({"schema": 2}, "schema is 2; expected 1 or older: update deft_tvm"),
-        ({"kernel_abi": 1}, "kernel_abi is 1; expected 3: build the module again"),
+        ({"kernel_abi": 1}, "kernel_abi is 1; expected 4: build the module again"),
         ({"kernel_abi": "x"}, r"Expected `int`, got `str` - at `\$.kernel_abi`"),
         ({"extra": 1}, "unknown field `extra`"),
         ({"lse_base": "2"}, r"Invalid enum value '2' - at `\$.lse_base`"),

@@ -98,7 +98,7 @@ def test_every_module_is_told_why(
         "plain": "default decisions, and there is a tuned one",
         "foreign": "built for another device",
         "other": f"manifest.json: spec is {str(OTHER)!r}; expected {SPEC}",
-        "before": "manifest.json: kernel_abi is 1; expected 3: build the module again",
+        "before": "manifest.json: kernel_abi is 1; expected 4: build the module again",
         "newer": "manifest.json: required_features is ['avx99']; expected only what "
         f"{HERE.slug} has",
     }
