@@ -11,7 +11,6 @@ import time
 
 import torch
 
-from deft_tvm.gpu_check.exact import moved
 from deft_tvm.peers import TRITON, Gathered
 from deft_tvm.peers.triton.search import milliseconds
 from deft_tvm.spec import AttentionSpec
@@ -51,7 +50,7 @@ def main(names: set[str]) -> None:
 def run(spec: AttentionSpec, workload: str) -> int:
     """How many of the peers are not exact."""
     case = tensors(parse(workload).forest, spec)
-    gathered = Gathered(moved(case, "cuda"))
+    gathered = Gathered(case.to("cuda"))
     exact = case.reference() if int(gathered.mask.sum()) <= MOST_COMPARED else None
     wrong = 0
     for name, peer in TRITON.items():

@@ -15,7 +15,6 @@ import pytest
 import torch
 from test_peers import BLIND, FORESTS, ODD
 
-from deft_tvm.gpu_check.exact import moved
 from deft_tvm.peers import FLASHINFER, Gathered, flashinfer, paged
 from deft_tvm.reference import Exact
 from deft_tvm.spec import AttentionSpec
@@ -245,7 +244,7 @@ def rounded(exact: Exact, levels: int) -> float:
 @pytest.mark.parametrize("variant", LARGE)
 def test_flashinfer_is_exact(variant: str, workload: str) -> None:
     case = tensors(SEEING[workload], AttentionSpec.parse(LARGE[variant]))
-    exact, gathered = case.reference(), Gathered(moved(case, "cuda"))
+    exact, gathered = case.reference(), Gathered(case.to("cuda"))
     cuts = {"levels": paged.by_node, "prefix": paged.by_prefix}
     for name in of_kind(variant):
         assert FLASHINFER[name].lacks(gathered) is None
@@ -257,7 +256,7 @@ def test_flashinfer_is_exact(variant: str, workload: str) -> None:
 @pytest.mark.parametrize("name", FLASHINFER)
 def test_flashinfer_in_a_graph(name: str) -> None:
     spec = AttentionSpec.parse(LARGE["mla" if name in LATENT else "gqa"])
-    call = FLASHINFER[name].make(Gathered(moved(tensors(ODD, spec), "cuda")))
+    call = FLASHINFER[name].make(Gathered(tensors(ODD, spec).to("cuda")))
     expected = call().clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 # Each tensor by itself, so that what is out of its bounds is in nobody's: before torch is imported.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -21,7 +20,7 @@ from deft_tvm.pytorch import TreeAttention
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tree import Forest
 from deft_tvm.tuning.subject import MERGE
-from deft_tvm.workloads import Case, tensors
+from deft_tvm.workloads import tensors
 
 TREES = ("uneven_trees", "several_rows", "empty_nodes", "few_shot:prompt=300,branches=5,tokens=9")
 
@@ -43,7 +42,8 @@ def run_all(spec: AttentionSpec, kind: str) -> list[str]:
     wanted = {*(tile.name for tile in attention.artifact.tiles), MERGE}
     for forest, deterministic in forests(spec.group, attention.artifact.tiles):
         attention.deterministic = deterministic
-        case = moved(tensors(forest, spec), kind)
+        # Made there, they would bring torch's kernels along.
+        case = tensors(forest, spec).to(kind)
         plan = attention.plan(forest, case.pages)
         attention.run(case.q, case.kv, sinks=case.sinks)
         print(f"{forest}: {', '.join(sorted(launched(plan)))}", flush=True)
@@ -65,17 +65,6 @@ def forests(group: int, tiles: Sequence[TileShape]) -> Iterator[tuple[Forest, bo
         rows = max(1, tile.lane_rows // group)
         lengths = [500, *[1 + place % 9 for place in range(rows)]]
         yield Forest.from_parents([-1] + [0] * rows, lengths), True
-
-
-def moved(case: Case, device: str) -> Case:
-    """The same tensors on a device; made there, they would bring torch's kernels along."""
-    return replace(
-        case,
-        q=case.q.to(device),
-        buffers=tuple(buffer.to(device) for buffer in case.buffers),
-        scales=tuple(scales.to(device) for scales in case.scales),
-        sinks=None if case.sinks is None else case.sinks.to(device),
-    )
 
 
 def launched(plan: Plan) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -75,6 +75,16 @@ class Case:
         """For each buffer its scales, None for a buffer without."""
         given = iter(self.scales)
         return tuple(next(given) if buffer.scaled else None for buffer in self.spec.buffers)
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same numbers on a device."""
+        return replace(
+            self,
+            q=self.q.to(device),
+            buffers=tuple(buffer.to(device) for buffer in self.buffers),
+            scales=tuple(scales.to(device) for scales in self.scales),
+            sinks=None if self.sinks is None else self.sinks.to(device),
+        )
 
     def reference(self) -> Exact:
         """The oracle's answer in float64."""
