@@ -23,8 +23,8 @@ from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, finite, natural_l
 from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec
 
-SHARES = 8
-"""Into so many equal shares a GPU's warps may divide the partials of a row."""
+CUDA_SHARES = 8
+"""Into so many equal shares a GPU's warps may divide the partials of a row; a CPU has one."""
 
 
 @cache
@@ -41,6 +41,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
     """
     HQ, VW, SINKS = spec.num_q_heads, spec.v_width, spec.sinks
     ON_CPU = kind == "llvm"
+    SHARES = 1 if ON_CPU else CUDA_SHARES
     exp2 = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
     weighed = bind(_weighed, exp2=exp2)
     work = work_loop(kind)
@@ -103,26 +104,15 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                                         )
                                         * LOG2_E
                                     )
-                            if ON_CPU:
-                                for d, p in T.grid(VW, count + 1):
-                                    with T.sblock("weigh"):
-                                        vd, vp = T.axis.remap("SR", [d, p])
-                                        with T.init():
-                                            A[vd] = T.float32(0)
-                                        A[vd] = A[vd] + weighed(
-                                            partial_out, partial_lse, begin, count, vp, head, vd,
-                                            m[0],
-                                        )  # fmt: skip
-                            else:
-                                for d, n, w in T.grid(VW, (count + SHARES) // SHARES, SHARES):
-                                    with T.sblock("weigh"):
-                                        vd, vn, vw = T.axis.remap("SRR", [d, n, w])
-                                        with T.init():
-                                            A[vd] = T.float32(0)
-                                        A[vd] = A[vd] + weighed(
-                                            partial_out, partial_lse, begin, count,
-                                            vn * SHARES + vw, head, vd, m[0],
-                                        )  # fmt: skip
+                            for d, n, w in T.grid(VW, (count + SHARES) // SHARES, SHARES):
+                                with T.sblock("weigh"):
+                                    vd, vn, vw = T.axis.remap("SRR", [d, n, w])
+                                    with T.init():
+                                        A[vd] = T.float32(0)
+                                    A[vd] = A[vd] + weighed(
+                                        partial_out, partial_lse, begin, count, vn * SHARES + vw,
+                                        head, vd, m[0],
+                                    )  # fmt: skip
                     for _ in T.serial(1):
                         with T.sblock("epilogue"):
                             T.reads()

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_tvm.errors import PlanError
+from deft_tvm.plan.residency import unit_bytes
 from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, TileShape
 
 if TYPE_CHECKING:
@@ -124,11 +125,9 @@ class CostModel:
         """Units of `tile` that fit beside each other: queries, and two steps of K and V."""
         if not self.shared_bytes:
             return 1
-        token = sum(kv_bytes(spec).values()) // spec.num_kv_heads
-        element = DTYPE_BYTES[tile.operand]
-        used = tile.lane_rows * (spec.q_width + tile.kv_tile) * element
-        used += STAGES * tile.kv_tile * token + TABLES_BYTES
-        return min(self.blocks_at_a_time, max(1, self.shared_bytes // used))
+        return min(
+            self.blocks_at_a_time, max(1, self.shared_bytes // unit_bytes(spec, tile, STAGES))
+        )
 
     def rate(self, tile: TileShape) -> float:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
@@ -156,8 +155,7 @@ CUDA_BLOCKS = 2
 """Units that a multiprocessor works on at a time: each is a block that waits most of its time."""
 
 STAGES = 2
-TABLES_BYTES = 8 << 10
-"""Of a unit beside its tiles."""
+"""Of K and V, that kernels hold where they fit."""
 
 ON_CUDA: dict[str, Any] = {
     "matrix_share": (("float32", 0.4), ("float16", 0.18), ("bfloat16", 0.18)),

@@ -15,9 +15,9 @@ def merge(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         return False
     lanes = power_of_two_in(task.spec.v_width, float_lanes(task.features))
     weigh = sch.get_sblock("weigh")
-    d, p = sch.get_loops(weigh)[-2:]
+    d, p, share = sch.get_loops(weigh)[-3:]
     outer, inner = sch.split(d, [None, lanes])
-    sch.reorder(p, outer, inner)
+    sch.reorder(p, share, outer, inner)
     sch.vectorize(inner)
     sch.decompose_reduction(weigh, p)
     vectorize_last(sch, "write_out", lanes)

@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import tvm_ffi
-from tvm import DataType, tirx, transform
-from tvm.ir import TensorLoad, Var
-from tvm.s_tir import SBlock, SBlockRealize, Schedule
+from tvm import tirx, transform
+from tvm.ir import TensorLoad
+from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import FP8_BITS, storage
+from deft_tvm.schedules.cuda.lookups import LOOK_UP
+from deft_tvm.schedules.cuda.statements import substitute
 from deft_tvm.schedules.cuda.threads import LANES, bind_threads
 from deft_tvm.spec import DTYPE_BYTES, FP8
 
@@ -24,8 +26,6 @@ BYTES = 16
 COPY = "deft_tvm.copy"
 """Annotation of a loop over 16 bytes of a cache row, with one of these values."""
 NOW, LATER = 1, 2
-LOOK_UP = "deft_tvm.look_up"
-"""Annotation of the loop over a thread's copies: where all rows lie is read before the first."""
 
 CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
@@ -79,15 +79,6 @@ __device__ __forceinline__ void deft_copy_16_bytes_of_row_later(
 }
 #endif
 """
-EVEN = "deft_rows_are_even"
-OF_ROW = {
-    "deft_copy_16_bytes": "deft_copy_16_bytes_of_row",
-    "deft_copy_16_bytes_later": "deft_copy_16_bytes_of_row_later",
-}
-"""Copies that may trust strides to be multiples of 16 bytes and below 2^31: then an address takes
-two multiplications of 32 bits (which nvcc does not find by itself), and nothing is looked at for
-each copy."""
-
 WIDEN_SOURCE = """
 __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s* row) {
   if ((size_t)row %% 16 == 0) {
@@ -165,129 +156,15 @@ def copy_whole_vectors(
     func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
 ) -> tirx.PrimFunc:
     """Put device functions where loops are annotated with `COPY`."""
-    body = tvm_ffi.structural_map(func.body, [(tirx.For, _copy)], order="post")
-    return func.with_body(tvm_ffi.structural_map(body, [(tirx.For, _looked_up)], order="post"))
-
-
-def _looked_up(loop: tirx.For) -> tirx.Stmt:
-    """A loop over copies with what it reads of shared tables read before, into registers.
-
-    Else each copy waits for a table that, as far as ptxas knows, the copy before may have changed.
-    """
-    if LOOK_UP not in loop.annotations or _has_guard(loop):
-        return loop
-    loads: list[Any] = []
-
-    def note(load: Any) -> None:
-        is_table = load.source.scope().startswith("shared") and load.source.ty.dtype == "int32"
-        if is_table and not any(tvm_ffi.structural_equal(load, other) for other in loads):
-            loads.append(load)
-
-    tvm_ffi.structural_walk(loop.body, [(TensorLoad, note)])
-    if not loads:
-        return loop
-    count = int(loop.extent)
-    held = [
-        tirx.decl_buffer([count], "int32", f"{load.source.name}_held", scope="local")
-        for load in loads
-    ]
-
-    def place(load: Any) -> Any:
-        for known, register in zip(loads, held, strict=True):
-            if tvm_ffi.structural_equal(load, known):
-                return tirx.BufferLoad(register, [loop.loop_var])
-        return load
-
-    reads = [
-        tirx.BufferStore(register, load, [loop.loop_var])
-        for load, register in zip(loads, held, strict=True)
-    ]
-    copies = tvm_ffi.structural_map(loop.body, [(TensorLoad, place)], order="post")
-    first = _unrolled(loop, tirx.SeqStmt(reads))
-    if (evenly := _evenly(loop, copies, held)) is None:
-        body: tirx.Stmt = tirx.SeqStmt([first, _unrolled(loop, copies)])
-    else:
-        even, fast = evenly
-        body = tirx.IfThenElse(even, tirx.SeqStmt([first, fast]), loop)
-    block = SBlock([], [], [], "looked_up", body, None, held, [], {})
-    return SBlockRealize([], True, block)
-
-
-def _evenly(loop: tirx.For, copies: tirx.Stmt, held: list[Any]) -> tuple[Any, tirx.Stmt] | None:
-    """Whether rows are even, and a faster loop over `copies` for then; None where there is none.
-
-    Args:
-        held: the registers with the table entries that they read.
-    """
-    calls: list[Any] = []
-    tvm_ffi.structural_walk(copies, [(tirx.Evaluate, lambda node: calls.append(node.value))])
-    if len(calls) != 1 or str(calls[0].args[0].value) not in OF_ROW:
-        return None
-    name, tile, address, text = calls[0].args
-    row = address.args[0]
-    places = [d for d, index in enumerate(row.indices) if _reads(index, held)]
-    if len(places) != 2:
-        return None
-    element = DataType(str(row.source.ty.dtype)).itemsize
-    zero = tirx.IntImm("int64", 0)
-    origin = [zero if d in places else index for d, index in enumerate(row.indices)]
-    first = T.address_of(tirx.BufferLoad(row.source, origin))
-    strides = [row.source.ty.strides[d] * element for d in places]
-    (page, page_stride), (slot, slot_stride) = (
-        (tirx.Cast("int32", row.indices[d]), stride)
-        for d, stride in zip(places, strides, strict=True)
-    )
-    fast = T.cuda.func_call(
-        OF_ROW[str(name.value)],
-        *(tile, first, page, page_stride, slot, slot_stride),
-        source_code=str(text.value),
-    )
-    start = _with(first, loop.loop_var, loop.min)
-    even = T.cuda.func_call(EVEN, start, *strides, source_code=str(text.value), return_type="int32")
-    return even != 0, _unrolled(loop, tirx.Evaluate(fast))
-
-
-def _reads(index: Any, buffers: list[Any]) -> bool:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(index, [(TensorLoad, lambda load: found.append(load.source))])
-    return any(source.same_as(buffer) for source in found for buffer in buffers)
-
-
-def _with(node: Any, var: Any, value: Any) -> Any:
-    return tvm_ffi.structural_map(node, [(Var, lambda v: value if v.same_as(var) else v)])
-
-
-def _has_guard(loop: tirx.For) -> bool:
-    """Whether some of its iterations may be left out, whose table entries may not be there."""
-    found: list[Any] = []
-    tvm_ffi.structural_walk(loop.body, [(tirx.IfThenElse, found.append)])
-    tvm_ffi.structural_walk(
-        loop.body,
-        [(SBlockRealize, lambda r: None if _is_true(r.predicate) else found.append(r))],
-    )
-    return bool(found)
-
-
-def _is_true(predicate: Any) -> bool:
-    return isinstance(predicate, tirx.IntImm) and bool(int(predicate))
-
-
-def _unrolled(loop: tirx.For, body: tirx.Stmt) -> tirx.For:
-    """A loop with an index of its own."""
-    index = Var(loop.loop_var.name, "int32")
-    moved = _with(body, loop.loop_var, index)
-    return tirx.For(index, loop.min, loop.extent, tirx.ForKind.UNROLLED, moved)
+    return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.For, _copy)], order="post"))
 
 
 def _copy(loop: tirx.For) -> tirx.Stmt:
     if COPY not in loop.annotations:
         return loop
 
-    def first(var: Any) -> Any:
-        return tirx.IntImm("int32", 0) if var.same_as(loop.loop_var) else var
-
     # The guard of a last, partial round stays around the call.
-    body = tvm_ffi.structural_map(loop.body, [(Var, first)])
+    body = substitute(loop.body, loop.loop_var, tirx.IntImm("int32", 0))
     later = int(loop.annotations[COPY]) == LATER
 
     def call(store: Any) -> tirx.Stmt:

@@ -7,14 +7,15 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.kernels.numerics import storage
 from deft_tvm.kernels.tokens import located_tiles
-from deft_tvm.schedules.cuda.copies import BYTES, LATER, NOW, load_tile, whole_lanes
-from deft_tvm.schedules.cuda.limits import BLOCKS, ELEMENT_BYTES, fits_staged, most_blocks
+from deft_tvm.plan.residency import PADDING
+from deft_tvm.schedules.cuda.copies import LATER, NOW, load_tile, whole_lanes
+from deft_tvm.schedules.cuda.limits import BLOCKS, fits_staged, most_blocks
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
 from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
 from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.spec import DTYPE_BYTES, Dtype
 
 TABLES = 4
 """Tables of a tile's tokens that `locate` writes; with a window, positions too."""
@@ -50,7 +51,7 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
         regions["load_rope"] = (spec.rope, spec.rope_width)
         queries["load_q_rope"] = spec.rope_width
     keep(sch, (*queries, *regions), TILE_SCOPE)
-    padding = BYTES if fits_staged(task, 1, BYTES) else 0
+    padding = PADDING if fits_staged(task, 1, PADDING) else 0
     if padding:
         pad_rows(sch, (*queries, *regions), operand)
 
@@ -82,8 +83,8 @@ def _leave_room(
     sch.annotate(sch.get_loops(sch.get_sblock("tile"))[-1], BLOCKS, blocks)
 
 
-def pad_rows(sch: Schedule, blocks: Iterable[str], operand: str) -> None:
-    """16 bytes between rows, so that equal columns of neighbouring rows lie in other banks."""
-    lanes = BYTES // ELEMENT_BYTES[storage(operand)]
+def pad_rows(sch: Schedule, blocks: Iterable[str], operand: Dtype) -> None:
+    """`PADDING` between rows."""
+    lanes = PADDING // DTYPE_BYTES[operand]
     for block in blocks:
         sch.storage_align(sch.get_sblock(block), 0, -2, 2 * lanes, lanes)

@@ -12,7 +12,6 @@ from typing import Any
 import tvm_ffi
 from tvm import DataType, IRModule, s_tir, tirx, transform
 from tvm import compile as tvm_compile
-from tvm.ir import Var
 from tvm.target import Target
 from tvm.tirx.compilation_pipeline import (
     finalize_device_passes,
@@ -24,6 +23,7 @@ from deft_tvm.errors import PlanError
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.limits import BLOCKS, LEAST_SHARED_BYTES, shared_limit
+from deft_tvm.schedules.cuda.lookups import look_up_first
 from deft_tvm.schedules.cuda.repeats import repeat_iterations
 from deft_tvm.schedules.cuda.rows import ask_once_a_row
 from deft_tvm.schedules.cuda.shares import (
@@ -35,6 +35,7 @@ from deft_tvm.schedules.cuda.shares import (
     keep_own_share,
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
+from deft_tvm.schedules.cuda.statements import substitute
 from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cuda"
@@ -138,10 +139,7 @@ def _ask_for_shared_memory(
     wide = tirx.decl_buffer(
         [LEAST_SHARED_BYTES // element + 16], old.ty.dtype, old.name, scope="shared.dyn"
     )
-    body = tvm_ffi.structural_map(
-        func.body, [(Var, lambda var: wide if var.same_as(old) else var)], order="post"
-    )
-    return func.with_body(body)
+    return func.with_body(substitute(func.body, old, wide))
 
 
 class _Registers:
@@ -201,6 +199,7 @@ def _threaded() -> list[transform.Pass]:
         lower.LowerMatchBuffer(),
         fetch_one_tile_ahead,
         copy_whole_vectors,
+        look_up_first,
         keep_own_share(FRAGMENT),
         lift_registers,
         simplify(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.kernels.merge import SHARES
 from deft_tvm.schedules.cuda.shares import DEALT, DEALT_THREADS
 from deft_tvm.schedules.cuda.threads import (
     LANES,
@@ -22,7 +21,8 @@ from deft_tvm.schedules.cuda.threads import (
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
 
-WARPS = tuple(n for n in (1, 2, 4, 8) if SHARES % n == 0)
+WARPS = (1, 2, 4, 8)
+"""Divisors of `kernels.merge.CUDA_SHARES`."""
 AHEAD = (1, 2, 4)
 """Partials of a warp whose loads wait for memory together."""
 

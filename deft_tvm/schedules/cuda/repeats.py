@@ -15,6 +15,8 @@ from tvm.ir import Var
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
+from deft_tvm.schedules.cuda.statements import substitute
+
 REPEATS = "deft_tvm.repeats"
 """Annotation of a loop: threads an iteration, negative where only the first of them does it."""
 AXIS = "deft_tvm.repeats_axis"
@@ -40,10 +42,7 @@ def _bound(loop: tirx.For) -> tirx.Stmt:
     repeats, axis = int(loop.annotations[REPEATS]), str(loop.annotations[AXIS])
     once, repeats = repeats < 0, abs(repeats)
     thread = Var(f"{loop.loop_var.name}_thread", "int32")
-    iteration = tirx.floordiv(thread, repeats)
-    body = tvm_ffi.structural_map(
-        loop.body, [(Var, lambda var: iteration if var.same_as(loop.loop_var) else var)]
-    )
+    body = substitute(loop.body, loop.loop_var, tirx.floordiv(thread, repeats))
     if once and repeats > 1:
         body = tirx.IfThenElse(tirx.floormod(thread, repeats) == 0, body, None)
     binding = tirx.IterVar(None, Var("", "int32"), tirx.IterVar.ThreadIndex, axis)

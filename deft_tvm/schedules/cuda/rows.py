@@ -14,6 +14,8 @@ from tvm import tirx, transform
 from tvm.ir import Var
 from tvm.s_tir import SBlockRealize
 
+from deft_tvm.schedules.cuda.statements import loop_like
+
 ROWS = "deft_tvm.rows"
 """Annotation of the loop over a lane's rows."""
 
@@ -66,12 +68,6 @@ def _depends(value: Any, loops: list[tirx.For]) -> bool:
 
 
 def _nest(body: tirx.Stmt, loops: list[tirx.For]) -> tirx.Stmt:
-    """`body` in loops with indices of their own."""
     for loop in reversed(loops):
-        index = Var(loop.loop_var.name, "int32")
-        body = tvm_ffi.structural_map(
-            body,
-            [(Var, lambda var, old=loop.loop_var, new=index: new if var.same_as(old) else var)],
-        )
-        body = tirx.For(index, loop.min, loop.extent, loop.kind, body)
+        body = loop_like(loop, body)
     return body

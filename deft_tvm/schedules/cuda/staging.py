@@ -28,6 +28,7 @@ from tvm.tirx.buffer import is_buffer_var
 
 from deft_tvm.schedules.cuda.allocations import lift, with_allocations
 from deft_tvm.schedules.cuda.copies import asynchronous
+from deft_tvm.schedules.cuda.statements import substitute
 
 STAGES = "deft_tvm.stages"
 AHEAD = "deft_tvm.ahead"
@@ -107,11 +108,11 @@ class _Staged:
     def _fetch(self, tile: Any, condition: Any) -> list[tirx.Stmt]:
         """The stages that go ahead, for tile number `tile`."""
         begin = Var("t_ahead", "int32")
-        value = _substitute(self.bind.value, self.loop.loop_var, tile)
+        value = substitute(self.bind.value, self.loop.loop_var, tile)
         fetched: list[tirx.Stmt] = [tirx.Bind(begin, value)]
         for stage in self.ahead:
-            moved = _substitute(stage, self.bind.var, begin)
-            moved = self._at(_substitute(moved, self.loop.loop_var, tile), tile)
+            moved = substitute(stage, self.bind.var, begin)
+            moved = self._at(substitute(moved, self.loop.loop_var, tile), tile)
             if _mark(stage) == LOAD:
                 moved = asynchronous(moved)
                 if condition is not None:
@@ -165,10 +166,6 @@ def _mark(stage: tirx.Stmt) -> int:
     if isinstance(stage, tirx.IfThenElse):
         return _mark(stage.then_case)
     return int(stage.annotations.get(AHEAD, 0)) if isinstance(stage, tirx.For) else 0
-
-
-def _substitute(node: Any, var: Any, value: Any) -> Any:
-    return tvm_ffi.structural_map(node, [(Var, lambda v: value if v.same_as(var) else v)])
 
 
 def _buffers(statements: list[tirx.Stmt], stores: bool) -> list[Any]:

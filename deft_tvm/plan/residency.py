@@ -1,0 +1,27 @@
+"""What a unit of work takes of a GPU's multiprocessor, by which plans and schedules go alike."""
+
+from __future__ import annotations
+
+from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, TileShape
+
+TABLES_BYTES = 16384
+"""More than the tables of tokens and rows ever take beside the tiles."""
+PADDING = 16
+"""Bytes after each row of a tile, so that equal columns of neighbouring rows lie in other banks."""
+
+
+def unit_bytes(spec: AttentionSpec, tile: TileShape, stages: int, padding: int = PADDING) -> int:
+    """Shared memory that a unit takes at most, K and V `stages` times.
+
+    Args:
+        spec: the attention.
+        tile: the tile class.
+        stages: tiles of K, V and rope that are held at once.
+        padding: bytes after each row of a tile.
+    """
+    element = DTYPE_BYTES[tile.operand]
+    k_width = 0 if spec.tied else spec.k_width
+    widths = [width for width in (k_width, spec.v_width, spec.rope_width) if width]
+    token = sum(width * element + padding for width in widths)
+    row = spec.q_width * element + 2 * padding + tile.kv_tile * element
+    return tile.lane_rows * row + stages * tile.kv_tile * token + TABLES_BYTES
