@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import msgspec
 
@@ -78,18 +79,12 @@ def run(
     goes_on = stage.resumes and not again
     with open(out / f"{stage.name}.txt", "ab" if goes_on else "wb") as printed:
         # Unbuffered, so that a stage that is cut short leaves all that it had found.
-        process = subprocess.Popen(
-            [sys.executable, "-u", *command],
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        status = wait(process, seconds)
+        status, code = _run([sys.executable, "-u", *command], printed, seconds)
         os.fsync(printed.fileno())
     record = Record(
         stage.name,
         status,
-        process.returncode,
+        code,
         round(time.monotonic() - clock, 1),
         command,
         source_commit(),
@@ -99,8 +94,28 @@ def run(
     return record
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
+def run_aside(command: Sequence[str], seconds: float) -> tuple[Status, int, list[str]]:
+    """Run a command: what became of it, its exit code, and the lines that it printed.
+
+    Args:
+        command: program and arguments.
+        seconds: after which it is stopped, with all its processes.
+    """
+    with tempfile.TemporaryFile() as printed:
+        status, code = _run(command, printed, seconds)
+        printed.seek(0)
+        return status, code, printed.read().decode(errors="replace").splitlines()
+
+
+def _run(command: Sequence[str], printed: IO[bytes], seconds: float) -> tuple[Status, int]:
     """Until it ends or its time is over; then all processes of its session are ended."""
+    process = subprocess.Popen(
+        command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    return _wait(process, seconds), process.returncode
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
     try:
         return "ok" if process.wait(seconds) == 0 else "failed"
     except subprocess.TimeoutExpired:

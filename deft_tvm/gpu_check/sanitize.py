@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Literal
@@ -22,7 +20,7 @@ from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of
 from deft_tvm.gpu_check.cells import DIFFERENT
 from deft_tvm.gpu_check.lines import Lines
 from deft_tvm.gpu_check.modules import build_missing
-from deft_tvm.gpu_check.runner import wait
+from deft_tvm.gpu_check.runner import run_aside
 from deft_tvm.spec import AttentionSpec
 
 FILE = "sanitize.jsonl"
@@ -113,19 +111,13 @@ def sanitize(
     if tool == "memcheck":  # torch asks a driver for what it may not have
         command += ["--report-api-errors", "no"]
     command += [sys.executable, "-m", MODULE, "--device", device, "--spec", spec]
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(
-            command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        status = wait(process, seconds)
-        printed.seek(0)
-        said = printed.read().decode(errors="replace").splitlines()
+    status, code, said = run_aside(command, seconds)
     if status == "timeout":
         return Sanitized(tool, spec, "timeout", "\n".join([f"{seconds:.0f} s", *said[-LINES:]]))
     summary = [line for line in said if "SUMMARY" in line]
-    if process.returncode == 0 and summary:
+    if code == 0 and summary:
         return Sanitized(tool, spec, "clean", "\n".join(summary))
-    if process.returncode == FOUND:
+    if code == FOUND:
         told = [line for line in said if line.startswith("=====")]
         return Sanitized(tool, spec, "found", "\n".join([*told[:LINES], *summary]))
     return Sanitized(tool, spec, "failed", "\n".join(said[-LINES:]))

@@ -6,9 +6,7 @@ here in a process of its own, and leaves what it compiled in its cache, where `b
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from deft_tvm.gpu_check.bench import FLEX, SLOW
 from deft_tvm.gpu_check.cells import SPEEDS
 from deft_tvm.gpu_check.measuring import Measuring
 from deft_tvm.gpu_check.modules import build_missing
-from deft_tvm.gpu_check.runner import wait
+from deft_tvm.gpu_check.runner import run_aside
 from deft_tvm.peers import PEERS
 
 MODULE = "deft_tvm.gpu_check.warm"
@@ -72,13 +70,8 @@ def _elsewhere(spec: str, peer: str, device: str, left: Callable[[], float]) -> 
     begin, seconds = time.monotonic(), left()
     if seconds <= 0:
         return f"no time for {peer} with {spec}", False
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(
-            command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        status = wait(process, seconds)
-        printed.seek(0)
-        *_, last = ["", *printed.read().decode(errors="replace").strip().splitlines()]
+    status, _, said = run_aside(command, seconds)
+    *_, last = ["", *(line for line in said if line.strip())]
     told = "" if status == "ok" else f": {last}"
     return f"{status} {peer} {spec}, {time.monotonic() - begin:.1f} s{told}", status == "ok"
 

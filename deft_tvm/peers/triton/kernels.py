@@ -19,6 +19,16 @@ def _cache_row(slot, head, HEADS: tl.constexpr, PAGE: tl.constexpr, HEADS_FIRST:
     return in_head if HEADS_FIRST else slot * HEADS + head
 
 
+@triton.jit
+def _columns(row, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, BLOCK] of what begins at `row`, zeros beyond WIDTH; a mask costs where none is due."""
+    if WIDTH == BLOCK:
+        loaded = tl.load(row[:, None] + column[None, :])
+    else:
+        loaded = tl.load(row[:, None] + column[None, :], mask=(column < WIDTH)[None, :], other=0.0)
+    return loaded
+
+
 @triton.jit(do_not_specialize=["scale"])
 def attend(
     q,
@@ -83,12 +93,7 @@ def attend(
             queries = tl.load(q_row[:, None] + q_column[None, :], mask=is_key[None, :], other=0.0)
     else:
         k_column = tl.arange(0, K_BLOCK)
-        if K_WIDTH == K_BLOCK:
-            queries = tl.load(q_row[:, None] + k_column[None, :])
-        else:
-            queries = tl.load(
-                q_row[:, None] + k_column[None, :], mask=(k_column < K_WIDTH)[None, :], other=0.0
-            )
+        queries = _columns(q_row, k_column, K_WIDTH, K_BLOCK)
     if ROPE_WIDTH > 0:
         rope_column = tl.arange(0, ROPE_BLOCK)
         is_rope = (rope_column < ROPE_WIDTH)[None, :]
@@ -107,25 +112,11 @@ def attend(
         cached = _cache_row(slot, head, KV_HEADS, PAGE, HEADS_FIRST)
         v_row = v + cached * V_CACHED + V_BEGIN
         if TIED:
-            if V_WIDTH == V_BLOCK:
-                state = tl.load(v_row[:, None] + v_column[None, :])
-            else:
-                state = tl.load(
-                    v_row[:, None] + v_column[None, :],
-                    mask=(v_column < V_WIDTH)[None, :],
-                    other=0.0,
-                )
+            state = _columns(v_row, v_column, V_WIDTH, V_BLOCK)
             logits = tl.dot(queries, tl.trans(state))
         else:
             k_row = k + cached * K_CACHED + K_BEGIN
-            if K_WIDTH == K_BLOCK:
-                keys = tl.load(k_row[:, None] + k_column[None, :])
-            else:
-                keys = tl.load(
-                    k_row[:, None] + k_column[None, :],
-                    mask=(k_column < K_WIDTH)[None, :],
-                    other=0.0,
-                )
+            keys = _columns(k_row, k_column, K_WIDTH, K_BLOCK)
             logits = tl.dot(queries, tl.trans(keys))
         if ROPE_WIDTH > 0:
             rope_head = head if ROPE_HEADS > 1 else 0
@@ -149,14 +140,7 @@ def attend(
         values = values * shrink[:, None]
         highest = higher
         if not TIED:
-            if V_WIDTH == V_BLOCK:
-                state = tl.load(v_row[:, None] + v_column[None, :])
-            else:
-                state = tl.load(
-                    v_row[:, None] + v_column[None, :],
-                    mask=(v_column < V_WIDTH)[None, :],
-                    other=0.0,
-                )
+            state = _columns(v_row, v_column, V_WIDTH, V_BLOCK)
         values = tl.dot(weights.to(state.dtype), state, values)
 
     values = values / tl.where(total > 0, total, 1.0)[:, None]

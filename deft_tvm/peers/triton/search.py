@@ -14,10 +14,9 @@ import torch
 from deft_tvm.errors import InputError
 from deft_tvm.peers.triton.launch import Step, Tiling, block
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.timing import Events, captured
 
 WARM_UP, ROUNDS = 2, 7
-FLUSHED = 128 << 20
-"""Bytes written before each timed call, so that no KV is in the device's cache."""
 MOST_ACCUMULATED = 8192
 """Elements of the output that four warps hold."""
 LIGHT = 320
@@ -87,11 +86,11 @@ class Search(Generic[Choice]):
         from triton.runtime.errors import OutOfResources
 
         try:
-            found = milliseconds(self.made(choice))
+            found = seconds(self.made(choice))
         except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
             _log.info("%s: %s", choice, error)
             return math.inf
-        _log.info("%s: %.1f µs", choice, 1000 * found)
+        _log.info("%s: %.1f µs", choice, 1e6 * found)
         return found
 
 
@@ -100,22 +99,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def milliseconds(step: Step) -> float:
+def seconds(step: Step) -> float:
     """Median of a few calls from a captured graph, without KV in the device's cache."""
-    for _ in range(WARM_UP):  # compiles, which cannot be captured
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    flushed = torch.empty(FLUSHED, dtype=torch.int8, device=step.out.device)
-    times = []
-    for _ in range(WARM_UP + ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flushed.zero_()
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+    graph, timed = captured(step, WARM_UP), Events()  # the first call compiles
+    times = [timed(graph.replay) for _ in range(WARM_UP + ROUNDS)]
     return median(times[WARM_UP:])
