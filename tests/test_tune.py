@@ -272,7 +272,7 @@ def test_a_replayed_search_finds_the_best_that_was_recorded(tuned, name) -> None
 
 def test_winners_are_measured_again_beside_nothing(tuned, tmp_path) -> None:
     kernel = next(iter(best(tuned)))
-    again = measure_again(tuned, kernel=kernel, into=tmp_path, runner=FakeRunner())
+    again = measure_again(tuned, kernel=kernel, into=tmp_path, apart=0, runner=FakeRunner())
     (trial,) = again.read()
     assert trial.final and trial.decision == best(tuned)[kernel].decision
     assert logged_device(again) == DEVICE, "planned by the same rates"
@@ -280,14 +280,14 @@ def test_winners_are_measured_again_beside_nothing(tuned, tmp_path) -> None:
 
 def test_what_cannot_be_measured_again_is_refused(tuned, tmp_path) -> None:
     with pytest.raises(LogError, match=r"has nothing of kernel r999t1f32 .* expected one of: "):
-        measure_again(tuned, kernel="r999t1f32", into=tmp_path, runner=FakeRunner())
+        measure_again(tuned, kernel="r999t1f32", into=tmp_path, apart=0, runner=FakeRunner())
     log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
     write_profile(DEVICE, tmp_path)
     for trial in tuned.read():
         changed = {**trial.decision, "no_such_choice": 1}
         log.append(Trial(**{**_fields(trial), "decision": changed}))
     with pytest.raises(LogError, match=r"was decided as .*no_such_choice.* does not know"):
-        measure_again(log, into=tmp_path, runner=FakeRunner())
+        measure_again(log, into=tmp_path, apart=0, runner=FakeRunner())
 
 
 def _fields(trial: Trial) -> dict:

@@ -43,6 +43,9 @@ class FakeRunner:
     ) -> list[Outcome]:
         return [self._one(shash2hex(module)) for module in modules]
 
+    def renew(self) -> None:
+        """Is no process."""
+
     def close(self) -> None:
         """Holds nothing."""
 
@@ -57,7 +60,7 @@ class FakeRunner:
 
 def run(root: str, trials: int | None, real: bool = False, **options) -> TuningResult:
     """Tune `SPEC` on its workload."""
-    given = {"device": DeviceProfile.detect(), "listener": ignore} | options
+    given = {"device": DeviceProfile.detect(), "listener": ignore, "apart": 0.0} | options
     if not real:
         given.setdefault("runner", FakeRunner())
     return tune(SPEC, [WORKLOAD], trials=trials, root=root, **given)

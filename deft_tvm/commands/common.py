@@ -63,6 +63,14 @@ GroupingOption = Annotated[
     typer.Option(help="How the tree is divided: auto, packed, node, node_chunk, flatten, sequence"),
 ]
 SeedOption = Annotated[int, typer.Option(help="Another one: other random numbers.")]
+ApartOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        help="Seconds between the passes of the last measurement; by default 5, and 0 on a GPU: on "
+        "a machine that is all yours 0 does as well.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no text.")]
 
 

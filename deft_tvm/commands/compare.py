@@ -126,7 +126,6 @@ def _row(row: Row) -> dict[str, Any]:
         **row.subject._asdict(),
         "verdict": row.verdict.value if row.verdict else None,
         "ratio": row.ratio,
-        "fastest": row.fastest,
         "p": row.p,
         "anchored": row.anchored,
         "before": _tuned(row.before),

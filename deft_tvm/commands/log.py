@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deft_tvm.commands.common import (
+    ApartOption,
     JsonOption,
     console,
     needs_compiler,
@@ -73,6 +74,7 @@ def measure(
     workload: Annotated[
         str | None, typer.Option(help="The workload it was tuned on; by default each.")
     ] = None,
+    apart: ApartOption = None,
 ) -> None:
     """Measure the winners of a log again, as tuning does at its end.
 
@@ -86,7 +88,12 @@ def measure(
 
     with shown(str(log)) as listener:
         written = measure_again(
-            TuningLog(log), kernel=kernel, workload=workload, into=into, listener=listener
+            TuningLog(log),
+            kernel=kernel,
+            workload=workload,
+            into=into,
+            apart=apart,
+            listener=listener,
         )
     typer.echo(written.directory)
 

@@ -11,6 +11,7 @@ import typer
 
 from deft_tvm.commands.common import (
     DEFAULT_SPEC,
+    ApartOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -64,10 +65,11 @@ def tune(
         typer.Option(
             min=0.1,
             help="Time for the search of all specs together; measuring the best again comes on "
-            "top, a minute or so for each.",
+            "top, some minutes for each.",
         ),
     ] = None,
     seed: SeedOption = 0,
+    apart: ApartOption = None,
     rpc: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +114,7 @@ def tune(
     try:
         with _fleet(rpc, key) as fleet:
             for each in specs:
-                found.append(_tune(each, workload, trials, share, seed, kind, fleet))
+                found.append(_tune(each, workload, trials, share, seed, apart, kind, fleet))
     except KeyboardInterrupt:
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
@@ -146,6 +148,7 @@ def _tune(
     trials: int | None,
     minutes: float | None,
     seed: int,
+    apart: float | None,
     kind: Literal["cpu", "cuda"],
     fleet: Fleet | None,
 ) -> tuple[AttentionSpec, TuningResult, Path]:
@@ -165,6 +168,7 @@ def _tune(
             minutes=minutes,
             device=device,
             seed=seed,
+            apart=apart,
             listener=listener,
             runner=fleet,
         )

@@ -7,18 +7,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from deft_tvm.compare.sources import Source, Subject, Surroundings, Tuned
-from deft_tvm.compare.statistics import (
-    Samples,
-    fastest_ratio,
-    holm,
-    mean_ratio,
-    p_value,
-    ratio,
-)
+from deft_tvm.compare.statistics import Samples, change, comparable, holm, mean_ratio
 from deft_tvm.timing import Summary
 
 SMALLEST = 0.05
-"""A change of the median that is worth a word."""
+"""A change that is worth a word."""
 SURE = 0.05
 """Largest p, corrected for the number of rows, at which a change is believed."""
 
@@ -41,11 +34,11 @@ class Row:
     Attributes:
         subject: which.
         before, after: what the logs say of it; None where one has it not.
-        ratio: time after over time before, with its interval; None where either is missing. Across
-            devices, the ratio of shares of the limit, by which neither is called faster.
-        fastest: ratio of the fastest rounds, in plain time; None where there are too few passes.
+        ratio: time after over time before, with its interval, see `statistics.change`; None where
+            either is missing. Across devices, the ratio of shares of the limit, by which neither is
+            called faster.
         p: corrected for the number of rows; None where too little was measured to say.
-        anchored: times were taken in parts of the limit measured beside them.
+        anchored: times were taken in parts of what was measured beside them in both.
         across_devices: the logs are of two devices.
     """
 
@@ -53,7 +46,6 @@ class Row:
     before: Tuned | None
     after: Tuned | None
     ratio: Summary | None
-    fastest: Summary | None
     p: float | None
     anchored: bool
     across_devices: bool
@@ -63,24 +55,14 @@ class Row:
         """Neither chance nor a busy machine explains the ratio."""
         if self.across_devices or self.ratio is None or self.p is None:
             return False
-        return self.p < SURE and (self._all_beyond(1.0) or self._all_below(1.0))
+        return self.p < SURE and not self.ratio.low <= 1 <= self.ratio.high
 
     @property
     def surely_slower_by(self) -> float:
-        """By what part at least, the smaller of both ratios; 0 where nothing is sure."""
-        if not (self.sure and self._all_beyond(1.0)):
+        """By what part; 0 where nothing is sure."""
+        if not self.sure or self.ratio is None:
             return 0.0
-        return min(found.median for found in self._ratios) - 1
-
-    def _all_beyond(self, ratio: float) -> bool:
-        return all(found.low > 1 and found.median > ratio for found in self._ratios)
-
-    def _all_below(self, ratio: float) -> bool:
-        return all(found.high < 1 and found.median < ratio for found in self._ratios)
-
-    @property
-    def _ratios(self) -> list[Summary]:
-        return [found for found in (self.ratio, self.fastest) if found is not None]
+        return max(0.0, self.ratio.median - 1)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -93,9 +75,9 @@ class Row:
             return Verdict.FAILED
         if self.across_devices:
             return None
-        if self.sure and self._all_beyond(1 + SMALLEST):
+        if self.sure and self.ratio.median > 1 + SMALLEST:
             return Verdict.SLOWER
-        if self.sure and self._all_below(1 / (1 + SMALLEST)):
+        if self.sure and self.ratio.median < 1 / (1 + SMALLEST):
             return Verdict.FASTER
         return Verdict.SAME
 
@@ -147,18 +129,17 @@ def compare(before: Source, after: Source) -> Comparison:
     subjects = dict.fromkeys((*before.tuned, *after.tuned))
     pairs = {s: (before.tuned.get(s), after.tuned.get(s)) for s in subjects}
     samples = {s: found for s, pair in pairs.items() if (found := _samples(*pair, across))}
-    values = holm([None if across else _p_value(*pairs[s], pair) for s, pair in samples.items()])
-    p_of = dict(zip(samples, values, strict=True))
-    ratios = {subject: ratio(*pair) for subject, pair in samples.items()}
+    changes = {subject: change(*pair) for subject, pair in samples.items()}
+    tested = [c.p if _tested(*pairs[s]) and not across else None for s, c in changes.items()]
+    p_of = dict(zip(changes, holm(tested), strict=True))
     rows = tuple(
         Row(
             subject=subject,
             before=one,
             after=other,
-            ratio=ratios.get(subject),
-            fastest=_fastest(one, other) if subject in samples and not across else None,
+            ratio=changes[subject].ratio if subject in changes else None,
             p=p_of.get(subject),
-            anchored=bool(one and other and one.anchored and other.anchored),
+            anchored=subject in samples and comparable(*samples[subject]) is not None,
             across_devices=across,
         )
         for subject, (one, other) in pairs.items()
@@ -167,7 +148,7 @@ def compare(before: Source, after: Source) -> Comparison:
         before,
         after,
         rows,
-        mean_ratio(list(ratios.values())),
+        mean_ratio([each.ratio for each in changes.values()]),
         _differences(before.surroundings, after.surroundings),
     )
 
@@ -178,34 +159,15 @@ def _samples(
     """What is compared of a subject; None where one log has no winner."""
     if before is None or after is None or before.best is None or after.best is None:
         return None
-    if before.anchored and after.anchored:
-        return before.relative, after.relative
-    if across:  # times of two devices say nothing without their limits
-        limits = (before.best.limit_us, after.best.limit_us)
-        if not all(limits):
-            return None
-        one, other = (
-            Samples.of([us / limit for us in tuned.best.latency_us], tuned.best.passes)
-            for tuned, limit in zip((before, after), limits, strict=True)
-            if tuned.best is not None and limit
-        )
-        return one, other
-    return before.microseconds, after.microseconds
+    if not across:
+        return before.samples, after.samples
+    one, other = before.in_limits, after.in_limits  # times of two devices say nothing without
+    return None if one is None or other is None else (one, other)
 
 
-def _fastest(before: Tuned | None, after: Tuned | None) -> Summary | None:
-    if before is None or after is None or not (before.final and after.final):
-        return None
-    return fastest_ratio(before.microseconds, after.microseconds)
-
-
-def _p_value(
-    before: Tuned | None, after: Tuned | None, pair: tuple[Samples, Samples]
-) -> float | None:
-    """None also for the best of a search, which looks better than it is."""
-    if before is None or after is None or not (before.final and after.final):
-        return None
-    return p_value(*pair)
+def _tested(before: Tuned | None, after: Tuned | None) -> bool:
+    """Not the best of a search, which looks better than it is."""
+    return before is not None and after is not None and before.final and after.final
 
 
 def _differences(before: Surroundings, after: Surroundings) -> dict[str, tuple[str, str]]:

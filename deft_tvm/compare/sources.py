@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from deft_tvm.compare.statistics import Samples
+from deft_tvm.compare.statistics import LIMIT, Samples
 from deft_tvm.errors import LogError
 from deft_tvm.tuning.lines import Run, Trial
 from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, log_folders, winner
@@ -58,32 +58,31 @@ class Tuned:
         return self.best is not None and self.best.final
 
     @property
-    def anchored(self) -> bool:
-        """The limit was measured in the same rounds as the winner."""
-        return self.best is not None and len(self.best.anchor_us) == len(self.best.latency_us)
-
-    @property
     def limit_share(self) -> float | None:
         """Of the winner's time, what the device's limit would take."""
+        found = self.in_limits
+        return None if found is None else 1 / found.median
+
+    @property
+    def samples(self) -> Samples:
+        """Of the winner, in µs, and what was timed in the same rounds."""
+        assert self.best is not None
+        beside = {**self.best.probe_us, LIMIT: self.best.anchor_us}
+        return Samples.of(self.best.latency_us, self.best.passes, beside)
+
+    @property
+    def in_limits(self) -> Samples | None:
+        """Of the winner, in parts of the limit, if possible as it was in the same round."""
         best = self.best
         if best is None:
             return None
-        if self.anchored:
-            return 1 / self.relative.median
-        return best.limit_us / best.median_us if best.limit_us else None
-
-    @property
-    def microseconds(self) -> Samples:
-        """Of the winner."""
-        assert self.best is not None
-        return Samples.of(self.best.latency_us, self.best.passes)
-
-    @property
-    def relative(self) -> Samples:
-        """Of the winner, in parts of the limit of the same round: free of slow minutes."""
-        assert self.best is not None
-        pairs = zip(self.best.latency_us, self.best.anchor_us, strict=True)
-        return Samples.of([own / limit for own, limit in pairs], self.best.passes)
+        limits = best.anchor_us
+        if len(limits) != len(best.latency_us):
+            if not best.limit_us:
+                return None
+            limits = (best.limit_us,) * len(best.latency_us)
+        pairs = zip(best.latency_us, limits, strict=True)
+        return Samples.of([own / limit for own, limit in pairs], best.passes)
 
     @property
     def command(self) -> str:

@@ -1,29 +1,43 @@
-"""How much faster, and whether chance explains it: ratios of medians with intervals, and p values.
+"""How much faster, and whether chance explains it.
 
-Rounds of one pass share their minute of a shared machine and the pages that their tensors lie in.
-They are not independent, and passes are what counts: intervals are Welch's, of the logarithms of
-the passes' medians. A measurement without passes has its rounds resampled. p values are Mann and
-Whitney's over all rounds, corrected for the number of rows after Holm.
+Rounds of one pass share their minute of a shared machine, their process and the place of their
+tensors in memory. They are not independent: a pass is one sample, by its fastest round, since a
+neighbour slows many rounds and seldom every one of a pass.
+
+What is left is what whole passes share. The clock: times are taken in units of a matrix product
+that was timed in the same rounds. The memory: some kernels wait for it and most do not, so that
+dividing by the bandwidth of the hour would add its noise to those that do not. How much a kernel
+follows it is learned from the passes of both logs (analysis of covariance; Rutherford, *ANOVA and
+ANCOVA*, chapter 4), and what the bandwidth explains is taken away.
+
+p values are Mann and Whitney's over the passes, corrected for the number of rows after Holm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu, norm, ttest_ind
+from scipy.stats import mannwhitneyu, norm, t
 
+from deft_tvm.limit import PRODUCT, READ
 from deft_tvm.timing import Summary
 
-RESAMPLES = 2000
 FEWEST = 6
 """Samples below which nothing is tested: with five of each the least p is 0.008, before Holm."""
-FEWEST_PASSES = 3
-"""Below so many their spread is not known."""
+FEWEST_LEARNED = 20
+"""Samples of both logs from which the part of the bandwidth is learned."""
+ALIKE = 0.02
+"""Change that no p speaks for: code lies elsewhere, or a neighbour stays. With nothing changed,
+passes ten minutes apart, of 19 kernels, differed by up to 3 % and mostly by less than 1 (AMD EPYC
+Zen 4, two virtual cores, 2026-11-27)."""
+
+LIMIT = "limit"
+"""Name of the only anchor in old logs: the larger of both probes, scaled to the launch."""
 
 Floats = NDArray[np.float64]
 
@@ -34,61 +48,73 @@ class Samples:
 
     Attributes:
         values: of each round.
-        passes: rounds of each pass, in order.
+        passes: rounds of each pass, in order; without passes each round is one.
+        beside: by name, what was timed in the same rounds.
     """
 
     values: Floats
     passes: tuple[int, ...]
+    beside: Mapping[str, Floats] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, values: Sequence[float], passes: Sequence[int] = ()) -> Samples:
-        """Without passes, or where these do not fit, all rounds are one pass."""
-        fits = sum(passes) == len(values) and all(passes)
-        return cls(np.asarray(values, np.float64), tuple(passes) if fits else (len(values),))
+    def of(
+        cls,
+        values: Sequence[float],
+        passes: Sequence[int] = (),
+        beside: Mapping[str, Sequence[float]] | None = None,
+    ) -> Samples:
+        """Where passes do not fit the rounds, they are not believed; nor is what was beside."""
+        count = len(values)
+        fits = sum(passes) == count and all(passes)
+        return cls(
+            np.asarray(values, np.float64),
+            tuple(passes) if fits else (1,) * count,
+            {n: np.asarray(x, np.float64) for n, x in (beside or {}).items() if len(x) == count},
+        )
+
+    def __len__(self) -> int:
+        return len(self.passes)
 
     @property
     def median(self) -> float:
         return float(np.median(self.values))
 
     @cached_property
-    def by_pass(self) -> Floats:
-        """float64[passes], logarithms of the medians."""
-        ends = np.cumsum(self.passes)[:-1]
-        return np.log([np.median(part) for part in np.split(self.values, ends)])
-
-    @cached_property
     def fastest(self) -> Floats:
-        """float64[passes], logarithms of the fastest rounds."""
+        """float64[passes], logarithms."""
+        return self._fastest(self.values)
+
+    def fastest_beside(self, name: str) -> Floats:
+        """The same of what was timed beside."""
+        return self._fastest(self.beside[name])
+
+    def _fastest(self, values: Floats) -> Floats:
         ends = np.cumsum(self.passes)[:-1]
-        return np.log([part.min() for part in np.split(self.values, ends)])
-
-    @cached_property
-    def resampled(self) -> Floats:
-        """float64[RESAMPLES], medians of so many other measurements as this might have been."""
-        rng = np.random.default_rng(len(self.values))
-        return np.median(rng.choice(self.values, (RESAMPLES, len(self.values))), axis=1)
+        return np.log([part.min() for part in np.split(values, ends)])
 
 
-def ratio(before: Samples, after: Samples) -> Summary:
-    """Median after over median before: 1.1 is 10 % slower; with its 95 % interval."""
-    middle = after.median / before.median
-    if min(len(before.passes), len(after.passes)) < FEWEST_PASSES:
-        low, high = np.quantile(_ratios(before, after), (0.025, 0.975))
-    else:
-        low, high = _welch(before.by_pass, after.by_pass)
-    return Summary(middle, min(float(low), middle), max(float(high), middle))
+@dataclass(frozen=True)
+class Change:
+    """Of one row.
 
-
-def fastest_ratio(before: Samples, after: Samples) -> Summary | None:
-    """The same of each pass's fastest round; None where passes are too few to tell.
-
-    Neighbours on a shared machine slow many rounds, and seldom every one of a pass.
+    Attributes:
+        ratio: time after over time before, 1.1 is 10 % slower; with its 95 % interval.
+        p: two-sided, of a change beyond `ALIKE`; None with too few samples to say.
     """
-    if min(len(before.passes), len(after.passes)) < FEWEST_PASSES:
-        return None
-    middle = float(np.exp(np.median(after.fastest) - np.median(before.fastest)))
-    low, high = _welch(before.fastest, after.fastest)
-    return Summary(middle, min(low, middle), max(high, middle))
+
+    ratio: Summary
+    p: float | None
+
+
+def change(before: Samples, after: Samples) -> Change:
+    """What changed from one measurement to another, whose machine may have changed as well."""
+    one, other = _in_parts(before, after)
+    follows, moved, spread = _followed(before, after, one, other)
+    one, other = one - follows * moved[0], other - follows * moved[1]
+    middle = float(other.mean() - one.mean())
+    half = _half_width(one, other, moved, spread)
+    ratio = Summary(*(math.exp(x) for x in (middle, middle - half, middle + half)))
+    return Change(ratio, _p_value(one, other, middle))
 
 
 def mean_ratio(ratios: Sequence[Summary]) -> Summary | None:
@@ -102,13 +128,6 @@ def mean_ratio(ratios: Sequence[Summary]) -> Summary | None:
     return Summary(math.exp(middle), math.exp(middle - error), math.exp(middle + error))
 
 
-def p_value(before: Samples, after: Samples) -> float | None:
-    """Two-sided, of Mann and Whitney's test; None with too few samples to say."""
-    if min(len(before.values), len(after.values)) < FEWEST:
-        return None
-    return float(mannwhitneyu(before.values, after.values).pvalue)
-
-
 def holm(values: Sequence[float | None]) -> list[float | None]:
     """p values as large as they are when all of these are looked at (Holm 1979)."""
     tested = sorted((p, place) for place, p in enumerate(values) if p is not None)
@@ -120,16 +139,58 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _welch(before: Floats, after: Floats) -> tuple[float, float]:
-    """95 % interval of the ratio, from logarithms of each pass."""
-    if np.ptp(before) == 0 and np.ptp(after) == 0:  # a spread of nothing has no test
-        same = math.exp(after[0] - before[0])
-        return same, same
-    low, high = ttest_ind(after, before, equal_var=False).confidence_interval(0.95)
-    return math.exp(low), math.exp(high)
+def comparable(before: Samples, after: Samples) -> str | None:
+    """What both logs timed beside, in whose parts they are compared; None: in plain time."""
+    both = set(before.beside) & set(after.beside)
+    return next((unit for unit in (PRODUCT, LIMIT) if unit in both), None)
 
 
-def _ratios(before: Samples, after: Samples) -> Floats:
-    """float64[RESAMPLES]; the two measurements are independent of each other."""
-    order = np.random.default_rng(2).permutation(RESAMPLES)
-    return after.resampled / before.resampled[order]
+def _in_parts(before: Samples, after: Samples) -> list[Floats]:
+    """Logarithms of each pass, in units of what both logs timed beside."""
+    unit = comparable(before, after)
+    return [x.fastest - (x.fastest_beside(unit) if unit else 0.0) for x in (before, after)]
+
+
+def _followed(
+    before: Samples, after: Samples, one: Floats, other: Floats
+) -> tuple[float, tuple[Floats, Floats], float]:
+    """How far the kernel follows the time of reading, from 0 to 1.
+
+    Returns:
+        That share, reading of each pass as `_in_parts` has the kernel, and the sum of squares by
+        which it moved within the logs; 0 where nothing can be learned.
+    """
+    still = np.zeros_like(one), np.zeros_like(other)
+    known = {READ, PRODUCT} <= set(before.beside) & set(after.beside)
+    if not known or len(before) + len(after) < FEWEST_LEARNED:
+        return 0.0, still, 0.0
+    reading = [x.fastest_beside(READ) - x.fastest_beside(PRODUCT) for x in (before, after)]
+    within = np.concatenate([each - each.mean() for each in reading])
+    own = np.concatenate([one - one.mean(), other - other.mean()])
+    spread = float(within @ within)
+    if spread == 0:
+        return 0.0, still, 0.0
+    share = min(1.0, max(0.0, float(within @ own) / spread))
+    return share, (reading[0], reading[1]), spread
+
+
+def _half_width(one: Floats, other: Floats, moved: tuple[Floats, Floats], spread: float) -> float:
+    """Of the 95 % interval of the difference; wider the further reading lay apart."""
+    freedom = len(one) + len(other) - 2 - (spread > 0)
+    if freedom < 1:  # one sample each tells no spread
+        return 0.0
+    squares = sum(float(((x - x.mean()) ** 2).sum()) for x in (one, other))
+    apart = float(moved[1].mean() - moved[0].mean())
+    leverage = 1 / len(one) + 1 / len(other) + (apart**2 / spread if spread else 0.0)
+    return float(t.ppf(0.975, freedom)) * math.sqrt(squares / freedom * leverage)
+
+
+def _p_value(one: Floats, other: Floats, middle: float) -> float | None:
+    """Mann and Whitney's, of a change in the direction of `middle`, by more than `ALIKE`."""
+    if min(len(one), len(other)) < FEWEST:
+        return None
+    direction = math.copysign(1.0, middle)
+    found = mannwhitneyu(
+        direction * other - math.log1p(ALIKE), direction * one, alternative="greater"
+    )
+    return min(1.0, 2 * float(found.pvalue))

@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[Verdict | None, ...]] = {
 """Rows under headings, in the order in which they are shown."""
 
 COLUMNS = (
-    *("kernel", "workload", "A µs", "B µs", "B/A", "95 %", "fastest", "p", "n"),
+    *("kernel", "workload", "A µs", "B µs", "B/A", "95 %", "p", "n"),
     *("of the limit", ""),
 )
 
@@ -37,7 +37,6 @@ def cells(row: Row) -> list[str]:
         microseconds(after),
         "" if row.ratio is None else f"{row.ratio.median:.3f}",
         "" if row.ratio is None else interval(row.ratio),
-        "–" if row.fastest is None else f"{row.fastest.median:.3f}",
         p_value(row.p),
         " + ".join(str(len(t.best.latency_us)) for t in (before, after) if t and t.best),
         f"{share(before)} → {share(after)}",
@@ -113,12 +112,12 @@ def notes(found: Comparison) -> list[str]:
     plain = [row for row in rows if not row.anchored]
     if plain and not found.across_devices:
         told.append(
-            f"{len(plain)} of {len(rows)} rows have no limit measured beside them: a slow hour of "
+            f"{len(plain)} of {len(rows)} rows have nothing measured beside them: a slow hour of "
             "the machine cannot be told from a slow kernel"
         )
     settled = [row for row in rows if all(t and t.final for t in (row.before, row.after))]
     if untested := [row for row in settled if row.p is None and not found.across_devices]:
-        told.append(f"{len(untested)} of {len(rows)} rows have too few rounds to be tested")
+        told.append(f"{len(untested)} of {len(rows)} rows have too few passes to be tested")
     if unsettled := [row for row in rows if row not in settled]:
         told.append(
             f"{len(unsettled)} of {len(rows)} rows have no last measurement: the best of a noisy "

@@ -122,7 +122,7 @@ def tuned(spec: AttentionSpec, trials: int | None) -> tuple[TuningLog, Path]:
         from deft_tvm.build import build
         from deft_tvm.tuning.tune import tune
 
-        log = tune(spec, [TUNED_ON], trials=trials or TRIALS, listener=listener).log
+        log = tune(spec, [TUNED_ON], trials=trials or TRIALS, apart=0.0, listener=listener).log
         return log, build(spec)
 
 

@@ -8,7 +8,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import settle
+from deft_tvm.tuning.final import APART, settle
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.log import AnyPath, TuningLog, winner
@@ -26,6 +26,7 @@ def measure_again(
     kernel: str | None = None,
     workload: str | None = None,
     into: AnyPath,
+    apart: float | None = None,
     listener: Listener = ignore,
     runner: Runner | None = None,
 ) -> TuningLog:
@@ -36,6 +37,7 @@ def measure_again(
         kernel, workload: only this one.
         into: folder of logs to write to, best one of its own: modules are built from the last
             measurement of a log, and this one knows the winners alone.
+        apart: seconds from one pass to the next, as in `tune`.
         listener: told how it goes.
         runner: where candidates are timed, by default this machine; it stays open.
 
@@ -60,7 +62,8 @@ def measure_again(
         listener(Progress("start", "preparing processes to time the winners"))
         workloads = list(dict.fromkeys(each.space.subject.workload for each in kernels))
         run = new_run(spec, device, chosen, workloads, Budget(trials=0), seed=0)
-        settle(Journal(target, run, kernels, Budget(trials=0), listener), chosen, finalists)
+        journal = Journal(target, run, kernels, Budget(trials=0), listener)
+        settle(journal, chosen, finalists, APART[device.kind] if apart is None else apart)
     return target
 
 

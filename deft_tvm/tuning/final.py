@@ -2,14 +2,17 @@
 
 The best of many noisy measurements looks better than it is (the winner's curse), so what the search
 found is not believed but measured afresh, beside the default and in the same rounds. A shared
-machine has slow minutes: rounds are spread over passes, between which the other kernels have
-theirs, and in each round stands what would limit the launch just then. Where tensors lie in memory
-makes some kernels faster or slower, too, so every pass has new ones.
+machine has slow moments of ten or twenty seconds, in which a neighbour takes half of the memory's
+bandwidth: rounds are spread over passes some time apart, between which the other kernels have
+theirs, and in each round stands what would limit the launch just then. Where tensors and code lie
+in memory makes some kernels faster or slower, too, so every pass has new tensors, and where there
+is time between passes, a new process.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 
 from tvm import IRModule
@@ -21,23 +24,40 @@ from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.runner import Runner
 
-PASSES = 5
+PASSES = 12
+"""Of so many, 10 % are found in 19 of 20 comparisons of a kernel on a noisy machine (AMD EPYC,
+two virtual cores, 2026-11-27); of five, in three of four."""
 ROUNDS = PASSES * FEWEST_ROUNDS
 """Of all passes together."""
+APART = {"cpu": 5.0, "cuda": 0.0}
+"""Seconds from one pass to the next, unless something else is asked for: CPUs have neighbours."""
 
 BESIDE_SECONDS = 0.03
 """What a round takes beside the candidates: emptying caches, and the anchor."""
 
 
-def settle(journal: Journal, runner: Runner, finalists: Mapping[Kernel, Sequence[int]]) -> None:
-    """Measure the finalists of each kernel, by their numbers, and record them."""
+def settle(
+    journal: Journal,
+    runner: Runner,
+    finalists: Mapping[Kernel, Sequence[int]],
+    apart: float,
+) -> None:
+    """Measure the finalists of each kernel, by their numbers, and record them.
+
+    Args:
+        apart: seconds from the beginning of one pass to that of the next, at least.
+    """
     passes: dict[Kernel, list[Sequence[Outcome]]] = {kernel: [] for kernel in finalists}
     modules = {kernel: _modules(kernel, numbers) for kernel, numbers in finalists.items()}
     for count in range(1, PASSES + 1):
+        begin = time.monotonic()
         for kernel, numbers in finalists.items():
             text = f"{kernel.name}: measuring the best again, pass {count} of {PASSES}"
             journal.tell("final", text, kernel)
             passes[kernel].append(_measure(kernel, numbers, modules[kernel], runner))
+        if apart and count < PASSES:
+            runner.renew()
+            time.sleep(max(0.0, begin + apart - time.monotonic()))
     for kernel, numbers in finalists.items():
         for place, number in enumerate(numbers):
             journal.final(kernel, number, [outcomes[place] for outcomes in passes[kernel]])

@@ -151,6 +151,9 @@ class Fleet:
             self._prepare(place)
         return outcomes
 
+    def renew(self) -> None:
+        """Nothing: a server's new process would have to compile everything again."""
+
     def close(self) -> None:
         with self._changed:
             places, self._places = self._places, []

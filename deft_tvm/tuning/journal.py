@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from tvm.s_tir import meta_schedule as ms
 
@@ -102,6 +103,7 @@ class Journal:
             status=outcome.status,
             latency_us=outcome.latency_us,
             anchor_us=outcome.anchor_us,
+            probe_us=outcome.probe_us,
             limit_us=kernel.limit_us,
             compile_s=outcome.compile_s,
             max_error=outcome.max_error,
@@ -156,8 +158,13 @@ def _joined(passes: Sequence[Outcome]) -> Outcome:
     errors = [outcome.max_error for outcome in passes if outcome.max_error is not None]
     return Outcome(
         "ok",
-        sum((outcome.latency_us for outcome in passes), ()),
-        sum((outcome.anchor_us for outcome in passes), ()),
+        _all(outcome.latency_us for outcome in passes),
+        _all(outcome.anchor_us for outcome in passes),
+        {n: _all(outcome.probe_us[n] for outcome in passes) for n in passes[0].probe_us},
         passes[0].compile_s,
         max(errors, default=None),
     )
+
+
+def _all(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(chain.from_iterable(parts))

@@ -114,6 +114,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         latency_us: µs of each timed launch, raw; empty unless ``ok``.
         anchor_us: in a final measurement what `limit_us` would have been in the same rounds, by
             reading and multiplying beside: where the machine is slow for a minute, both are.
+        probe_us: µs of these two probes in each round, by name: ``read`` and ``product``.
         limit_us: what the launch cannot be faster than by the rates in `device.json`.
         compile_s: seconds of compilation, None where there was none.
         max_error: largest absolute difference from the reference; None if it was not compared.
@@ -145,6 +146,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     compile_s: float | None = None
     max_error: float | None = None
     anchor_us: tuple[float, ...] = ()
+    probe_us: dict[str, tuple[float, ...]] = field(default_factory=dict)
     limit_us: float | None = None
     error: str = ""
     best_us: float | None = None

@@ -35,7 +35,8 @@ class Time(msgspec.Struct, frozen=True, tag=True):
         libraries: paths; they are timed in turn.
         function: the symbol.
         seconds: to spend on timing all of them.
-        anchored: on new tensors, and beside them, in the same rounds, time what limits the launch.
+        anchored: on new tensors, and beside them, in the same rounds, time a large sum and a matrix
+            product, which limit the launch.
     """
 
     subject: Subject
@@ -84,6 +85,7 @@ class Outcome(msgspec.Struct, frozen=True):
     status: Status
     latency_us: tuple[float, ...] = ()
     anchor_us: tuple[float, ...] = ()
+    probe_us: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
     compile_s: float | None = None
     max_error: float | None = None
     error: str = ""

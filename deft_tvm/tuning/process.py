@@ -125,6 +125,12 @@ class Worker:
                     self._start()
                 raise
 
+    def restart(self) -> None:
+        """End the process and start another one, which imports in the background."""
+        with self._asking:
+            self._end()
+            self._start()
+
     def close(self) -> None:
         """End the process, whatever it is doing; a thread that waits for it gets WorkerDied."""
         self._closed = True

@@ -54,6 +54,9 @@ class Runner(Protocol):
             anchored: time beside them what limits the launch, see `messages.Time`.
         """
 
+    def renew(self) -> None:
+        """Time in a new process from now on, where that does not cost what was compiled."""
+
     def close(self) -> None:
         """Give back what it holds."""
 
@@ -196,6 +199,9 @@ class LocalRunner(WorkerRunner):
             compile_limit=compile_limit,
             run_limit=run_limit,
         )
+
+    def renew(self) -> None:
+        self._timer.restart()
 
     def close(self) -> None:
         super().close()

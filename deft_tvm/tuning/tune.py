@@ -18,7 +18,7 @@ from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import settle
+from deft_tvm.tuning.final import APART, settle
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.lines import Trial
@@ -48,6 +48,7 @@ def tune(
     device: DeviceProfile | None = None,
     root: AnyPath | None = None,
     seed: int = 0,
+    apart: float | None = None,
     listener: Listener = ignore,
     runner: Runner | None = None,
 ) -> TuningResult:
@@ -64,6 +65,8 @@ def tune(
             its logs, so that plans stay the same; those of a measured device are kept, too.
         root: folder of logs, by default ``DEFT_TVM_LOGS``, else among the user's data.
         seed: of the search.
+        apart: seconds from one pass of the last measurement to the next; by default five, in which
+            a shared machine may come to itself, and none on a GPU.
         listener: told how it goes, from the first moment.
         runner: where candidates are compiled and timed, by default this machine, see
             `local_runner`; it stays open.
@@ -87,7 +90,8 @@ def tune(
                 run = new_run(spec, device, chosen, workloads, budget, seed)
                 journal = Journal(log, run, kernels, budget, listener)
                 Search(journal, chosen, seed).run()
-                settle(journal, chosen, {k: k.finalists() for k in kernels if not k.settled})
+                finalists = {k: k.finalists() for k in kernels if not k.settled}
+                settle(journal, chosen, finalists, APART[device.kind] if apart is None else apart)
                 made = journal.new_trials
     seconds = time.monotonic() - begin
     total = sum(len(kernel.tried) for kernel in kernels)

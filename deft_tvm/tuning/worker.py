@@ -119,11 +119,13 @@ def _time(request: Time) -> Timed:
         stopwatch=Events(cold_bytes(device)) if device.kind == "cuda" else None,
     )
     anchor_us = _microseconds(launch.limit.rounds(timings)) if anchors else ()
+    probe_us = {name: _microseconds(timings[name].seconds) for name in anchors}
     for library in calls:
         outcomes[library] = msgspec.structs.replace(
             outcomes[library],
             latency_us=_microseconds(timings[library].seconds),
             anchor_us=anchor_us,
+            probe_us=probe_us,
         )
     return Timed(tuple(outcomes[library] for library in request.libraries))
 
