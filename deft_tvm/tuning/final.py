@@ -20,13 +20,10 @@ from tvm import IRModule
 from deft_tvm.schedules import schedule
 from deft_tvm.timing import FEWEST_ROUNDS
 from deft_tvm.tuning.journal import Journal
-from deft_tvm.tuning.kernel import Kernel
+from deft_tvm.tuning.kernel import PASSES, Kernel
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.runner import Runner
 
-PASSES = 12
-"""Of so many, 10 % are found in 19 of 20 comparisons of a kernel on a noisy machine (AMD EPYC,
-two virtual cores, 2026-11-27); of five, in three of four."""
 ROUNDS = PASSES * FEWEST_ROUNDS
 """Of all passes together."""
 APART = {"cpu": 5.0, "cuda": 0.0}

@@ -11,7 +11,8 @@ from deft_tvm.device import DeviceProfile, driver
 from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import PASSES, ROUNDS
+from deft_tvm.tuning.final import ROUNDS
+from deft_tvm.tuning.kernel import PASSES
 from deft_tvm.tuning.lines import Policy, Run
 from deft_tvm.tuning.runner import Runner
 from deft_tvm.tuning.search import SEARCH_SECONDS
