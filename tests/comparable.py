@@ -14,7 +14,8 @@ from deft_tvm.tuning.log import TuningLog
 
 SPEC = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4)
 DEVICE = DeviceProfile.nominal()
-PASSES = (6, 6, 6)
+PASSES = (6,) * 12
+ROUNDS = sum(PASSES)
 VERSIONS = {"tvm": "0.27.0", "torch": "2.13.0"}
 
 
@@ -27,7 +28,7 @@ def run_line(name: str = "one", **fields: Any) -> Run:
         "features": DEVICE.features,
         "read_bandwidth": 3e10,
         "matrix_rate": DEVICE.matrix_rate,
-        "policy": Policy(0.4, 18, 3, 64 << 20),
+        "policy": Policy(0.4, ROUNDS, len(PASSES), 64 << 20),
         "trials": 24,
         "commit": "abc1234",
         "versions": VERSIONS,
@@ -55,7 +56,9 @@ def trial_line(number: int, kernel: str, **fields: Any) -> Trial:
     return Trial(**given | fields)
 
 
-def noisy(median: float, seed: int, spread: float = 0.03, rounds: int = 18) -> tuple[float, ...]:
+def noisy(
+    median: float, seed: int, spread: float = 0.03, rounds: int = ROUNDS
+) -> tuple[float, ...]:
     """Times around a median, in µs."""
     values = np.random.default_rng(seed).lognormal(np.log(median), spread, rounds)
     return tuple(float(value) for value in values.round(3))
@@ -70,11 +73,11 @@ def write_log(
     run: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
-    """A log of one search trial and one final measurement of each kernel, with anchors.
+    """A log of one search trial and one final measurement of each kernel, with what was beside.
 
     Args:
         medians: µs of each kernel; its limit is 50 µs.
-        slow_hour: by which all times of that hour are longer, those of the anchors too.
+        slow_hour: by which all times of that hour are longer, those of the probes too.
         run, fields: of the lines.
     """
     spec = AttentionSpec.parse(fields.get("spec", str(SPEC)))
@@ -85,6 +88,10 @@ def write_log(
         given: dict[str, Any] = {
             "latency_us": noisy(slow_hour * median, 100 * seed + number),
             "anchor_us": noisy(slow_hour * 50.0, 1000 + 100 * seed + number, 0.01),
+            "probe_us": {
+                "product": noisy(slow_hour * 5000.0, 2000 + 100 * seed + number, 0.01),
+                "read": noisy(slow_hour * 4000.0, 3000 + 100 * seed + number, 0.1),
+            },
             "passes": PASSES,
         } | fields
         log.append(

@@ -67,6 +67,10 @@ def _trials(best_us: float | None, seed: int) -> Iterator[dict[str, Any]]:
         yield {
             "latency_us": noisy(best_us, seed + 10),
             "anchor_us": noisy(50.0, seed + 11, 0.01),
+            "probe_us": {
+                "product": noisy(5000.0, seed + 12, 0.01),
+                "read": noisy(4000.0, seed + 13, 0.1),
+            },
             "passes": PASSES,
             "final": True,
         }

@@ -15,10 +15,11 @@ from tvm import IRModule
 from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.errors import LogError, TuningError
+from deft_tvm.tuning import final
 from deft_tvm.tuning.again import measure_again
 from deft_tvm.tuning.budget import Budget
 from deft_tvm.tuning.database import FILES, Database
-from deft_tvm.tuning.final import PASSES
+from deft_tvm.tuning.kernel import PASSES
 from deft_tvm.tuning.lines import SCHEMA, Trial
 from deft_tvm.tuning.log import TuningLog, best
 from deft_tvm.tuning.logged import logged_device, logged_kernels
@@ -129,14 +130,30 @@ def test_the_last_measurement_has_passes_and_every_trial_its_limit(tmp_path) -> 
         assert trial.limit_us is not None and trial.limit_us > 0
 
 
-def test_real_finals_are_anchored(tmp_path) -> None:
+def test_a_last_measurement_of_fewer_passes_is_made_again(tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(final, "PASSES", 5)
+        tuning_run.run(str(tmp_path), 6)
+    log = tuning_run.run(str(tmp_path), 6).log
+    finals = [trial for trial in log.read() if trial.final]
+    assert [len(trial.passes) for trial in finals] == [5] * (len(finals) // 2) + [PASSES] * (
+        len(finals) // 2
+    )
+    assert tuning_run.run(str(tmp_path), 6).new_trials == 0
+    assert len(log.read()) == len(tuning_run.run(str(tmp_path), 6).log.read())
+
+
+def test_real_finals_are_anchored(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(final, "PASSES", 2)
     result = tuning_run.run(str(tmp_path), 3, real=True)
-    final = [t for t in result.log.read() if t.final]
-    assert final
-    for trial in final:
+    finals = [t for t in result.log.read() if t.final]
+    assert finals
+    for trial in finals:
         assert len(trial.anchor_us) == len(trial.latency_us) and min(trial.anchor_us) > 0
+        assert set(trial.probe_us) == {"read", "product"}
+        assert all(len(us) == len(trial.latency_us) for us in trial.probe_us.values())
     write_profile(result.device, tmp_path)
-    again = measure_again(result.log, into=tmp_path / "again")
+    again = measure_again(result.log, into=tmp_path / "again", apart=0.1)
     measured = list(again.read())
     assert all(t.final and t.anchor_us and t.status == "ok" for t in measured)
     assert {t.kernel: t.decision for t in measured} == {

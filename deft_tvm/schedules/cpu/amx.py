@@ -6,8 +6,9 @@ take its factors (Intel SDM, volume 1, chapter 18). `tile_intrinsics` says what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import product
+
+from deft_tvm.schedules.cpu.turns import exchanges
 
 EDGE = 16
 """Rows of a tile, and float32 columns."""
@@ -88,8 +89,7 @@ def _function(name: str, parameters: str, body: list[str]) -> str:
 def _transpose() -> str:
     """32 rows of 16 sixteen-bit elements to 16 rows of 32.
 
-    Two rows interleaved are 16 lanes of 32 bits; 16 such vectors are transposed by exchanging
-    blocks of 1, 2, 4 and 8 lanes between vectors that many apart.
+    Two rows interleaved are 16 lanes of 32 bits, of which 16 such vectors are transposed.
     """
     pairs = ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16))
     body = ["%s0 = add i64 0, 0", *(f"%s{r} = add i64 %s{r - 1}, %stride_x" for r in range(1, 32))]
@@ -104,15 +104,7 @@ def _transpose() -> str:
             f"<32 x i32> <{pairs}>",
             f"%v0_{n} = bitcast <32 x i16> %m{n} to <16 x i32>",
         ]
-    for stage, apart in enumerate((1, 2, 4, 8)):
-        low = _lanes(lane if not lane & apart else 16 + lane - apart for lane in range(16))
-        high = _lanes(lane + apart if not lane & apart else 16 + lane for lane in range(16))
-        for n in (n for n in range(16) if not n & apart):
-            two = f"<16 x i32> %v{stage}_{n}, <16 x i32> %v{stage}_{n + apart}"
-            body += [
-                f"%v{stage + 1}_{n} = shufflevector {two}, <16 x i32> <{low}>",
-                f"%v{stage + 1}_{n + apart} = shufflevector {two}, <16 x i32> <{high}>",
-            ]
+    body += exchanges(EDGE)
     body.append("%t0 = add i64 0, 0")
     body += [f"%t{n} = add i64 %t{n - 1}, %stride_o" for n in range(1, 16)]
     for n in range(16):
@@ -122,10 +114,6 @@ def _transpose() -> str:
         ]
     parameters = "ptr %o, i64 %stride_o, ptr %x, i64 %stride_x"
     return _function("deft_transpose", parameters, body)
-
-
-def _lanes(lanes: Iterable[int]) -> str:
-    return ", ".join(f"i32 {lane}" for lane in lanes)
 
 
 AMX_LLVM = _DECLARED + "".join(_functions(*n) for n in product((1, 2), repeat=2)) + _transpose()

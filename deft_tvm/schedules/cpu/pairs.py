@@ -14,6 +14,11 @@ def pairs_of_first(j: Any, d: Any) -> tuple[Any, Any, Any]:
     return j // 2, d, j % 2
 
 
+def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
+    """[row, d] → [d / 2, row, d % 2]: two neighbours of the reduction beside each other."""
+    return d // 2, i, d % 2
+
+
 def pair_values(sch: Schedule) -> None:
     """A copy of V with each two tokens interleaved, which the output's product reads in pairs."""
     copy = sch.cache_read(sch.get_sblock("accumulate"), 1, "global")

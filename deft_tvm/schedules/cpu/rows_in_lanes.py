@@ -25,6 +25,7 @@ from deft_tvm.schedules.cpu.instructions import (
 from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
+from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
@@ -62,7 +63,7 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     dim_choices = divisors(spec.v_width, deep_choices)
     out_dims = knobs.pick_parts("out_dims", spec.v_width, dim_choices, nearest(dim_choices, deep))
 
-    transpose(sch, spec, paired)
+    transpose(sch, spec, lanes, paired)
     for product in score_products(spec):
         ahead = asked_beside(spec, product)
         _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
@@ -71,9 +72,9 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
 
     pass_over_rows(sch, spec, tile.lane_rows, lanes)
+    import_llvm(sch, "item", turns_llvm(lanes) + (BFLOAT16_LLVM if paired else ""))
     if paired:
         narrow_in_pairs(sch)
-        import_llvm(sch, "item", BFLOAT16_LLVM)
     else:
         over_rows(sch, vectorize_over(sch, "probabilities", 0, lanes), tile.lane_rows)
     return True

@@ -25,6 +25,7 @@ from deft_tvm.schedules.cpu.tile_intrinsics import (
     transpose_tokens,
 )
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
+from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import float_lanes
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import divisors, import_llvm, spread, swap, vectorize_over
@@ -48,7 +49,7 @@ def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         for choices in (divisors(extent, (EDGE, 2 * EDGE)),)
     )
 
-    transpose(sch, spec, paired=True)
+    transpose(sch, spec, lanes, paired=True)
     for product in score_products(spec):
         _product(sch, product, score_tokens, score_rows, asked_beside(spec, product))
     _transpose_values(sch)
@@ -59,7 +60,7 @@ def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     narrow_in_pairs(sch)
     for block, intrinsic in (("enter", enter_tiles()), ("leave", leave_tiles())):
         sch.tensorize(sch.get_loops(sch.get_sblock(block))[-1], intrinsic)
-    import_llvm(sch, "item", BFLOAT16_LLVM + AMX_LLVM)
+    import_llvm(sch, "item", BFLOAT16_LLVM + AMX_LLVM + turns_llvm(lanes))
     return True
 
 

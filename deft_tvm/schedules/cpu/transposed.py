@@ -2,12 +2,10 @@
 
 Every tile is kept transposed, Sᵀ[token, row] and Oᵀ[dim, row], so that the softmax's maximum, sum
 and rescale run across lanes with no horizontal step. Only Q is transposed at the start of an item
-and the output at its end.
+and the output at its end, in registers.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
@@ -16,6 +14,8 @@ from deft_tvm.schedules.blocks import matrices_of_softmax
 from deft_tvm.schedules.cpu.blocks import load_widths
 from deft_tvm.schedules.cpu.instructions import narrow_pairs
 from deft_tvm.schedules.cpu.lowering import over_rows
+from deft_tvm.schedules.cpu.pairs import pairs_of_second
+from deft_tvm.schedules.cpu.turns import turn_lanes, turn_rows, whole_blocks
 from deft_tvm.schedules.cpu.vector import REGISTERS
 from deft_tvm.schedules.verbs import (
     power_of_two_in,
@@ -45,22 +45,17 @@ ROW_VECTORS = (
 TILE_PASSES = ("init_out", "logits", "masked_logits", "keep_out")
 
 
-def transpose(sch: Schedule, spec: AttentionSpec, paired: bool) -> None:
+def transpose(sch: Schedule, spec: AttentionSpec, lanes: int, paired: bool) -> None:
     """Transpose every tile; `paired`: neighbours of a reduction stand beside each other."""
     for block in (*TRANSPOSED, *matrices_of_softmax(spec)):
         sch.transform_layout(sch.get_sblock(block), ("write", 0), swap)
-    factors = ["load_q", "probabilities"]
     if spec.rope is not None:
         sch.transform_layout(sch.get_sblock("scores_rope"), ("write", 0), swap)
-        factors.append("load_q_rope")
-    for block in factors:
-        layout = pairs_of_second if paired else swap
-        sch.transform_layout(sch.get_sblock(block), ("write", 0), layout)
-
-
-def pairs_of_second(i: Any, d: Any) -> tuple[Any, Any, Any]:
-    """[row, d] → [d / 2, row, d % 2]: two neighbours of the reduction beside each other."""
-    return d // 2, i, d % 2
+    layout = pairs_of_second if paired else swap
+    sch.transform_layout(sch.get_sblock("probabilities"), ("write", 0), layout)
+    for block, width in load_widths(spec).items():
+        if block.startswith("load_q"):
+            _load_queries(sch, block, width, lanes, paired)
 
 
 def pass_over_rows(sch: Schedule, spec: AttentionSpec, lane_rows: int, lanes: int) -> None:
@@ -71,13 +66,30 @@ def pass_over_rows(sch: Schedule, spec: AttentionSpec, lane_rows: int, lanes: in
     over += [_reduce_in_lanes(sch, block, lanes) for block in ("row_max", "row_sum")]
     # Tiles of K and V are packed out of their pages: in NHD the token stride is a multiple of
     # 4 KiB for common shapes, and a tile read in place would fall into a few sets of the cache.
-    for block, width in {**load_widths(spec), "write_out": spec.v_width}.items():
-        vectorize_last(sch, block, power_of_two_in(width, lanes))
-    along = ("load_q", "write_out") if spec.rope is None else ("load_q", "load_q_rope", "write_out")
-    over += [sch.get_loops(sch.get_sblock(block))[-3] for block in along]
+    for block, width in load_widths(spec).items():
+        if not block.startswith("load_q"):
+            vectorize_last(sch, block, power_of_two_in(width, lanes))
+    if whole_blocks(spec.v_width, lanes, paired=False):
+        over.append(turn_lanes(sch, "write_out", "A", lanes))
+    else:
+        vectorize_last(sch, "write_out", power_of_two_in(spec.v_width, lanes))
+        over.append(sch.get_loops(sch.get_sblock("write_out"))[-3])
     over += [sch.get_loops(sch.get_sblock("write_lse"))[-1]]
     for loop in over:
         over_rows(sch, loop, lane_rows)
+
+
+def _load_queries(sch: Schedule, block: str, width: int, lanes: int, paired: bool) -> None:
+    """Rows of queries into lanes, in whole blocks where there are such."""
+    load = sch.get_sblock(block)
+    lane_rows = int(sch.get(sch.get_loops(load)[-2]).extent)
+    if whole_blocks(width, lanes, paired):
+        rows = turn_rows(sch, block, lanes, paired)
+    else:
+        sch.transform_layout(load, ("write", 0), pairs_of_second if paired else swap)
+        vectorize_last(sch, block, power_of_two_in(width, lanes))
+        rows = sch.get_loops(load)[-3]
+    over_rows(sch, rows, lane_rows)
 
 
 def narrow_in_pairs(sch: Schedule) -> None:
