@@ -6,6 +6,7 @@ import random
 import re
 from itertools import pairwise
 
+import msgspec
 import pytest
 import tvm
 from compiled import Compiled, worst
@@ -64,6 +65,16 @@ def test_default_schedules_are_right(name: str) -> None:
     for tile in tiles if name == "gqa" else dict.fromkeys((*tiles[:2], tiles[-1])):
         tasks = tasks_for(spec, HERE, [tile])
         assert max(errors(compiled(tasks, [{}, {}]), spec)) <= 1, tile
+
+
+@pytest.mark.parametrize("operand", ["float16", "bfloat16"])
+def test_tiles_of_types_that_no_instruction_takes_are_right(operand: str) -> None:
+    """Elements of 16 bits that are not in pairs: no block of them is turned in registers."""
+    spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, dtype="float16")
+    tile = TileShape(32, 64, operand)
+    features = tuple(name for name in HERE.features if name != "avx512bf16")
+    plain = msgspec.structs.replace(HERE, features=features)
+    assert max(errors(compiled(tasks_for(spec, plain, [tile]), [{}, {}]), spec)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,20 @@ def test_a_worker_outlives_the_thread_in_which_it_was_started_again(timer, tmp_p
     thread.start()
     thread.join()
     assert timer.ask(Time(merge, (), "kernel", 0.1), Timed, 60).outcomes == ()
+
+
+def test_a_renewed_runner_times_in_another_process_what_it_has_compiled() -> None:
+    subject = SUBJECTS[MERGE]
+    task = next(task for task in tasks_for(SPEC, DEVICE) if task.name == MERGE)
+    module = schedule(task)[0].mod
+    with closing(LocalRunner()) as runner:
+        (before,) = runner.time([module], subject, 0.05)
+        process = runner._timer._process
+        runner.renew()
+        (after,) = runner.time([module], subject, 0.05)
+        assert process.poll() is not None and runner._timer._process.pid != process.pid
+    assert before.status == after.status == "ok"
+    assert before.compile_s == after.compile_s, "compiled once"
 
 
 def test_candidates_are_judged_and_timed() -> None:

@@ -67,8 +67,8 @@ ApartOption = Annotated[
     float | None,
     typer.Option(
         min=0.0,
-        help="Seconds between the passes of the last measurement; by default 5, and 0 on a GPU: on "
-        "a machine that is all yours 0 does as well.",
+        help="Seconds between the passes of the last measurement, each then in a new process; by "
+        "default 5, on a GPU 0. On a machine that is all yours 0 does: all passes in one process.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no text.")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from deft_tvm.compare.sources import Source, Subject, Surroundings, Tuned
-from deft_tvm.compare.statistics import Samples, change, comparable, holm, mean_ratio
+from deft_tvm.compare.statistics import LIMIT, Samples, change, common_unit, holm, mean_ratio
 from deft_tvm.timing import Summary
 
 SMALLEST = 0.05
@@ -139,7 +139,7 @@ def compare(before: Source, after: Source) -> Comparison:
             after=other,
             ratio=changes[subject].ratio if subject in changes else None,
             p=p_of.get(subject),
-            anchored=subject in samples and comparable(*samples[subject]) is not None,
+            anchored=subject in samples and common_unit(*samples[subject]) is not None,
             across_devices=across,
         )
         for subject, (one, other) in pairs.items()
@@ -159,10 +159,15 @@ def _samples(
     """What is compared of a subject; None where one log has no winner."""
     if before is None or after is None or before.best is None or after.best is None:
         return None
-    if not across:
-        return before.samples, after.samples
-    one, other = before.in_limits, after.in_limits  # times of two devices say nothing without
-    return None if one is None or other is None else (one, other)
+    one, other = before.samples, after.samples
+    if across:  # times of two devices say nothing without their limits
+        limits = before.limits, after.limits
+        if limits[0] is None or limits[1] is None:
+            return None
+        return one.beside_only({LIMIT: limits[0]}), other.beside_only({LIMIT: limits[1]})
+    if before.best.versions.get("torch") != after.best.versions.get("torch"):
+        return one.beside_only({}), other.beside_only({})  # its product may take another time
+    return one, other
 
 
 def _tested(before: Tuned | None, after: Tuned | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,10 +59,22 @@ class Tuned:
         return self.best is not None and self.best.final
 
     @property
+    def limits(self) -> tuple[float, ...] | None:
+        """µs of the limit in each round of the winner, as it was measured just then if it was."""
+        best = self.best
+        if best is None:
+            return None
+        if len(best.anchor_us) == len(best.latency_us):
+            return best.anchor_us
+        return (best.limit_us,) * len(best.latency_us) if best.limit_us else None
+
+    @property
     def limit_share(self) -> float | None:
         """Of the winner's time, what the device's limit would take."""
-        found = self.in_limits
-        return None if found is None else 1 / found.median
+        if self.best is None or self.limits is None:
+            return None
+        pairs = zip(self.limits, self.best.latency_us, strict=True)
+        return statistics.median(limit / own for limit, own in pairs)
 
     @property
     def samples(self) -> Samples:
@@ -69,20 +82,6 @@ class Tuned:
         assert self.best is not None
         beside = {**self.best.probe_us, LIMIT: self.best.anchor_us}
         return Samples.of(self.best.latency_us, self.best.passes, beside)
-
-    @property
-    def in_limits(self) -> Samples | None:
-        """Of the winner, in parts of the limit, if possible as it was in the same round."""
-        best = self.best
-        if best is None:
-            return None
-        limits = best.anchor_us
-        if len(limits) != len(best.latency_us):
-            if not best.limit_us:
-                return None
-            limits = (best.limit_us,) * len(best.latency_us)
-        pairs = zip(best.latency_us, limits, strict=True)
-        return Samples.of([own / limit for own, limit in pairs], best.passes)
 
     @property
     def command(self) -> str:
@@ -179,8 +178,8 @@ class Source:
         run = next((run for run in self.runs if run.run == last.run), None)
         policy = run.policy if run else None
         measured = (
-            f"{policy.final_rounds} rounds in {policy.passes} passes, {policy.cold_bytes >> 20} "
-            f"MiB walked before each, {policy.clock}"
+            f"{policy.final_rounds} rounds in {policy.passes} passes, {policy.apart:g} s apart, "
+            f"{policy.cold_bytes >> 20} MiB walked before each, {policy.clock}"
             if policy
             else "not told"
         )

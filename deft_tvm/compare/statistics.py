@@ -10,7 +10,8 @@ dividing by the bandwidth of the hour would add its noise to those that do not. 
 follows it is learned from the passes of both logs (analysis of covariance; Rutherford, *ANOVA and
 ANCOVA*, chapter 4), and what the bandwidth explains is taken away.
 
-p values are Mann and Whitney's over the passes, corrected for the number of rows after Holm.
+p values are the larger of Mann and Whitney's over the passes and Student's, which knows that what
+was learned may be off; they are corrected for the number of rows after Holm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,18 @@ from scipy.stats import mannwhitneyu, norm, t
 from deft_tvm.limit import PRODUCT, READ
 from deft_tvm.timing import Summary
 
-FEWEST = 6
-"""Samples below which nothing is tested: with five of each the least p is 0.008, before Holm."""
+LEAST_P = 0.005
+"""Where Mann and Whitney's p cannot be less, as of five passes and five, nothing is tested: ten
+rows at once would never be believed."""
 FEWEST_LEARNED = 20
 """Samples of both logs from which the part of the bandwidth is learned."""
 ALIKE = 0.02
 """Change that no p speaks for: code lies elsewhere, or a neighbour stays. With nothing changed,
 passes ten minutes apart, of 19 kernels, differed by up to 3 % and mostly by less than 1 (AMD EPYC
 Zen 4, two virtual cores, 2026-11-27)."""
+
+NEVER_MOVED = 1e-12
+"""Sum of squares of logarithms that is rounding alone."""
 
 LIMIT = "limit"
 """Name of the only anchor in old logs: the larger of both probes, scaled to the launch."""
@@ -48,7 +52,7 @@ class Samples:
 
     Attributes:
         values: of each round.
-        passes: rounds of each pass, in order; without passes each round is one.
+        passes: rounds of each pass, in order.
         beside: by name, what was timed in the same rounds.
     """
 
@@ -59,18 +63,23 @@ class Samples:
     @classmethod
     def of(
         cls,
-        values: Sequence[float],
+        values: Sequence[float] | Floats,
         passes: Sequence[int] = (),
         beside: Mapping[str, Sequence[float]] | None = None,
     ) -> Samples:
-        """Where passes do not fit the rounds, they are not believed; nor is what was beside."""
+        """Without passes, or where these do not fit, all rounds are one; what was beside and does
+        not fit is left out."""
         count = len(values)
         fits = sum(passes) == count and all(passes)
         return cls(
             np.asarray(values, np.float64),
-            tuple(passes) if fits else (1,) * count,
+            tuple(passes) if fits else (count,),
             {n: np.asarray(x, np.float64) for n, x in (beside or {}).items() if len(x) == count},
         )
+
+    def beside_only(self, beside: Mapping[str, Sequence[float]]) -> Samples:
+        """The same times beside something else."""
+        return Samples.of(self.values, self.passes, beside)
 
     def __len__(self) -> int:
         return len(self.passes)
@@ -79,18 +88,12 @@ class Samples:
     def median(self) -> float:
         return float(np.median(self.values))
 
-    @cached_property
-    def fastest(self) -> Floats:
-        """float64[passes], logarithms."""
-        return self._fastest(self.values)
-
-    def fastest_beside(self, name: str) -> Floats:
-        """The same of what was timed beside."""
-        return self._fastest(self.beside[name])
-
-    def _fastest(self, values: Floats) -> Floats:
+    def fastest(self, rounds: int, beside: str | None = None) -> Floats:
+        """float64[passes], logarithms: the fastest of so many rounds of each pass, of the kernel or
+        of what was timed beside. Of more rounds the fastest is faster."""
+        values = self.values if beside is None else self.beside[beside]
         ends = np.cumsum(self.passes)[:-1]
-        return np.log([part.min() for part in np.split(values, ends)])
+        return np.log([part[:rounds].min() for part in np.split(values, ends)])
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,19 @@ class Change:
 
 def change(before: Samples, after: Samples) -> Change:
     """What changed from one measurement to another, whose machine may have changed as well."""
-    one, other = _in_parts(before, after)
-    follows, moved, spread = _followed(before, after, one, other)
-    one, other = one - follows * moved[0], other - follows * moved[1]
+    rounds = min(*before.passes, *after.passes)
+    unit = common_unit(before, after)
+    one, other = (
+        x.fastest(rounds) - (x.fastest(rounds, unit) if unit else 0.0) for x in (before, after)
+    )
+    reading = _Reading.learned(before, after, one, other, rounds)
+    if reading is not None:
+        one, other = one - reading.explains[0], other - reading.explains[1]
     middle = float(other.mean() - one.mean())
-    half = _half_width(one, other, moved, spread)
+    error, freedom = _standard_error(one, other, reading)
+    half = float(t.ppf(0.975, freedom)) * error if freedom else 0.0
     ratio = Summary(*(math.exp(x) for x in (middle, middle - half, middle + half)))
-    return Change(ratio, _p_value(one, other, middle))
+    return Change(ratio, _p_value(one, other, middle, error, freedom))
 
 
 def mean_ratio(ratios: Sequence[Summary]) -> Summary | None:
@@ -139,58 +148,71 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def comparable(before: Samples, after: Samples) -> str | None:
+def common_unit(before: Samples, after: Samples) -> str | None:
     """What both logs timed beside, in whose parts they are compared; None: in plain time."""
     both = set(before.beside) & set(after.beside)
     return next((unit for unit in (PRODUCT, LIMIT) if unit in both), None)
 
 
-def _in_parts(before: Samples, after: Samples) -> list[Floats]:
-    """Logarithms of each pass, in units of what both logs timed beside."""
-    unit = comparable(before, after)
-    return [x.fastest - (x.fastest_beside(unit) if unit else 0.0) for x in (before, after)]
+@dataclass(frozen=True)
+class _Reading:
+    """What the memory's bandwidth explains.
 
-
-def _followed(
-    before: Samples, after: Samples, one: Floats, other: Floats
-) -> tuple[float, tuple[Floats, Floats], float]:
-    """How far the kernel follows the time of reading, from 0 to 1.
-
-    Returns:
-        That share, reading of each pass as `_in_parts` has the kernel, and the sum of squares by
-        which it moved within the logs; 0 where nothing can be learned.
+    Attributes:
+        explains: of each pass of both logs, to be taken away from it.
+        apart: logarithm of how much longer reading took after than before.
+        spread: sum of the squares by which it moved within the logs.
     """
-    still = np.zeros_like(one), np.zeros_like(other)
-    known = {READ, PRODUCT} <= set(before.beside) & set(after.beside)
-    if not known or len(before) + len(after) < FEWEST_LEARNED:
-        return 0.0, still, 0.0
-    reading = [x.fastest_beside(READ) - x.fastest_beside(PRODUCT) for x in (before, after)]
-    within = np.concatenate([each - each.mean() for each in reading])
-    own = np.concatenate([one - one.mean(), other - other.mean()])
-    spread = float(within @ within)
-    if spread == 0:
-        return 0.0, still, 0.0
-    share = min(1.0, max(0.0, float(within @ own) / spread))
-    return share, (reading[0], reading[1]), spread
+
+    explains: tuple[Floats, Floats]
+    apart: float
+    spread: float
+
+    @classmethod
+    def learned(
+        cls, before: Samples, after: Samples, one: Floats, other: Floats, rounds: int
+    ) -> _Reading | None:
+        """From how the kernel followed it from pass to pass, not at all to in full.
+
+        Learned from plain times of reading: in units of the product they would share its noise
+        with the kernel's. None where there is too little to learn from.
+        """
+        known = {READ, PRODUCT} <= set(before.beside) & set(after.beside)
+        if not known or len(before) + len(after) < FEWEST_LEARNED:
+            return None
+        plain = [x.fastest(rounds, READ) for x in (before, after)]
+        within = np.concatenate([each - each.mean() for each in plain])
+        own = np.concatenate([one - one.mean(), other - other.mean()])
+        spread = float(within @ within)
+        if spread < NEVER_MOVED:
+            return None
+        follows = min(1.0, max(0.0, float(within @ own) / spread))
+        moved = [
+            each - x.fastest(rounds, PRODUCT)
+            for each, x in zip(plain, (before, after), strict=True)
+        ]
+        apart = float(moved[1].mean() - moved[0].mean())
+        return cls((follows * moved[0], follows * moved[1]), apart, spread)
 
 
-def _half_width(one: Floats, other: Floats, moved: tuple[Floats, Floats], spread: float) -> float:
-    """Of the 95 % interval of the difference; wider the further reading lay apart."""
-    freedom = len(one) + len(other) - 2 - (spread > 0)
+def _standard_error(one: Floats, other: Floats, reading: _Reading | None) -> tuple[float, int]:
+    """Of the difference, with its degrees of freedom; larger the further reading lay apart."""
+    freedom = len(one) + len(other) - 2 - (reading is not None)
     if freedom < 1:  # one sample each tells no spread
-        return 0.0
+        return 0.0, 0
     squares = sum(float(((x - x.mean()) ** 2).sum()) for x in (one, other))
-    apart = float(moved[1].mean() - moved[0].mean())
-    leverage = 1 / len(one) + 1 / len(other) + (apart**2 / spread if spread else 0.0)
-    return float(t.ppf(0.975, freedom)) * math.sqrt(squares / freedom * leverage)
+    leverage = 1 / len(one) + 1 / len(other)
+    if reading is not None:
+        leverage += reading.apart**2 / reading.spread
+    return math.sqrt(squares / freedom * leverage), freedom
 
 
-def _p_value(one: Floats, other: Floats, middle: float) -> float | None:
-    """Mann and Whitney's, of a change in the direction of `middle`, by more than `ALIKE`."""
-    if min(len(one), len(other)) < FEWEST:
+def _p_value(one: Floats, other: Floats, middle: float, error: float, freedom: int) -> float | None:
+    """Of a change in the direction of `middle`, by more than `ALIKE`."""
+    if 2 / math.comb(len(one) + len(other), len(one)) > LEAST_P:
         return None
-    direction = math.copysign(1.0, middle)
-    found = mannwhitneyu(
-        direction * other - math.log1p(ALIKE), direction * one, alternative="greater"
-    )
-    return min(1.0, 2 * float(found.pvalue))
+    direction, margin = math.copysign(1.0, middle), math.log1p(ALIKE)
+    ranks = mannwhitneyu(direction * other - margin, direction * one, alternative="greater").pvalue
+    beyond = abs(middle) - margin
+    student = t.sf(beyond / error, freedom) if error else float(beyond <= 0)
+    return min(1.0, 2 * max(float(ranks), float(student)))

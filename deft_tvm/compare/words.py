@@ -38,7 +38,7 @@ def cells(row: Row) -> list[str]:
         "" if row.ratio is None else f"{row.ratio.median:.3f}",
         "" if row.ratio is None else interval(row.ratio),
         p_value(row.p),
-        " + ".join(str(len(t.best.latency_us)) for t in (before, after) if t and t.best),
+        " + ".join(str(len(t.samples)) for t in (before, after) if t and t.best),
         f"{share(before)} → {share(after)}",
         row.verdict.value if row.verdict else "",
     ]

@@ -61,9 +61,10 @@ def measure_again(
             write_profile(device, into)
         listener(Progress("start", "preparing processes to time the winners"))
         workloads = list(dict.fromkeys(each.space.subject.workload for each in kernels))
-        run = new_run(spec, device, chosen, workloads, Budget(trials=0), seed=0)
+        apart = APART[device.kind] if apart is None else apart
+        run = new_run(spec, device, chosen, workloads, Budget(trials=0), seed=0, apart=apart)
         journal = Journal(target, run, kernels, Budget(trials=0), listener)
-        settle(journal, chosen, finalists, APART[device.kind] if apart is None else apart)
+        settle(journal, chosen, finalists, apart)
     return target
 
 

@@ -44,6 +44,8 @@ def settle(
     Args:
         apart: seconds from the beginning of one pass to that of the next, at least.
     """
+    if not finalists:
+        return
     passes: dict[Kernel, list[Sequence[Outcome]]] = {kernel: [] for kernel in finalists}
     modules = {kernel: _modules(kernel, numbers) for kernel, numbers in finalists.items()}
     for count in range(1, PASSES + 1):

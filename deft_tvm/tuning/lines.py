@@ -35,6 +35,7 @@ class Policy(msgspec.Struct, frozen=True):
         search_seconds: of timing one candidate in the search.
         final_rounds: of the last measurement, all passes together.
         passes: of it, between which other kernels are timed.
+        apart: seconds between the beginnings of two passes, at least.
         cold_bytes: walked before each call, so that no data of the call before is in a cache.
         clock: what takes the time.
     """
@@ -44,6 +45,7 @@ class Policy(msgspec.Struct, frozen=True):
     passes: int
     cold_bytes: int
     clock: str = "perf_counter around a call from Python"
+    apart: float = 0.0
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

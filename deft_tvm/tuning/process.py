@@ -128,8 +128,9 @@ class Worker:
     def restart(self) -> None:
         """End the process and start another one, which imports in the background."""
         with self._asking:
-            self._end()
-            self._start()
+            if not self._closed:
+                self._end()
+                self._start()
 
     def close(self) -> None:
         """End the process, whatever it is doing; a thread that waits for it gets WorkerDied."""

@@ -26,6 +26,7 @@ def new_run(
     workloads: Sequence[str],
     budget: Budget,
     seed: int,
+    apart: float,
 ) -> Run:
     """Of this process, now."""
     return Run(
@@ -42,7 +43,7 @@ def new_run(
         trials=budget.trials,
         minutes=budget.minutes,
         seed=seed,
-        policy=Policy(SEARCH_SECONDS, ROUNDS, PASSES, cold_bytes(device)),
+        policy=Policy(SEARCH_SECONDS, ROUNDS, PASSES, cold_bytes(device), apart=apart),
         commit=source_commit(),
         versions=installed_versions(),
     )

@@ -87,11 +87,12 @@ def tune(
         budget, made = Budget(trials, minutes), 0
         if _unfinished(kernels, budget):
             with opened(runner, device) as chosen:
-                run = new_run(spec, device, chosen, workloads, budget, seed)
+                apart = APART[device.kind] if apart is None else apart
+                run = new_run(spec, device, chosen, workloads, budget, seed, apart)
                 journal = Journal(log, run, kernels, budget, listener)
                 Search(journal, chosen, seed).run()
                 finalists = {k: k.finalists() for k in kernels if not k.settled}
-                settle(journal, chosen, finalists, APART[device.kind] if apart is None else apart)
+                settle(journal, chosen, finalists, apart)
                 made = journal.new_trials
     seconds = time.monotonic() - begin
     total = sum(len(kernel.tried) for kernel in kernels)

@@ -83,7 +83,8 @@ def _load_queries(sch: Schedule, block: str, width: int, lanes: int, paired: boo
     """Rows of queries into lanes, in whole blocks where there are such."""
     load = sch.get_sblock(block)
     lane_rows = int(sch.get(sch.get_loops(load)[-2]).extent)
-    if whole_blocks(width, lanes, paired):
+    of_32_bits = paired or sch.get(load).writes[0].source.dtype == "float32"
+    if of_32_bits and whole_blocks(width, lanes, paired):
         rows = turn_rows(sch, block, lanes, paired)
     else:
         sch.transform_layout(load, ("write", 0), pairs_of_second if paired else swap)

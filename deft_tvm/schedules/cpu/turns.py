@@ -1,8 +1,8 @@
 """Square blocks turned round in registers, where rows in memory become vector lanes or lanes rows.
 
 One element at a time, the queries of an item and its output take as long as 64 tokens of both
-products. So, an item of 128 rows and 64 tokens takes 0.78 of its time, and one of 320 tokens 0.92
-(GQA in float32 and bfloat16, AMD EPYC Zen 4, 2026-11-27).
+products. In blocks, an item of 128 rows and 64 tokens takes 0.78 of that time, and one of 320
+tokens 0.92 (GQA in float32 and bfloat16, AMD EPYC Zen 4, 2026-11-27).
 """
 
 from __future__ import annotations
