@@ -67,8 +67,9 @@ def tasks_for(
             "a tile's operand is float16; expected float32 or bfloat16 with caches in 8 bits, as "
             "probabilities times small scales are below float16's range"
         )
+    threads = device.cores if device.kind == "cpu" else 1
     partials = (
-        KernelTask("partial", spec, tile, target, features, f"partial_{tile.name}")
+        KernelTask("partial", spec, tile, target, features, f"partial_{tile.name}", threads)
         for tile in tiles
     )
     return (*partials, KernelTask("merge", spec, None, target, features, MERGE))

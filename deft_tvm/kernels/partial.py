@@ -15,7 +15,8 @@ to a KV run and spans the forest. A score that is masked counts as -inf and its 
 exactly 0. Slots that hold no token of the item are never read.
 
 On a CPU the tokens of the next tile are located one tile early, and asked of memory beside this
-tile's products (a GPU's schedule fetches ahead by copies of its own).
+tile's products (a GPU's schedule fetches ahead by copies of its own). Beside an item's last tile it
+is the first one of the unit that the thread takes next.
 
 Elements of 8 bits become the products' type exactly, as they are loaded. Their scales multiply
 scores and probabilities, of which there are fewer, and which rounding to that type meets anyway.
@@ -68,7 +69,7 @@ from deft_tvm.kernels.tokens import (
     load,
     located_tiles,
 )
-from deft_tvm.kernels.work import used_parameters, work_loop
+from deft_tvm.kernels.work import following, used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, TileShape
 
 SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
@@ -78,7 +79,11 @@ scores, exponentials of logits, weights of exponentials, and the new output of t
 
 @cache
 def partial_attention(
-    spec: AttentionSpec, tile: TileShape, kind: str = "llvm", name: str = "partial"
+    spec: AttentionSpec,
+    tile: TileShape,
+    kind: str = "llvm",
+    name: str = "partial",
+    threads: int = 1,
 ) -> tirx.PrimFunc:
     """The partial kernel of one tile class, with rows, items, pages and lengths dynamic.
 
@@ -89,6 +94,7 @@ def partial_attention(
             its state.
         kind: ``llvm`` or ``cuda``: which loop runs the work items, and which ``exp2``.
         name: the function's symbol.
+        threads: of a CPU, among which units are dealt out.
 
     Returns:
         A function of q ``[R, Hq, q_width]``, the k, v and rope caches (a buffer again where the
@@ -129,6 +135,14 @@ def partial_attention(
     def begin(t0: Any) -> Any:
         """Where the tile that begins at token `t0` of the item does in the tables."""
         return 0 if ON_CPU else t0 % (L * N)
+
+    def next_unit(work: Any, num_items: Any) -> Any:
+        """Whose first tokens are asked of memory beside this one's last tile."""
+        return following(work, num_items * UNITS, threads) if ON_CPU else work
+
+    def ahead_of(own: Any, other: Any, t0: Any, num_tokens: Any) -> Any:
+        """`own` as long as the item has another tile, `other` beside its last."""
+        return T.Select(t0 + N < num_tokens, own, other) if ON_CPU else own
 
     def base(n: Any) -> Any:
         """Where its rows begin in the unit's state."""
@@ -232,6 +246,7 @@ def partial_attention(
                     T.writes()
                     item: T.let[T.int32] = work // UNITS
                     head: T.let[T.int32] = work % UNITS * H
+                    unit: T.let[T.int32] = next_unit(work, num_items)
                     row_begin: T.let[T.int32] = items[item, 0]
                     lanes: T.let[T.int32] = items[item, 1] * G
                     run_begin: T.let[T.int32] = items[item, 2]
@@ -313,6 +328,7 @@ def partial_attention(
                             T.reads()
                             T.writes()
                             t0: T.let[T.int32] = step * N
+                            then: T.let[T.int32] = ahead_of(head, unit % UNITS * H, t0, num_tokens)
                             if ON_CPU or begin(t0) == 0:
                                 for _ in T.serial(1):
                                     with T.sblock("locating"):
@@ -325,9 +341,19 @@ def partial_attention(
                                             )  # fmt: skip
                                         find_tokens(
                                             page, slot, lane_begin, lane_end, position, WINDOWED,
-                                            NEXT, runs, page_indices, page_shift, run_begin,
-                                            run_end, search_steps, row_begin, G, t0 + NEXT,
-                                            num_tokens, L * N, ON_CPU,
+                                            NEXT, runs, page_indices, page_shift,
+                                            ahead_of(
+                                                run_begin, items[unit // UNITS, 2], t0, num_tokens
+                                            ),
+                                            ahead_of(
+                                                run_end, items[unit // UNITS, 3], t0, num_tokens
+                                            ),
+                                            search_steps, row_begin, G,
+                                            ahead_of(t0 + NEXT, 0, t0, num_tokens),
+                                            ahead_of(
+                                                num_tokens, items[unit // UNITS, 4], t0, num_tokens
+                                            ),
+                                            L * N, ON_CPU,
                                         )  # fmt: skip
                             if SCALED and H == 1:
                                 for _ in T.serial(1):
@@ -389,7 +415,7 @@ def partial_attention(
                                             T.writes()
                                             if ON_CPU and not TIED:
                                                 ahead(
-                                                    k_cache, at, page, slot, nth(head, n), K0, KW,
+                                                    k_cache, at, page, slot, nth(then, n), K0, KW,
                                                     N, "ahead_k",
                                                 )  # fmt: skip
                                             if TIED:
@@ -404,7 +430,7 @@ def partial_attention(
                                                 if ON_CPU:
                                                     ahead(
                                                         rope_cache, at, page, slot,
-                                                        rope_head(nth(head, n)), 0, RW, N,
+                                                        rope_head(nth(then, n)), 0, RW, N,
                                                         "ahead_rope",
                                                     )  # fmt: skip
                                                 product(
@@ -460,7 +486,7 @@ def partial_attention(
                                             T.writes()
                                             if ON_CPU:
                                                 ahead(
-                                                    v_cache, at, page, slot, nth(head, n), V0, VW,
+                                                    v_cache, at, page, slot, nth(then, n), V0, VW,
                                                     N, "ahead_v",
                                                 )  # fmt: skip
                                                 U = T.sblock_alloc_buffer((M, VW), "float32")

@@ -20,6 +20,23 @@ def work_loop(kind: str) -> Callable[[Any], Any]:
     return T.parallel if kind == "llvm" else partial(T.thread_binding, thread="blockIdx.x")
 
 
+TASKS_PER_THREAD = 32
+"""As in `native/torch_pool.c`: a parallel loop is cut into so many ranges for each thread."""
+
+
+def following(work: Any, units: Any, threads: int) -> Any:
+    """The unit that the thread of `work` most likely takes next; the last one's is itself.
+
+    Ranges are dealt out one by one: after its own a thread takes the one that so many threads
+    further on begins. With one thread there is one range.
+    """
+    if threads == 1:
+        return T.min(work + 1, units - 1)
+    size = (units + (TASKS_PER_THREAD * threads - 1)) // (TASKS_PER_THREAD * threads)
+    over = T.Select((work + 1) % size == 0, (threads - 1) * size, 0)
+    return T.min(work + 1 + over, units - 1)
+
+
 def used_parameters(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     """`kernel` without the handles of tensors that its spec does not have."""
     used = [parameter for parameter in kernel.params if is_buffer_var(parameter)]

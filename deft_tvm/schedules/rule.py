@@ -37,6 +37,7 @@ class KernelTask:
         target: TVM target attributes: ``kind``, and ``mattr`` or ``arch``.
         features: instruction sets that the schedule may use, as in `DeviceProfile.features`.
         symbol: the function's name in the module.
+        threads: that a CPU deals units out to.
     """
 
     kernel: Literal["partial", "merge"]
@@ -45,6 +46,7 @@ class KernelTask:
     target: Mapping[str, Any]
     features: frozenset[str]
     symbol: str
+    threads: int = 1
 
     @property
     def kind(self) -> str:
@@ -62,7 +64,7 @@ class KernelTask:
             return merge_partials(self.spec, self.kind, self.symbol)
         if self.tile is None:
             raise PlanError("tile is None; expected a TileShape for the partial kernel")
-        return partial_attention(self.spec, self.tile, self.kind, self.symbol)
+        return partial_attention(self.spec, self.tile, self.kind, self.symbol, self.threads)
 
 
 @dataclass

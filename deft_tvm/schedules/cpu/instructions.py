@@ -31,7 +31,7 @@ define i32 @deft_dot_pairs(ptr %c, ptr %b, ptr %a) alwaysinline {{
   %pair = bitcast <16 x i32> %all to <32 x bfloat>
   %rows = load <32 x bfloat>, ptr %b, align 2
   %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
-    <16 x float> %acc, <32 x bfloat> %pair, <32 x bfloat> %rows)
+    <16 x float> %acc, <32 x bfloat> %rows, <32 x bfloat> %pair)
   store <16 x float> %sum, ptr %c, align 4
   ret i32 0
 }}

@@ -68,7 +68,7 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         ahead = asked_beside(spec, product)
         _product(sch, product, score_tokens, score_rows, lanes, paired, ahead)
     if paired:
-        pair_values(sch)
+        pair_values(sch, spec.tied)
     _product(sch, "accumulate", out_dims, out_rows, lanes, paired, "ahead_v", fold="fold")
 
     pass_over_rows(sch, spec, tile.lane_rows, lanes)

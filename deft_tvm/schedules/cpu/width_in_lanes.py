@@ -61,6 +61,8 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     used = declarations(tile.operand, [made.lanes for made in products.values()])
     import_llvm(sch, "item", functions + used + reductions_llvm(tile.kv_tile))
     reduce_rows(sch, tile.kv_tile)
+    if paired:
+        pair_values(sch, spec.tied)
     _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH, paired)
 
     for block in ("init_out", "keep_out", "write_out"):
@@ -136,8 +138,6 @@ def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int, paired:
     `paired`: two tokens at a time. V is asked for ahead between stretches of tokens: beside each
     token, LLVM would store the register tile every time.
     """
-    if paired:
-        pair_values(sch)
     block = sch.get_sblock("accumulate")
     i, d, j = sch.get_loops(block)[-3:]
     d_outer, d_across, d_lanes = sch.split(d, [parts, None, lanes])
