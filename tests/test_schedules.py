@@ -17,7 +17,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import PlanError
 from deft_tvm.schedules import KernelTask, apply_rules, schedule
 from deft_tvm.schedules.tiles import default_tiles
-from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Dtype, Region, TileShape
 from deft_tvm.workloads import parse, tensors
 
 HERE = DeviceProfile.detect()
@@ -68,9 +68,9 @@ def test_default_schedules_are_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("operand", ["float16", "bfloat16"])
-def test_tiles_of_types_that_no_instruction_takes_are_right(operand: str) -> None:
+def test_tiles_of_types_that_no_instruction_takes_are_right(operand: Dtype) -> None:
     """Elements of 16 bits that are not in pairs: no block of them is turned in registers."""
-    spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, dtype="float16")
+    spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, dtype=operand)
     tile = TileShape(32, 64, operand)
     features = tuple(name for name in HERE.features if name != "avx512bf16")
     plain = msgspec.structs.replace(HERE, features=features)

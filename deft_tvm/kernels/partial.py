@@ -62,6 +62,7 @@ from deft_tvm.kernels.stages import (
 from deft_tvm.kernels.tokens import (
     advance,
     ahead,
+    find_ahead,
     find_cut,
     find_scales,
     find_tokens,
@@ -71,10 +72,6 @@ from deft_tvm.kernels.tokens import (
 )
 from deft_tvm.kernels.work import following, used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, TileShape
-
-SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
-"""Buffers each of which is made element by element of another that is not read again: logits of
-scores, exponentials of logits, weights of exponentials, and the new output of the old."""
 
 
 @cache
@@ -92,8 +89,7 @@ def partial_attention(
         tile: lane rows M and tokens N of a step, the type of the products' factors, and how many
             KV heads a unit of work takes through each step; their rows lie one after another in
             its state.
-        kind: ``llvm`` or ``cuda``: which loop runs the work items, and which ``exp2``.
-        name: the function's symbol.
+        kind, name: ``llvm`` or ``cuda``, and the function's symbol.
         threads: of a CPU, among which units are dealt out.
 
     Returns:
@@ -107,8 +103,7 @@ def partial_attention(
     M, N, H, operand = tile.lane_rows, tile.kv_tile, tile.heads, tile.operand
     G, HQ, HK = spec.group, spec.num_q_heads, spec.num_kv_heads
     KW, RW, VW, QW = spec.k_width, spec.rope_width, spec.v_width, spec.q_width
-    K0, V0 = spec.k.begin, spec.v.begin
-    K_IN_V = spec.k.begin - spec.v.begin
+    K0, V0, K_IN_V = spec.k.begin, spec.v.begin, spec.k.begin - spec.v.begin
     TIED, ROPED = spec.tied, spec.rope is not None
     WINDOW, WINDOWED = spec.window, spec.window is not None
     SCALED, SINKS = bool(spec.scaled), spec.sinks
@@ -140,9 +135,8 @@ def partial_attention(
         """Whose first tokens are asked of memory beside this one's last tile."""
         return following(work, num_items * UNITS, threads) if ON_CPU else work
 
-    def ahead_of(own: Any, other: Any, t0: Any, num_tokens: Any) -> Any:
-        """`own` as long as the item has another tile, `other` beside its last."""
-        return T.Select(t0 + N < num_tokens, own, other) if ON_CPU else own
+    def head_ahead(head: Any, unit: Any, goes_on: Any) -> Any:
+        return T.Select(goes_on, head, unit % UNITS * H) if ON_CPU else head
 
     def base(n: Any) -> Any:
         """Where its rows begin in the unit's state."""
@@ -194,29 +188,21 @@ def partial_attention(
         ks_pages, ks_s0, ks_s1 = T.int64(), T.int64(), T.int64()
         vs_pages, vs_s0, vs_s1 = T.int64(), T.int64(), T.int64()
         q = T.match_buffer(
-            q_handle,
-            (q_rows, T.int64(HQ), T.int64(QW)),
-            spec.dtype,
+            q_handle, (q_rows, T.int64(HQ), T.int64(QW)), spec.dtype,
             strides=[q_s0, q_s1, T.int64(1)],
-        )
+        )  # fmt: skip
         k_cache = T.match_buffer(
-            k_handle,
-            shape(k_pages, k_page, k_buffer.heads, k_buffer.width),
-            element_of(k_buffer),
+            k_handle, shape(k_pages, k_page, k_buffer.heads, k_buffer.width), element_of(k_buffer),
             strides=[k_s0, k_s1, k_s2, T.int64(1)],
-        )
+        )  # fmt: skip
         v_cache = T.match_buffer(
-            v_handle,
-            shape(v_pages, v_page, v_buffer.heads, v_buffer.width),
-            element_of(v_buffer),
+            v_handle, shape(v_pages, v_page, v_buffer.heads, v_buffer.width), element_of(v_buffer),
             strides=[v_s0, v_s1, v_s2, T.int64(1)],
-        )
+        )  # fmt: skip
         rope_cache = T.match_buffer(
-            rope_handle,
-            shape(r_pages, r_page, R_HEADS, r_buffer.width),
-            element_of(r_buffer),
+            rope_handle, shape(r_pages, r_page, R_HEADS, r_buffer.width), element_of(r_buffer),
             strides=[r_s0, r_s1, r_s2, T.int64(1)],
-        )
+        )  # fmt: skip
         if SCALED:
             k_scales = T.match_buffer(
                 k_scales_handle, (ks_pages, T.int64(HK)), "float32", strides=[ks_s0, ks_s1]
@@ -328,7 +314,7 @@ def partial_attention(
                             T.reads()
                             T.writes()
                             t0: T.let[T.int32] = step * N
-                            then: T.let[T.int32] = ahead_of(head, unit % UNITS * H, t0, num_tokens)
+                            then: T.let[T.int32] = head_ahead(head, unit, t0 + N < num_tokens)
                             if ON_CPU or begin(t0) == 0:
                                 for _ in T.serial(1):
                                     with T.sblock("locating"):
@@ -339,22 +325,19 @@ def partial_attention(
                                                 page, slot, lane_begin, lane_end, position,
                                                 WINDOWED, N,
                                             )  # fmt: skip
-                                        find_tokens(
-                                            page, slot, lane_begin, lane_end, position, WINDOWED,
-                                            NEXT, runs, page_indices, page_shift,
-                                            ahead_of(
-                                                run_begin, items[unit // UNITS, 2], t0, num_tokens
-                                            ),
-                                            ahead_of(
-                                                run_end, items[unit // UNITS, 3], t0, num_tokens
-                                            ),
-                                            search_steps, row_begin, G,
-                                            ahead_of(t0 + NEXT, 0, t0, num_tokens),
-                                            ahead_of(
-                                                num_tokens, items[unit // UNITS, 4], t0, num_tokens
-                                            ),
-                                            L * N, ON_CPU,
-                                        )  # fmt: skip
+                                            find_ahead(
+                                                page, slot, lane_begin, lane_end, position,
+                                                WINDOWED, runs, page_indices, page_shift, items,
+                                                item, unit // UNITS, search_steps, row_begin, G,
+                                                t0, num_tokens, N,
+                                            )  # fmt: skip
+                                        else:
+                                            find_tokens(
+                                                page, slot, lane_begin, lane_end, position,
+                                                WINDOWED, 0, runs, page_indices, page_shift,
+                                                run_begin, run_end, search_steps, row_begin, G, t0,
+                                                num_tokens, L * N, False,
+                                            )  # fmt: skip
                             if SCALED and H == 1:
                                 for _ in T.serial(1):
                                     with T.sblock("locating_scales"):

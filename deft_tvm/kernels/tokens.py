@@ -3,6 +3,7 @@
     seek        the run of each token
     locate      page, slot, position and the rows that see it
     find_tokens both, for a tile that begins anywhere in an item
+    find_ahead  the same for the next tile, which is the next item's beside the last one
     advance     what was located for the next tile becomes this tile's
     find_scales the scales of 8-bit keys and values
     find_cut    whether every row sees every token
@@ -116,6 +117,24 @@ def find_tokens(
             page, slot, lane_begin, lane_end, position, windowed, first, runs, page_indices,
             page_shift, run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile,
         )  # fmt: skip
+
+
+@stage
+def find_ahead(
+    page, slot, lane_begin, lane_end, position, windowed, runs, page_indices, page_shift, items,
+    item, next_item, search_steps, row_begin, group, t0, num_tokens, kv_tile,
+):  # fmt: skip
+    """Locate the tile after the one at `t0`, into the tables' second half.
+
+    After the item's last tile it is the first one of `next_item`, which is only asked of memory.
+    """
+    goes_on: T.let[T.bool] = t0 + kv_tile < num_tokens
+    of: T.let[T.int32] = T.Select(goes_on, item, next_item)
+    find_tokens(
+        page, slot, lane_begin, lane_end, position, windowed, kv_tile, runs, page_indices,
+        page_shift, items[of, 2], items[of, 3], search_steps, row_begin, group,
+        T.Select(goes_on, t0 + kv_tile, 0), items[of, 4], kv_tile, True,
+    )  # fmt: skip
 
 
 @stage

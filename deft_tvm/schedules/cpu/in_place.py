@@ -2,7 +2,7 @@
 
 TVM accepts no block that reads and writes one buffer outside a reduction, so that a computation
 has one for each stage. Where a stage makes an element of the one buffer from the same element of
-the other, and nothing reads that again (`kernels.partial.SUCCESSORS`), one buffer does.
+the other, and nothing reads that again (`kernels.stages.SUCCESSORS`), one buffer does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tvm_ffi
 from tvm import IRModule, tirx, transform
 from tvm.ir import TensorLoad, Var
 
-from deft_tvm.kernels.partial import SUCCESSORS
+from deft_tvm.kernels.stages import SUCCESSORS
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.WriteInPlace")
