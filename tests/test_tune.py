@@ -15,11 +15,10 @@ from tvm import IRModule
 from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.errors import LogError, TuningError
-from deft_tvm.tuning import final
 from deft_tvm.tuning.again import measure_again
 from deft_tvm.tuning.budget import Budget
 from deft_tvm.tuning.database import FILES, Database
-from deft_tvm.tuning.kernel import PASSES
+from deft_tvm.tuning.kernel import PASSES as PASSES_OF
 from deft_tvm.tuning.lines import SCHEMA, Trial
 from deft_tvm.tuning.log import TuningLog, best
 from deft_tvm.tuning.logged import logged_device, logged_kernels
@@ -30,6 +29,8 @@ from deft_tvm.tuning.result import Progress
 from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.strategy import HABITS
 from deft_tvm.tuning.subject import Subject
+
+PASSES = PASSES_OF["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_the_last_measurement_has_passes_and_every_trial_its_limit(tmp_path) -> 
 
 def test_a_last_measurement_of_fewer_passes_is_made_again(tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as older:
-        older.setattr(final, "PASSES", 5)
+        older.setitem(PASSES_OF, "cpu", 5)
         tuning_run.run(str(tmp_path), 6)
     log = tuning_run.run(str(tmp_path), 6).log
     finals = [trial for trial in log.read() if trial.final]
@@ -144,7 +145,7 @@ def test_a_last_measurement_of_fewer_passes_is_made_again(tmp_path, monkeypatch)
 
 
 def test_real_finals_are_anchored(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(final, "PASSES", 2)
+    monkeypatch.setitem(PASSES_OF, "cpu", 2)
     result = tuning_run.run(str(tmp_path), 3, real=True)
     finals = [t for t in result.log.read() if t.final]
     assert finals

@@ -20,12 +20,10 @@ from tvm import IRModule
 from deft_tvm.schedules import schedule
 from deft_tvm.timing import FEWEST_ROUNDS
 from deft_tvm.tuning.journal import Journal
-from deft_tvm.tuning.kernel import PASSES, Kernel
+from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.messages import Outcome
 from deft_tvm.tuning.runner import Runner
 
-ROUNDS = PASSES * FEWEST_ROUNDS
-"""Of all passes together."""
 APART = {"cpu": 5.0, "cuda": 0.0}
 """Seconds from one pass to the next, unless something else is asked for: CPUs have neighbours."""
 
@@ -48,13 +46,14 @@ def settle(
         return
     passes: dict[Kernel, list[Sequence[Outcome]]] = {kernel: [] for kernel in finalists}
     modules = {kernel: _modules(kernel, numbers) for kernel, numbers in finalists.items()}
-    for count in range(1, PASSES + 1):
+    (last,) = {kernel.passes for kernel in finalists}  # of one device
+    for count in range(1, last + 1):
         begin = time.monotonic()
         for kernel, numbers in finalists.items():
-            text = f"{kernel.name}: measuring the best again, pass {count} of {PASSES}"
+            text = f"{kernel.name}: measuring the best again, pass {count} of {last}"
             journal.tell("final", text, kernel)
             passes[kernel].append(_measure(kernel, numbers, modules[kernel], runner))
-        if apart and count < PASSES:
+        if apart and count < last:
             runner.renew()
             time.sleep(max(0.0, begin + apart - time.monotonic()))
     for kernel, numbers in finalists.items():

@@ -15,9 +15,10 @@ from deft_tvm.tuning.space import Space
 
 FINALISTS = 5
 
-PASSES = 12
-"""Of the last measurement. Of so many, 10 % are found in 19 of 20 comparisons of a kernel on a
-noisy machine (AMD EPYC, two virtual cores, 2026-11-27); of five, in three of four."""
+PASSES = {"cpu": 12, "cuda": 6}
+"""Of the last measurement. Of twelve, 10 % are found in 19 of 20 comparisons of a kernel on a noisy
+CPU (AMD EPYC, two virtual cores, 2026-11-27); of five, in three of four. A GPU has no neighbours,
+and six are as few as prove anything for ten kernels at once."""
 
 TIMES_LOST = 2
 """So often a decision may lose its machine before that counts as its own fault."""
@@ -87,13 +88,18 @@ class Kernel:
         return round(1e6 * self.space.subject.launch().limit.on(device, operand), 3)
 
     @property
+    def passes(self) -> int:
+        """Of its last measurement."""
+        return PASSES[self.space.subject.device.kind]
+
+    @property
     def settled(self) -> bool:
         """Nothing was tried since the best ones were measured again, or nothing can be.
 
         A measurement of fewer passes, as older versions made, counts as none.
         """
         last = [t for t in self.trials if t.final and t.run == self.trials[-1].run]
-        whole = any(t.status == "ok" and len(t.passes) >= PASSES for t in last)
+        whole = any(t.status == "ok" and len(t.passes) >= self.passes for t in last)
         return not self.good or (self.trials[-1].final and whole)
 
     def finalists(self) -> list[int]:

@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from deft_tvm.device import DeviceProfile, driver
 from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.timing import FEWEST_ROUNDS
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import ROUNDS
 from deft_tvm.tuning.kernel import PASSES
 from deft_tvm.tuning.lines import Policy, Run
 from deft_tvm.tuning.runner import Runner
@@ -29,6 +29,7 @@ def new_run(
     apart: float,
 ) -> Run:
     """Of this process, now."""
+    passes = PASSES[device.kind]
     return Run(
         run=_name(),
         spec=str(spec),
@@ -43,7 +44,9 @@ def new_run(
         trials=budget.trials,
         minutes=budget.minutes,
         seed=seed,
-        policy=Policy(SEARCH_SECONDS, ROUNDS, PASSES, cold_bytes(device), apart=apart),
+        policy=Policy(
+            SEARCH_SECONDS, passes * FEWEST_ROUNDS, passes, cold_bytes(device), apart=apart
+        ),
         commit=source_commit(),
         versions=installed_versions(),
     )
