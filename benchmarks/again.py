@@ -61,6 +61,7 @@ if __name__ == "__main__":
             after = measured(scratch)
             files = sorted(Path(scratch).glob(f"*/*/{TRIALS}"))
             lines += b"".join(file.read_bytes() for file in files)
+        (records() / "again.jsonl").write_bytes(lines)
         found = compare(before, after)
         alarms = found.having(Verdict.FASTER, Verdict.SLOWER)
         slower = set(found_slower(before, after))
@@ -78,4 +79,3 @@ if __name__ == "__main__":
             print(f"    {row.subject.kernel}, {row.subject.spec}: {row.ratio} {row.verdict.value}")
         for subject in after.tuned.keys() - slower:
             print(f"    not found: {subject.kernel}, {subject.spec}")
-    (records() / "again.jsonl").write_bytes(lines)
