@@ -1,8 +1,9 @@
-# python benchmarks/again.py [times]
+# python benchmarks/again.py [times [attention]]
 """Whether comparisons can be trusted: every winner of this device measured again, and again.
 
 Nothing has changed in between, so that each row called faster or slower is a false alarm. Then one
-row after the other is made 10 % slower, all its rounds, and should be called so.
+row after the other is made 10 % slower, all its rounds, and should be called so. `attention` is how
+the specs begin that are measured, by default all.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ TIMES = 5
 SLOWER = 1.1
 
 
-def measured(scratch: str) -> Source:
-    """All winners, measured once more."""
+def measured(attention: str, scratch: str) -> Source:
+    """The winners, measured once more."""
     for folder in log_folders(records().parent):
-        measure_again(TuningLog(folder), into=scratch)
+        if folder.name.startswith(attention):
+            measure_again(TuningLog(folder), into=scratch)
     return Source.read(scratch)
 
 
@@ -54,11 +56,12 @@ def _slower(trial: Trial) -> Trial:
 
 if __name__ == "__main__":
     times = int(sys.argv[1]) if len(sys.argv) > 1 else TIMES
+    attention = sys.argv[2] if len(sys.argv) > 2 else ""
     before = Source.read(records().parent)
     lines = b""
     for number in range(1, times + 1):
         with tempfile.TemporaryDirectory() as scratch:
-            after = measured(scratch)
+            after = measured(attention, scratch)
             files = sorted(Path(scratch).glob(f"*/*/{TRIALS}"))
             lines += b"".join(file.read_bytes() for file in files)
         (records() / "again.jsonl").write_bytes(lines)
