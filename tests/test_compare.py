@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -443,27 +443,27 @@ def test_wrong_use_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_log_beside_itself_measured_again_raises_few_false_alarms(tmp_path: Path) -> None:
-    """100 comparisons of ten rows between two of six measurements, with nothing changed; each side
-    draws the rounds of its passes again."""
+    """100 comparisons of ten rows that were measured six times, with nothing changed: each side
+    gets twelve of all passes, and draws their rounds again."""
     alarms = [alarmed(*chosen, tmp_path) for chosen in redrawn(100)]
     assert sum(alarms) <= 5
 
 
-def test_a_planted_10_percent_is_found_in_most_rows_as_they_were_measured(tmp_path: Path) -> None:
-    """By ten rows each time, of which one is slower, by its own rounds of another measurement."""
+def test_a_planted_change_is_found_among_rows_as_they_were_measured(tmp_path: Path) -> None:
+    """Of ten rows one is 20 % slower, in whatever hours its passes come from."""
     found = []
     for before, after, rng in redrawn(100):
         place = int(rng.integers(len(after)))
         slow = msgspec.structs.replace(
-            after[place], latency_us=tuple(1.1 * us for us in after[place].latency_us)
+            after[place], latency_us=tuple(1.2 * us for us in after[place].latency_us)
         )
         rows = comparison(before, [*after[:place], slow, *after[place + 1 :]], tmp_path).rows
         found.append(rows[place].verdict is Verdict.SLOWER)
-    assert sum(found) >= 85
+    assert sum(found) >= 80
 
 
 def redrawn(times: int) -> Iterator[tuple[list[Trial], list[Trial], np.random.Generator]]:
-    """Ten rows of this device's logs, from two measurements, again and again."""
+    """Ten rows of this device's logs, with other passes each time."""
     lines = (SHIPPED / "benchmarks" / "again.jsonl").read_bytes().splitlines()
     measured = [line for line in map(decode, lines) if isinstance(line, Trial)]
     for folder in log_folders(SHIPPED):
@@ -477,11 +477,8 @@ def redrawn(times: int) -> Iterator[tuple[list[Trial], list[Trial], np.random.Ge
     rng = np.random.default_rng(0)
     for _ in range(times):
         places = rng.permutation(len(rows))[:10]
-        one, other = rng.permutation(TIMES)[:2]
-        before, after = (
-            [_drawn(rows[place][side], rng) for place in places] for side in (one, other)
-        )
-        yield before, after, rng
+        pairs = [_drawn(rows[place], rng) for place in places]
+        yield [one for one, _ in pairs], [other for _, other in pairs], rng
 
 
 def alarmed(before: list[Trial], after: list[Trial], _: object, folder: Path) -> bool:
@@ -504,22 +501,31 @@ def comparison(before: list[Trial], after: list[Trial], folder: Path) -> Compari
     return compare(*sides)
 
 
-def _drawn(trial: Trial, rng: np.random.Generator) -> Trial:
-    """Each pass has its own rounds, drawn from them with replacement."""
-    ends = np.cumsum(trial.passes)
-    chosen = np.concatenate(
-        [
-            rng.integers(end - length, end, length)
-            for length, end in zip(trial.passes, ends, strict=True)
-        ]
-    )
+def _drawn(trials: list[Trial], rng: np.random.Generator) -> tuple[Trial, Trial]:
+    """Two measurements of some of these passes each, whose rounds are drawn with replacement."""
+    passes = [
+        (trial, end - length, end)
+        for trial in trials
+        for length, end in zip(trial.passes, np.cumsum(trial.passes), strict=True)
+    ]
+    order, count = rng.permutation(len(passes)), len(trials[0].passes)
+    one, other = ([passes[number] for number in order[side * count :][:count]] for side in range(2))
+    return _measured(one, rng), _measured(other, rng)
 
-    def pick(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(values[number] for number in chosen)
+
+def _measured(passes: list[tuple[Trial, int, int]], rng: np.random.Generator) -> Trial:
+    chosen = [(trial, rng.integers(begin, end, end - begin)) for trial, begin, end in passes]
+
+    def pick(values: Callable[[Trial], tuple[float, ...]]) -> tuple[float, ...]:
+        return tuple(values(trial)[number] for trial, numbers in chosen for number in numbers)
 
     return msgspec.structs.replace(
-        trial,
-        latency_us=pick(trial.latency_us),
-        anchor_us=pick(trial.anchor_us),
-        probe_us={name: pick(values) for name, values in trial.probe_us.items()},
+        passes[0][0],
+        passes=tuple(len(numbers) for _, numbers in chosen),
+        latency_us=pick(lambda trial: trial.latency_us),
+        anchor_us=pick(lambda trial: trial.anchor_us),
+        probe_us={
+            name: pick(lambda trial, name=name: trial.probe_us[name])
+            for name in passes[0][0].probe_us
+        },
     )
