@@ -130,10 +130,16 @@ def find_ahead(
     """
     goes_on: T.let[T.bool] = t0 + kv_tile < num_tokens
     of: T.let[T.int32] = T.Select(goes_on, item, next_item)
+    # Kept: where they are used TVM would write all of it again, and compile three times as long.
+    bounds = T.sblock_alloc_buffer((3,), "int32")
+    for i in range(3):
+        with T.sblock("bounds"):
+            vi = T.axis.spatial(3, i)
+            bounds[vi] = items[of, 2 + vi]
     find_tokens(
         page, slot, lane_begin, lane_end, position, windowed, kv_tile, runs, page_indices,
-        page_shift, items[of, 2], items[of, 3], search_steps, row_begin, group,
-        T.Select(goes_on, t0 + kv_tile, 0), items[of, 4], kv_tile, True,
+        page_shift, bounds[0], bounds[1], search_steps, row_begin, group,
+        T.Select(goes_on, t0 + kv_tile, 0), bounds[2], kv_tile, True,
     )  # fmt: skip
 
 
