@@ -8,7 +8,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import APART, settle
+from deft_tvm.tuning.final import seconds_apart, settle
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.log import AnyPath, TuningLog, winner
@@ -61,7 +61,7 @@ def measure_again(
             write_profile(device, into)
         listener(Progress("start", "preparing processes to time the winners"))
         workloads = list(dict.fromkeys(each.space.subject.workload for each in kernels))
-        apart = APART[device.kind] if apart is None else apart
+        apart = seconds_apart(apart, device)
         run = new_run(spec, device, chosen, workloads, Budget(trials=0), seed=0, apart=apart)
         journal = Journal(target, run, kernels, Budget(trials=0), listener)
         settle(journal, chosen, finalists, apart)

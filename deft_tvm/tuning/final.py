@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from tvm import IRModule
 
+from deft_tvm.device import DeviceProfile
 from deft_tvm.schedules import schedule
 from deft_tvm.timing import FEWEST_ROUNDS
 from deft_tvm.tuning.journal import Journal
@@ -29,6 +30,11 @@ APART = {"cpu": 5.0, "cuda": 0.0}
 
 BESIDE_SECONDS = 0.03
 """What a round takes beside the candidates: emptying caches, and the anchor."""
+
+
+def seconds_apart(asked: float | None, device: DeviceProfile) -> float:
+    """From one pass to the next: what was asked for, or what the device needs."""
+    return APART[device.kind] if asked is None else asked
 
 
 def settle(

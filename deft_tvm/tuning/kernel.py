@@ -16,9 +16,10 @@ from deft_tvm.tuning.space import Space
 FINALISTS = 5
 
 PASSES = {"cpu": 12, "cuda": 6}
-"""Of the last measurement. Of twelve, 10 % are found in 19 of 20 comparisons of a kernel on a noisy
-CPU (AMD EPYC, two virtual cores, 2026-11-27); of five, in three of four. A GPU has no neighbours,
-and six are as few as prove anything for ten kernels at once."""
+"""Of the last measurement. Of twelve, 10 % were found in 19 of 20 comparisons of a kernel in a
+quiet half hour, of five in three of four; in the noisy hours of `again.txt` twelve found half
+(AMD EPYC, two virtual cores, 2026-11-27). A GPU has no neighbours, and six are as few as prove
+anything for ten kernels at once."""
 
 TIMES_LOST = 2
 """So often a decision may lose its machine before that counts as its own fault."""

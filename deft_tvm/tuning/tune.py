@@ -18,7 +18,7 @@ from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import APART, settle
+from deft_tvm.tuning.final import seconds_apart, settle
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.lines import Trial
@@ -87,7 +87,7 @@ def tune(
         budget, made = Budget(trials, minutes), 0
         if _unfinished(kernels, budget):
             with opened(runner, device) as chosen:
-                apart = APART[device.kind] if apart is None else apart
+                apart = seconds_apart(apart, device)
                 run = new_run(spec, device, chosen, workloads, budget, seed, apart)
                 journal = Journal(log, run, kernels, budget, listener)
                 Search(journal, chosen, seed).run()

@@ -13,11 +13,15 @@ def asked_beside(spec: AttentionSpec, product: str) -> str | None:
     return {"scores": None if spec.tied else "ahead_k", "scores_rope": "ahead_rope"}[product]
 
 
+def query_widths(spec: AttentionSpec) -> dict[str, int]:
+    """The blocks that load an item's queries, and the elements of a row."""
+    widths = {"load_q": spec.k_width}
+    return widths if spec.rope is None else widths | {"load_q_rope": spec.rope_width}
+
+
 def load_widths(spec: AttentionSpec) -> dict[str, int]:
-    """The blocks that fill a tile from rows in memory, and the elements of a row."""
-    widths = {"load_q": spec.k_width, "load_v": spec.v_width}
+    """The blocks that fill a tile of tokens from memory, and the elements of a token."""
+    widths = {"load_v": spec.v_width}
     if not spec.tied:
         widths["load_k"] = spec.k_width
-    if spec.rope is not None:
-        widths |= {"load_q_rope": spec.rope_width, "load_rope": spec.rope_width}
-    return widths
+    return widths if spec.rope is None else widths | {"load_rope": spec.rope_width}

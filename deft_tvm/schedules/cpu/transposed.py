@@ -11,7 +11,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from deft_tvm.schedules.blocks import matrices_of_softmax
-from deft_tvm.schedules.cpu.blocks import load_widths
+from deft_tvm.schedules.cpu.blocks import load_widths, query_widths
 from deft_tvm.schedules.cpu.instructions import narrow_pairs
 from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.pairs import pairs_of_second
@@ -53,9 +53,8 @@ def transpose(sch: Schedule, spec: AttentionSpec, lanes: int, paired: bool) -> N
         sch.transform_layout(sch.get_sblock("scores_rope"), ("write", 0), swap)
     layout = pairs_of_second if paired else swap
     sch.transform_layout(sch.get_sblock("probabilities"), ("write", 0), layout)
-    for block, width in load_widths(spec).items():
-        if block.startswith("load_q"):
-            _load_queries(sch, block, width, lanes, paired)
+    for block, width in query_widths(spec).items():
+        _load_queries(sch, block, width, lanes, paired)
 
 
 def pass_over_rows(sch: Schedule, spec: AttentionSpec, lane_rows: int, lanes: int) -> None:
@@ -67,8 +66,7 @@ def pass_over_rows(sch: Schedule, spec: AttentionSpec, lane_rows: int, lanes: in
     # Tiles of K and V are packed out of their pages: in NHD the token stride is a multiple of
     # 4 KiB for common shapes, and a tile read in place would fall into a few sets of the cache.
     for block, width in load_widths(spec).items():
-        if not block.startswith("load_q"):
-            vectorize_last(sch, block, power_of_two_in(width, lanes))
+        vectorize_last(sch, block, power_of_two_in(width, lanes))
     if whole_blocks(spec.v_width, lanes, paired=False):
         over.append(turn_lanes(sch, "write_out", "A", lanes))
     else:

@@ -15,7 +15,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
-from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths
+from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths, query_widths
 from deft_tvm.schedules.cpu.dot_products import declarations, dots, dots_llvm, lanes_of, tokens_of
 from deft_tvm.schedules.cpu.instructions import dot_pairs
 from deft_tvm.schedules.cpu.pairs import pair_values
@@ -67,7 +67,7 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
-    for block, width in load_widths(spec).items():
+    for block, width in (query_widths(spec) | load_widths(spec)).items():
         vectorize_last(sch, block, power_of_two_in(width, lanes))
     token_lanes = power_of_two_in(tile.kv_tile, lanes)
     passes = ("logits", "masked_logits", *matrices_of_softmax(spec), "probabilities")
