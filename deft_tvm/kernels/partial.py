@@ -64,13 +64,14 @@ from deft_tvm.kernels.tokens import (
     ahead,
     find_ahead,
     find_cut,
+    find_next,
     find_scales,
     find_tokens,
     halvings,
     load,
     located_tiles,
 )
-from deft_tvm.kernels.work import following, used_parameters, work_loop
+from deft_tvm.kernels.work import used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec, TileShape
 
 
@@ -130,13 +131,6 @@ def partial_attention(
     def begin(t0: Any) -> Any:
         """Where the tile that begins at token `t0` of the item does in the tables."""
         return 0 if ON_CPU else t0 % (L * N)
-
-    def next_unit(work: Any, num_items: Any) -> Any:
-        """Whose first tokens are asked of memory beside this one's last tile."""
-        return following(work, num_items * UNITS, threads) if ON_CPU else work
-
-    def head_ahead(head: Any, unit: Any, goes_on: Any) -> Any:
-        return T.Select(goes_on, head, unit % UNITS * H) if ON_CPU else head
 
     def base(n: Any) -> Any:
         """Where its rows begin in the unit's state."""
@@ -232,7 +226,6 @@ def partial_attention(
                     T.writes()
                     item: T.let[T.int32] = work // UNITS
                     head: T.let[T.int32] = work % UNITS * H
-                    unit: T.let[T.int32] = next_unit(work, num_items)
                     row_begin: T.let[T.int32] = items[item, 0]
                     lanes: T.let[T.int32] = items[item, 1] * G
                     run_begin: T.let[T.int32] = items[item, 2]
@@ -257,6 +250,8 @@ def partial_attention(
                     k_scale = T.sblock_alloc_buffer((N,), "float32")
                     v_scale = T.sblock_alloc_buffer((N,), "float32")
                     cut = T.sblock_alloc_buffer((1,), "int32")
+                    next_unit = T.sblock_alloc_buffer((1,), "int32")
+                    next_head = T.sblock_alloc_buffer((1,), "int32")
                     state = T.sblock_alloc_buffer((UNIT_STATE_BYTES,), "uint8")
                     S = T.sblock_alloc_buffer((M, N), "float32")
                     S_rope = T.sblock_alloc_buffer((M, N), "float32")
@@ -304,6 +299,7 @@ def partial_attention(
                             with T.sblock("locating_first"):
                                 T.reads()
                                 T.writes()
+                                find_next(next_unit, work, num_items * UNITS, threads)
                                 find_tokens(
                                     page, slot, lane_begin, lane_end, position, WINDOWED, NEXT,
                                     runs, page_indices, page_shift, run_begin, run_end,
@@ -314,7 +310,6 @@ def partial_attention(
                             T.reads()
                             T.writes()
                             t0: T.let[T.int32] = step * N
-                            then: T.let[T.int32] = head_ahead(head, unit, t0 + N < num_tokens)
                             if ON_CPU or begin(t0) == 0:
                                 for _ in T.serial(1):
                                     with T.sblock("locating"):
@@ -327,9 +322,9 @@ def partial_attention(
                                             )  # fmt: skip
                                             find_ahead(
                                                 page, slot, lane_begin, lane_end, position,
-                                                WINDOWED, runs, page_indices, page_shift, items,
-                                                item, unit // UNITS, search_steps, row_begin, G,
-                                                t0, num_tokens, N,
+                                                WINDOWED, next_head, runs, page_indices, page_shift,
+                                                items, item, head, next_unit, UNITS, H,
+                                                search_steps, row_begin, G, t0, num_tokens, N,
                                             )  # fmt: skip
                                         else:
                                             find_tokens(
@@ -398,8 +393,8 @@ def partial_attention(
                                             T.writes()
                                             if ON_CPU and not TIED:
                                                 ahead(
-                                                    k_cache, at, page, slot, nth(then, n), K0, KW,
-                                                    N, "ahead_k",
+                                                    k_cache, at, page, slot, nth(next_head[0], n),
+                                                    K0, KW, N, "ahead_k",
                                                 )  # fmt: skip
                                             if TIED:
                                                 product(S, Q, base(n), V, K_IN_V, operand, "scores")
@@ -413,7 +408,7 @@ def partial_attention(
                                                 if ON_CPU:
                                                     ahead(
                                                         rope_cache, at, page, slot,
-                                                        rope_head(nth(then, n)), 0, RW, N,
+                                                        rope_head(nth(next_head[0], n)), 0, RW, N,
                                                         "ahead_rope",
                                                     )  # fmt: skip
                                                 product(
@@ -469,8 +464,8 @@ def partial_attention(
                                             T.writes()
                                             if ON_CPU:
                                                 ahead(
-                                                    v_cache, at, page, slot, nth(then, n), V0, VW,
-                                                    N, "ahead_v",
+                                                    v_cache, at, page, slot, nth(next_head[0], n),
+                                                    V0, VW, N, "ahead_v",
                                                 )  # fmt: skip
                                                 U = T.sblock_alloc_buffer((M, VW), "float32")
                                                 weigh(A_new, U, A, base(n), factor, P, V, operand)

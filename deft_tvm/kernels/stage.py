@@ -5,22 +5,56 @@ Blocks are named by what they compute: schedules address them by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, cached_property, wraps
+from types import FrameType
 from typing import Any
 
-from tvm.script import tirx as T
+from tvm.script.parser._core import scan_macro, utils
+from tvm.tirx.script.parser.entry import TIRInline
 
 
 def stage(function: Callable[..., None]) -> Callable[..., None]:
-    """TensorIR that is parsed where it is called.
+    """TensorIR that is parsed where it is called, as ``T.inline`` does.
 
-    ``T.inline`` counts its calls and numbers block names by them, over all kernels of the process;
-    a fresh one for each call keeps the names.
+    ``T.inline`` numbers block names by its calls, over all kernels of the process; these keep
+    their names.
     """
+
+    @cache
+    def piece() -> _Stage:
+        # At the first call, when all that it names is defined.
+        source, closure = scan_macro(function, utils.inspect_function_capture(function))
+        return _Stage(source, closure, function)
 
     @wraps(function)
     def placed(*args: Any) -> None:
-        return T.inline(function)(*args)
+        piece().call_count = 0
+        piece()(*args)
 
     return placed
+
+
+class _Stage(TIRInline):
+    """TVM's inline function without what takes longer than all other parsing.
+
+    TVM looks up the source lines of every caller, imports and tests included, to find its parser
+    among their globals, and reads the function's text at each call.
+    """
+
+    @cached_property
+    def _definition(self) -> Any:
+        return super().get_macro_def()
+
+    def get_macro_def(self) -> Any:
+        return self._definition
+
+    def _find_parser_def(self) -> Any:
+        caller: FrameType | None = sys._getframe()
+        while caller is not None:
+            parser = caller.f_globals.get(self.parser_object_name)
+            if parser is not None:
+                return parser
+            caller = caller.f_back
+        raise RuntimeError(f"{self.func.__name__} is called outside of a kernel's text")

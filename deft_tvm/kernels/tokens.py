@@ -3,7 +3,8 @@
     seek        the run of each token
     locate      page, slot, position and the rows that see it
     find_tokens both, for a tile that begins anywhere in an item
-    find_ahead  the same for the next tile, which is the next item's beside the last one
+    find_next   the unit that comes after this one
+    find_ahead  find_tokens for the next tile, which is that unit's beside the last one
     advance     what was located for the next tile becomes this tile's
     find_scales the scales of 8-bit keys and values
     find_cut    whether every row sees every token
@@ -23,6 +24,7 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import narrow
 from deft_tvm.kernels.stage import stage
+from deft_tvm.kernels.work import following, range_size
 from deft_tvm.spec import TileShape
 
 LINE_BYTES = 64
@@ -120,22 +122,42 @@ def find_tokens(
 
 
 @stage
-def find_ahead(
-    page, slot, lane_begin, lane_end, position, windowed, runs, page_indices, page_shift, items,
-    item, next_item, search_steps, row_begin, group, t0, num_tokens, kv_tile,
-):  # fmt: skip
-    """Locate the tile after the one at `t0`, into the tables' second half.
+def find_next(next_unit, work, units, threads):
+    """Keep which unit's first tokens are asked of memory beside this one's last tile."""
+    here: T.let[T.int32] = work
+    # In two steps: TVM's analysis of the quotient within takes a tenth of a kernel's compile time.
+    for i in range(1):
+        with T.sblock("range_size"):
+            vi = T.axis.spatial(1, i)
+            next_unit[vi] = range_size(units, threads)
+    for i in range(1):
+        with T.sblock("find_next"):
+            vi = T.axis.spatial(1, i)
+            next_unit[vi] = following(here, units, next_unit[vi], threads)
 
-    After the item's last tile it is the first one of `next_item`, which is only asked of memory.
+
+@stage
+def find_ahead(
+    page, slot, lane_begin, lane_end, position, windowed, next_head, runs, page_indices, page_shift,
+    items, item, head, next_unit, units, heads, search_steps, row_begin, group, t0, num_tokens,
+    kv_tile,
+):  # fmt: skip
+    """Locate the tile after the one at `t0`, into the tables' second half, and its first head.
+
+    After the item's last tile it is the first one of `next_unit`, which is only asked of memory.
     """
     goes_on: T.let[T.bool] = t0 + kv_tile < num_tokens
-    of: T.let[T.int32] = T.Select(goes_on, item, next_item)
+    of: T.let[T.int32] = T.Select(goes_on, item, next_unit[0] // units)
     # Kept: where they are used TVM would write all of it again, and compile three times as long.
     bounds = T.sblock_alloc_buffer((3,), "int32")
     for i in range(3):
         with T.sblock("bounds"):
             vi = T.axis.spatial(3, i)
             bounds[vi] = items[of, 2 + vi]
+    for i in range(1):
+        with T.sblock("next_head"):
+            vi = T.axis.spatial(1, i)
+            next_head[vi] = T.Select(goes_on, head, next_unit[0] % units * heads)
     find_tokens(
         page, slot, lane_begin, lane_end, position, windowed, kv_tile, runs, page_indices,
         page_shift, bounds[0], bounds[1], search_steps, row_begin, group,

@@ -24,15 +24,17 @@ TASKS_PER_THREAD = 32
 """As in `native/torch_pool.c`: a parallel loop is cut into so many ranges for each thread."""
 
 
-def following(work: Any, units: Any, threads: int) -> Any:
+def range_size(units: Any, threads: int) -> Any:
+    """Units of one range."""
+    return (units + (TASKS_PER_THREAD * threads - 1)) // (TASKS_PER_THREAD * threads)
+
+
+def following(work: Any, units: Any, size: Any, threads: int) -> Any:
     """The unit that the thread of `work` most likely takes next; the last one's is itself.
 
-    Ranges are dealt out one by one: after its own a thread takes the one that so many threads
-    further on begins. With one thread there is one range.
+    Ranges of `size` are dealt out one by one: after its own a thread takes the one that so many
+    threads further on begins.
     """
-    if threads == 1:
-        return T.min(work + 1, units - 1)
-    size = (units + (TASKS_PER_THREAD * threads - 1)) // (TASKS_PER_THREAD * threads)
     over = T.Select((work + 1) % size == 0, (threads - 1) * size, 0)
     return T.min(work + 1 + over, units - 1)
 
