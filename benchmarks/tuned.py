@@ -1,7 +1,7 @@
 # python benchmarks/tuned.py
 """What tuning is worth: each winner in this device's logs beside the default decision.
 
-Both are of the last measurement; how many times faster is told round by round.
+Both as they were measured in turn; how many times faster is told round by round.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from deft_tvm.timing import Summary
 
 def speedup(tuned: Tuned) -> Summary | None:
     """Of the winner over the default; None where they were not measured together."""
-    best, default = tuned.best, tuned.default
-    if best is None or default is None or not best.final:
+    if tuned.in_turn is None:
         return None
+    best, default = tuned.in_turn
     pairs = zip(default.latency_us, best.latency_us, strict=True)
     return Summary.of(tuple(other / own for other, own in pairs))
 
 
 def changed(tuned: Tuned) -> str:
     """Choices in which the winner differs from the default."""
-    assert tuned.best is not None and tuned.default is not None
-    before = tuned.default.decision
-    pairs = tuned.best.decision.items()
-    found = [f"{name} {before.get(name)} → {v}" for name, v in pairs if v != before.get(name)]
+    assert tuned.in_turn is not None
+    best, default = (trial.decision for trial in tuned.in_turn)
+    found = [f"{n} {default.get(n)} → {v}" for n, v in best.items() if v != default.get(n)]
     return ", ".join(found) or "the default"
 
 

@@ -70,8 +70,7 @@ def test_cold_measuring_walks_its_buffer_before_every_call(monkeypatch: pytest.M
 def test_a_cold_walk_touches_all_of_a_buffer_of_that_size() -> None:
     from deft_tvm.timing import walk
 
-    buffer = walk(4096)()
-    assert buffer.nbytes == 4096 and buffer.eq(1).all()
+    assert walk(4096)() == 4096 / 4, "the sum of as many ones"
 
 
 def test_the_garbage_collector_rests_meanwhile_and_comes_back_after_an_error() -> None:

@@ -18,11 +18,11 @@ from deft_tvm.errors import LogError, TuningError
 from deft_tvm.tuning.again import measure_again
 from deft_tvm.tuning.budget import Budget
 from deft_tvm.tuning.database import FILES, Database
-from deft_tvm.tuning.kernel import PASSES as PASSES_OF
 from deft_tvm.tuning.lines import SCHEMA, Trial
-from deft_tvm.tuning.log import TuningLog, best
+from deft_tvm.tuning.log import TuningLog, best, by_subject, chosen, winner
 from deft_tvm.tuning.logged import logged_device, logged_kernels
 from deft_tvm.tuning.messages import Outcome
+from deft_tvm.tuning.passes import ALONE, IN_TURN
 from deft_tvm.tuning.probe import write_profile
 from deft_tvm.tuning.replay import replay
 from deft_tvm.tuning.result import Progress
@@ -30,7 +30,7 @@ from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.strategy import HABITS
 from deft_tvm.tuning.subject import Subject
 
-PASSES = PASSES_OF["cpu"]
+PASSES = ALONE.passes["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -126,26 +126,59 @@ def test_the_last_measurement_has_passes_and_every_trial_its_limit(tmp_path) -> 
     final = [t for t in tuning_run.run(str(tmp_path), 6).log.read() if t.final]
     assert len(final) >= 2
     for trial in final:
-        assert len(trial.passes) == PASSES
+        assert len(trial.passes) == (PASSES if trial.alone else IN_TURN.passes["cpu"])
         assert sum(trial.passes) == len(trial.latency_us) >= 10
         assert trial.limit_us is not None and trial.limit_us > 0
 
 
 def test_a_last_measurement_of_fewer_passes_is_made_again(tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as older:
-        older.setitem(PASSES_OF, "cpu", 5)
+        older.setitem(ALONE.passes, "cpu", 5)
         tuning_run.run(str(tmp_path), 6)
     log = tuning_run.run(str(tmp_path), 6).log
-    finals = [trial for trial in log.read() if trial.final]
-    assert [len(trial.passes) for trial in finals] == [5] * (len(finals) // 2) + [PASSES] * (
-        len(finals) // 2
-    )
+    alone = [len(trial.passes) for trial in log.read() if trial.alone]
+    assert alone == [5] * (len(alone) // 2) + [PASSES] * (len(alone) // 2)
     assert tuning_run.run(str(tmp_path), 6).new_trials == 0
     assert len(log.read()) == len(tuning_run.run(str(tmp_path), 6).log.read())
 
 
+def test_the_winner_is_measured_alone_after_it_was_chosen(tmp_path) -> None:
+    """What chose it flatters it, so that the log's word on it is another measurement."""
+    log = tuning_run.run(str(tmp_path), 12).log
+    for trials in by_subject(log.read()).values():
+        final = [trial for trial in trials if trial.final]
+        (alone,) = (trial for trial in final if trial.alone)
+        assert alone is final[-1] is winner(trials)
+        assert alone.decision == chosen(trials).decision
+        assert chosen(trials) is not alone or len(final) == 1
+
+
+def test_a_pass_that_loses_its_machine_costs_that_pass_alone(tmp_path) -> None:
+    class Losing(FakeRunner):
+        """Loses every fifth pass of the last measurement, and another try at it."""
+
+        made = 0
+
+        def time(
+            self,
+            modules: Sequence[IRModule],
+            subject: Subject,
+            seconds: float,
+            rounds: int | None = None,
+        ) -> list[Outcome]:
+            self.made += rounds is not None
+            lost = rounds is not None and self.made % 6 in (4, 5)
+            found = super().time(modules, subject, seconds, rounds)
+            return [Outcome("lost", error="gone")] * len(modules) if lost else found
+
+    final = [t for t in tuning_run.run(str(tmp_path), 6, runner=Losing()).log.read() if t.final]
+    assert all(trial.status == "ok" for trial in final)
+    assert any(len(trial.passes) < PASSES for trial in final if trial.alone)
+
+
 def test_real_finals_are_anchored(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(PASSES_OF, "cpu", 2)
+    monkeypatch.setitem(ALONE.passes, "cpu", 2)
+    monkeypatch.setitem(IN_TURN.passes, "cpu", 1)
     result = tuning_run.run(str(tmp_path), 3, real=True)
     finals = [t for t in result.log.read() if t.final]
     assert finals
@@ -221,7 +254,11 @@ class Fleet(FakeRunner):
         self._lock = threading.Lock()
 
     def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+        self,
+        modules: Sequence[IRModule],
+        subject: Subject,
+        seconds: float,
+        rounds: int | None = None,
     ) -> list[Outcome]:
         with self._lock:
             self.running += 1
@@ -229,7 +266,7 @@ class Fleet(FakeRunner):
             key = ms.utils.shash2hex(modules[0])
             lost = self.left.get(key, 0) > 0 and len(modules) == 1
             self.left[key] = self.left.get(key, 0) - 1
-        found = super().time(modules, subject, seconds, anchored)
+        found = super().time(modules, subject, seconds, rounds)
         with self._lock:
             self.running -= 1
         return [Outcome("lost", error="gone")] if lost else found

@@ -39,7 +39,11 @@ class FakeRunner:
         self.broken = broken
 
     def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+        self,
+        modules: Sequence[IRModule],
+        subject: Subject,
+        seconds: float,
+        rounds: int | None = None,
     ) -> list[Outcome]:
         return [self._one(shash2hex(module)) for module in modules]
 

@@ -13,7 +13,15 @@ from typing import NamedTuple
 from deft_tvm.compare.statistics import LIMIT, Samples
 from deft_tvm.errors import LogError
 from deft_tvm.tuning.lines import Run, Trial
-from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, log_folders, winner
+from deft_tvm.tuning.log import (
+    AnyPath,
+    TuningLog,
+    by_subject,
+    chosen,
+    last_measurement,
+    log_folders,
+    winner,
+)
 
 
 class Subject(NamedTuple):
@@ -47,11 +55,12 @@ class Tuned:
         return winner(good) if good else None
 
     @property
-    def default(self) -> Trial | None:
-        """The default decision, measured together with the winner."""
-        same_run = (t for t in self.trials if self.best is not None and t.run == self.best.run)
-        found = [t for t in same_run if t.default and t.status == "ok" and t.final]
-        return found[-1] if found else None
+    def in_turn(self) -> tuple[Trial, Trial] | None:
+        """The winner and the default as they were measured in turn; None if they were not."""
+        good = [trial for trial in self.trials if trial.status == "ok"]
+        last = [trial for trial in last_measurement(good) if not trial.alone]
+        default = next((trial for trial in last if trial.default), None)
+        return None if default is None else (chosen(good), default)
 
     @property
     def final(self) -> bool:

@@ -8,7 +8,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.final import seconds_apart, settle
+from deft_tvm.tuning.final import measure_alone, seconds_apart
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.log import AnyPath, TuningLog, winner
@@ -53,7 +53,7 @@ def measure_again(
     if runner is None and device.slug != (here := DeviceProfile.detect(device.kind).slug):
         raise LogError(f"{log.directory} is a log of {device.slug}; expected one of {here}")
     kernels = logged_kernels(log, device, kernel, workload)
-    finalists = {each: [_winner(each, log)] for each in kernels}
+    winners = {each: _winner(each, log) for each in kernels}
     spec = AttentionSpec.parse(kernels[0].space.subject.spec)
     target = TuningLog(Path(into) / device.slug / spec.slug)
     with target.only_writer(), opened(runner, device) as chosen:
@@ -64,7 +64,7 @@ def measure_again(
         apart = seconds_apart(apart, device)
         run = new_run(spec, device, chosen, workloads, Budget(trials=0), seed=0, apart=apart)
         journal = Journal(target, run, kernels, Budget(trials=0), listener)
-        settle(journal, chosen, finalists, apart)
+        measure_alone(journal, chosen, winners, apart)
     return target
 
 

@@ -132,7 +132,11 @@ class Fleet:
         return len(self._places)
 
     def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+        self,
+        modules: Sequence[IRModule],
+        subject: Subject,
+        seconds: float,
+        rounds: int | None = None,
     ) -> list[Outcome]:
         """As in `Runner`; from any thread.
 
@@ -141,7 +145,7 @@ class Fleet:
         """
         place = self._take()
         try:
-            outcomes = place.time(modules, subject, seconds, anchored)
+            outcomes = place.time(modules, subject, seconds, rounds)
         except TuningError as error:
             self._give_up(place, error)
             return [Outcome("lost", error=str(error))] * len(modules)

@@ -79,9 +79,13 @@ class Journal:
         best = f"best {kernel.best_us:.0f} µs" if kernel.best_us else "none works yet"
         self.tell("search", f"{kernel.name}: {outcome.status}, {best}", kernel, outcome)
 
-    def final(self, kernel: Kernel, number: int, passes: Sequence[Outcome]) -> None:
-        """A finalist was measured again, once in each pass."""
-        self._write(kernel, number, _joined(passes), final=True, passes=_rounds(passes))
+    def final(
+        self, kernel: Kernel, number: int, passes: Sequence[Outcome], alone: bool = False
+    ) -> None:
+        """A finalist was measured again, once in each pass; those that lost the machine are not
+        missed."""
+        kept = [outcome for outcome in passes if outcome.status != "lost"] or passes
+        self._write(kernel, number, _joined(kept), True, alone, _rounds(kept))
 
     def _write(
         self,
@@ -89,6 +93,7 @@ class Journal:
         number: int,
         outcome: Outcome,
         final: bool = False,
+        alone: bool = False,
         passes: tuple[int, ...] = (),
     ) -> None:
         subject = kernel.space.subject
@@ -111,6 +116,7 @@ class Journal:
             best_us=_lowest(kernel.best_us, outcome),
             default=number == kernel.space.start,
             final=final,
+            alone=alone,
             passes=passes,
             commit=self.run.commit,
             versions=self.run.versions,

@@ -9,17 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from deft_tvm.tuning.lines import Trial
-from deft_tvm.tuning.log import winner
+from deft_tvm.tuning.log import chosen, winner
+from deft_tvm.tuning.passes import ALONE
 from deft_tvm.tuning.result import KernelResult
 from deft_tvm.tuning.space import Space
 
 FINALISTS = 5
-
-PASSES = {"cpu": 12, "cuda": 6}
-"""Of the last measurement. Of twelve, 10 % were found in 19 of 20 comparisons of a kernel in a
-quiet half hour, of five in three of four; in the noisy hours of `again.txt` twelve found half
-(AMD EPYC, two virtual cores, 2026-11-27). A GPU has no neighbours, and six are as few as prove
-anything for ten kernels at once."""
 
 TIMES_LOST = 2
 """So often a decision may lose its machine before that counts as its own fault."""
@@ -76,9 +71,10 @@ class Kernel:
 
     @property
     def default_us(self) -> float | None:
-        """Of the default decision, in the last measurement."""
+        """Of the default decision, as it was last measured among others."""
         default = self.space[self.space.start]
-        found = [trial.median_us for trial in self.good if trial.decision == default]
+        among = (trial for trial in self.good if not trial.alone)
+        found = [trial.median_us for trial in among if trial.decision == default]
         return found[-1] if found else None
 
     @cached_property
@@ -89,19 +85,25 @@ class Kernel:
         return round(1e6 * self.space.subject.launch().limit.on(device, operand), 3)
 
     @property
-    def passes(self) -> int:
-        """Of its last measurement."""
-        return PASSES[self.space.subject.device.kind]
+    def device_kind(self) -> str:
+        return self.space.subject.device.kind
 
     @property
     def settled(self) -> bool:
         """Nothing was tried since the best ones were measured again, or nothing can be.
 
-        A measurement of fewer passes, as older versions made, counts as none.
+        A winner that was not measured alone, or in fewer passes, as by older versions, counts as
+        not measured.
         """
-        last = [t for t in self.trials if t.final and t.run == self.trials[-1].run]
-        whole = any(t.status == "ok" and len(t.passes) >= self.passes for t in last)
-        return not self.good or (self.trials[-1].final and whole)
+        if not self.good:
+            return True
+        last, count = self.trials[-1], ALONE.passes[self.device_kind]
+        return last.alone and last.status == "ok" and len(last.passes) >= count
+
+    @property
+    def winner(self) -> int | None:
+        """Number of the decision that was chosen."""
+        return self.space.number(chosen(self.good).decision) if self.good else None
 
     def finalists(self) -> list[int]:
         """Numbers of the best decisions, and of the default if it works."""
@@ -113,13 +115,16 @@ class Kernel:
     def result(self) -> KernelResult | None:
         if not self.good:
             return None
-        best = winner(self.good)
+        best, default_us = chosen(self.good), self.default_us
+        if not best.final:  # the only one that works
+            best = winner(self.good)
+            default_us = best.median_us if best.default else None
         return KernelResult(
             self.name,
             self.space.subject.workload,
             best.decision,
             best.median_us,
-            self.default_us,
+            default_us,
             self.limit_us,
             len(self.tried),
             len(self.space),

@@ -33,7 +33,7 @@ class Policy(msgspec.Struct, frozen=True):
 
     Attributes:
         search_seconds: of timing one candidate in the search.
-        final_rounds: of the last measurement, all passes together.
+        final_rounds: of the winner's last measurement, all passes together.
         passes: of it, between which other kernels are timed.
         apart: seconds between the beginnings of two passes, at least.
         cold_bytes: walked before each call, so that no data of the call before is in a cache.
@@ -125,6 +125,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         default: the decision that the search started from.
         final: measured again after the search, in turn with the other best ones and the default:
             sample i of each is of the same round.
+        alone: final, and measured once more after that, without the others: the one that was
+            chosen. What chose it flatters it, and other code between its calls changes them.
         passes: how many of its rounds were made before other kernels had theirs, then how many
             after that, and so on.
         commit: of the source tree, empty outside one.
@@ -154,6 +156,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     best_us: float | None = None
     default: bool = False
     final: bool = False
+    alone: bool = False
     passes: tuple[int, ...] = ()
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -163,14 +163,25 @@ def by_subject(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
 
 
 def winner(trials: Sequence[Trial]) -> Trial:
-    """The lowest median of the last final measurement, or of all where there was none.
+    """The chosen one as it was measured alone in the last run; as it was chosen without that."""
+    alone = [trial for trial in last_measurement(trials) if trial.alone]
+    return alone[-1] if alone else chosen(trials)
 
-    In a final measurement the default gives way only to what was faster in so many rounds that, if
-    rounds were independent, chance would explain it in fewer than 2.5 % of cases, divided among its
-    rivals (sign test, normal approximation).
-    """
+
+def last_measurement(trials: Iterable[Trial]) -> list[Trial]:
+    """Final trials of the last run that made any."""
     final = [trial for trial in trials if trial.final]
-    last = [trial for trial in final if trial.run == final[-1].run]
+    return [trial for trial in final if trial.run == final[-1].run]
+
+
+def chosen(trials: Sequence[Trial]) -> Trial:
+    """The lowest median of those last measured in turn, or of all where none were.
+
+    In turn the default gives way only to what was faster in so many rounds that, if rounds were
+    independent, chance would explain it in fewer than 2.5 % of cases, divided among its rivals
+    (sign test, normal approximation).
+    """
+    last = [trial for trial in last_measurement(trials) if not trial.alone]
     lowest = min(last or trials, key=lambda trial: trial.median_us)
     default = next((trial for trial in last if trial.default), lowest)
     rounds = list(zip(lowest.latency_us, default.latency_us, strict=False))

@@ -35,15 +35,16 @@ class Time(msgspec.Struct, frozen=True, tag=True):
         libraries: paths; they are timed in turn.
         function: the symbol.
         seconds: to spend on timing all of them.
-        anchored: on new tensors, and beside them, in the same rounds, time a large sum and a matrix
-            product, which limit the launch.
+        rounds: of one pass of the last measurement, no more than these: on new tensors, and beside
+            them, in the same rounds, a large sum and a matrix product, which limit the launch. None
+            in the search.
     """
 
     subject: Subject
     libraries: tuple[str, ...]
     function: str
     seconds: float
-    anchored: bool = False
+    rounds: int | None = None
 
 
 class Profile(msgspec.Struct, frozen=True, tag=True):

@@ -10,10 +10,9 @@ from datetime import datetime, timezone
 from deft_tvm.device import DeviceProfile, driver
 from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.timing import FEWEST_ROUNDS
 from deft_tvm.tuning.budget import Budget
-from deft_tvm.tuning.kernel import PASSES
 from deft_tvm.tuning.lines import Policy, Run
+from deft_tvm.tuning.passes import ALONE
 from deft_tvm.tuning.runner import Runner
 from deft_tvm.tuning.search import SEARCH_SECONDS
 from deft_tvm.tuning.subject import cold_bytes
@@ -29,7 +28,7 @@ def new_run(
     apart: float,
 ) -> Run:
     """Of this process, now."""
-    passes = PASSES[device.kind]
+    passes = ALONE.passes[device.kind]
     return Run(
         run=_name(),
         spec=str(spec),
@@ -45,7 +44,7 @@ def new_run(
         minutes=budget.minutes,
         seed=seed,
         policy=Policy(
-            SEARCH_SECONDS, passes * FEWEST_ROUNDS, passes, cold_bytes(device), apart=apart
+            SEARCH_SECONDS, passes * ALONE.rounds, passes, cold_bytes(device), apart=apart
         ),
         commit=source_commit(),
         versions=installed_versions(),

@@ -46,12 +46,16 @@ class Runner(Protocol):
     def width(self) -> int: ...
 
     def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+        self,
+        modules: Sequence[IRModule],
+        subject: Subject,
+        seconds: float,
+        rounds: int | None = None,
     ) -> list[Outcome]:
         """What comes of each module; those that work are timed in turn, `seconds` in all.
 
         Args:
-            anchored: time beside them what limits the launch, see `messages.Time`.
+            rounds: of a pass of the last measurement, see `messages.Time`.
         """
 
     def renew(self) -> None:
@@ -102,15 +106,19 @@ class WorkerRunner:
         return len(self._builders)
 
     def time(
-        self, modules: Sequence[IRModule], subject: Subject, seconds: float, anchored: bool = False
+        self,
+        modules: Sequence[IRModule],
+        subject: Subject,
+        seconds: float,
+        rounds: int | None = None,
     ) -> list[Outcome]:
         built = list(self._pool.map(lambda module: self._build(module, subject), modules))
         libraries = tuple(path for path, outcome in built if outcome.status == "ok")
         symbol = str(modules[0].get_global_vars()[0].name_hint)
-        found = self._time(Time(subject, libraries, symbol, seconds, anchored))
+        found = self._time(Time(subject, libraries, symbol, seconds, rounds))
         if isinstance(found, Outcome) and len(modules) > 1:  # who is to blame?
             each = seconds / len(modules)
-            return [self.time([module], subject, each, anchored)[0] for module in modules]
+            return [self.time([module], subject, each, rounds)[0] for module in modules]
         timed = iter([found] if isinstance(found, Outcome) else found)
         return [
             msgspec.structs.replace(next(timed), compile_s=outcome.compile_s)

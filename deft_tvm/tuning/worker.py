@@ -22,7 +22,7 @@ from deft_tvm.device import DeviceProfile, gpu_error
 from deft_tvm.limit import probes
 from deft_tvm.manifest import installed_versions
 from deft_tvm.native import TORCH_POOL, compile_c
-from deft_tvm.timing import FEWEST_ROUNDS, Events, measure
+from deft_tvm.timing import Events, measure
 from deft_tvm.tuning.child import answers_alone, end_with_parent, write_line
 from deft_tvm.tuning.expected import Expected, expected
 from deft_tvm.tuning.messages import (
@@ -94,7 +94,7 @@ def _torch_pool(directory: str) -> tuple[str, ...]:
 
 
 def _time(request: Time) -> Timed:
-    if request.anchored:
+    if request.rounds:
         forget_launches()
         _expected.cache_clear()
     launch = request.subject.launch()
@@ -109,12 +109,12 @@ def _time(request: Time) -> Timed:
             outcomes[library] = Outcome("runtime", error=brief(f"{type(error).__name__}: {error}"))
         if outcomes[library].status == "ok":
             calls[library] = call
-    anchors = probes(launch.case.q.dtype, device.kind) if request.anchored and calls else {}
+    anchors = probes(launch.case.q.dtype, device.kind) if request.rounds and calls else {}
     timings = measure(
         {**calls, **anchors},
         budget=request.seconds,
         warmup=1,
-        most_rounds=FEWEST_ROUNDS if request.anchored else MOST_SAMPLES,
+        most_rounds=request.rounds or MOST_SAMPLES,
         cold_bytes=cold_bytes(device),
         stopwatch=Events(cold_bytes(device)) if device.kind == "cuda" else None,
     )

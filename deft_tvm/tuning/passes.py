@@ -1,0 +1,28 @@
+"""How often the last measurement calls what it measures. A leaf."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Passes(NamedTuple):
+    """
+    Attributes:
+        passes: how many, by kind of device.
+        rounds: of each, if these take no longer than `SECONDS` for each decision.
+    """
+
+    passes: dict[str, int]
+    rounds: int
+
+
+SECONDS = 2.0
+
+IN_TURN = Passes({"cpu": 5, "cuda": 3}, 12)
+"""Of the best ones and the default, to choose from."""
+
+ALONE = Passes({"cpu": 12, "cuda": 6}, 24)
+"""Of the winner. The fastest of so many rounds tells passes apart: of ten kernels in a noisy hour
+that of six moved by 4 to 13 % from pass to pass, of 24 by 2 to 3, and by 10 for three that wait for
+memory, which reading explains (AMD EPYC Zen 4, two virtual cores, 2026-11-28). A GPU has no
+neighbours, and six passes are as few as prove anything for ten kernels at once."""
