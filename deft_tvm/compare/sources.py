@@ -18,8 +18,8 @@ from deft_tvm.tuning.log import (
     TuningLog,
     by_subject,
     chosen,
-    last_measurement,
     log_folders,
+    rivals,
     winner,
 )
 
@@ -58,8 +58,7 @@ class Tuned:
     def in_turn(self) -> tuple[Trial, Trial] | None:
         """The winner and the default as they were measured in turn; None if they were not."""
         good = [trial for trial in self.trials if trial.status == "ok"]
-        last = [trial for trial in last_measurement(good) if not trial.alone]
-        default = next((trial for trial in last if trial.default), None)
+        default = next((t for t in rivals(good) if t.default and t.final), None)
         return None if default is None else (chosen(good), default)
 
     @property

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from deft_tvm.tuning.lines import Trial
-from deft_tvm.tuning.log import chosen, winner
+from deft_tvm.tuning.log import chosen, rivals
 from deft_tvm.tuning.passes import ALONE
 from deft_tvm.tuning.result import KernelResult
 from deft_tvm.tuning.space import Space
@@ -71,10 +71,9 @@ class Kernel:
 
     @property
     def default_us(self) -> float | None:
-        """Of the default decision, as it was last measured among others."""
+        """Of the default decision, where the one that was chosen was measured."""
         default = self.space[self.space.start]
-        among = (trial for trial in self.good if not trial.alone)
-        found = [trial.median_us for trial in among if trial.decision == default]
+        found = [trial.median_us for trial in rivals(self.good) if trial.decision == default]
         return found[-1] if found else None
 
     @cached_property
@@ -115,16 +114,13 @@ class Kernel:
     def result(self) -> KernelResult | None:
         if not self.good:
             return None
-        best, default_us = chosen(self.good), self.default_us
-        if not best.final:  # the only one that works
-            best = winner(self.good)
-            default_us = best.median_us if best.default else None
+        best = chosen(self.good)
         return KernelResult(
             self.name,
             self.space.subject.workload,
             best.decision,
             best.median_us,
-            default_us,
+            self.default_us,
             self.limit_us,
             len(self.tried),
             len(self.space),

@@ -174,16 +174,22 @@ def last_measurement(trials: Iterable[Trial]) -> list[Trial]:
     return [trial for trial in final if trial.run == final[-1].run]
 
 
-def chosen(trials: Sequence[Trial]) -> Trial:
-    """The lowest median of those last measured in turn, or of all where none were.
+def rivals(trials: Sequence[Trial]) -> Sequence[Trial]:
+    """What was last measured in turn; alone where there was one of them, all without either."""
+    last = last_measurement(trials)
+    return [trial for trial in last if not trial.alone] or last or trials
 
-    In turn the default gives way only to what was faster in so many rounds that, if rounds were
-    independent, chance would explain it in fewer than 2.5 % of cases, divided among its rivals
-    (sign test, normal approximation).
+
+def chosen(trials: Sequence[Trial]) -> Trial:
+    """The lowest median of `rivals`.
+
+    In a last measurement the default gives way only to what was faster in so many rounds that, if
+    rounds were independent, chance would explain it in fewer than 2.5 % of cases, divided among its
+    rivals (sign test, normal approximation).
     """
-    last = [trial for trial in last_measurement(trials) if not trial.alone]
-    lowest = min(last or trials, key=lambda trial: trial.median_us)
-    default = next((trial for trial in last if trial.default), lowest)
+    last = rivals(trials)
+    lowest = min(last, key=lambda trial: trial.median_us)
+    default = next((trial for trial in last if trial.default and trial.final), lowest)
     rounds = list(zip(lowest.latency_us, default.latency_us, strict=False))
     faster = sum(own < other for own, other in rounds)
     sure = NormalDist().inv_cdf(1 - 0.025 / max(1, len(last) - 1))
