@@ -29,9 +29,8 @@ SLOWER = 1.1
 
 def measured(attention: str, scratch: str) -> Source:
     """The winners, measured once more."""
-    for folder in log_folders(records().parent):
-        if folder.name.startswith(attention):
-            measure_again(TuningLog(folder), into=scratch)
+    folders = [f for f in log_folders(records().parent) if f.name.startswith(attention)]
+    measure_again(*map(TuningLog, folders), into=scratch)
     return Source.read(scratch)
 
 

@@ -76,6 +76,7 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("tune", "recorded:step=3"), "has no path; expected recorded:path=FILE"),
         (("check", "few_shot:prompt=-1"), "prompt is '-1'; expected a whole number from 1 on"),
         (("bench", "--spec", "nsa:hq=4"), "starts with 'nsa'; expected one of gqa, gta, mla"),
+        (("bench", "core", "--cold", "--spec", str(SPEC)), "--spec, --cold with core, whose cells"),
         (("show", "plan", "--grouping", "best"), "grouping is 'best'; expected one of node"),
         (("show", "tir", "--kernel", "gemm"), "kernel is 'gemm'; expected one of "),
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),

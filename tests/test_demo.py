@@ -120,6 +120,8 @@ def test_a_finished_log_is_taken_and_an_unfinished_one_goes_on(
     log.append(trial)
     assert not job._finished(log)
     log.append(msgspec.structs.replace(trial, trial=1, final=True))
+    assert not job._finished(log), "the winner is measured after it was chosen"
+    log.append(msgspec.structs.replace(trial, trial=2, final=True, alone=True))
     found, artifact = job.tuned(SPEC, None)
     assert found.directory == log.directory
     assert artifact == module()

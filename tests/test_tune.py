@@ -187,7 +187,7 @@ def test_real_finals_are_anchored(tmp_path, monkeypatch) -> None:
         assert set(trial.probe_us) == {"read", "product"}
         assert all(len(us) == len(trial.latency_us) for us in trial.probe_us.values())
     write_profile(result.device, tmp_path)
-    again = measure_again(result.log, into=tmp_path / "again", apart=0.1)
+    (again,) = measure_again(result.log, into=tmp_path / "again", apart=0.1)
     measured = list(again.read())
     assert all(t.final and t.anchor_us and t.status == "ok" for t in measured)
     assert {t.kernel: t.decision for t in measured} == {
@@ -327,7 +327,7 @@ def test_a_replayed_search_finds_the_best_that_was_recorded(tuned, name) -> None
 
 def test_winners_are_measured_again_beside_nothing(tuned, tmp_path) -> None:
     kernel = next(iter(best(tuned)))
-    again = measure_again(tuned, kernel=kernel, into=tmp_path, apart=0, runner=FakeRunner())
+    (again,) = measure_again(tuned, kernel=kernel, into=tmp_path, apart=0, runner=FakeRunner())
     (trial,) = again.read()
     assert trial.final and trial.decision == best(tuned)[kernel].decision
     assert logged_device(again) == DEVICE, "planned by the same rates"

@@ -83,6 +83,16 @@ def bench(
 
     if only and workload != CORE:
         raise InputError(f"--only is {only!r} and the workload {workload!r}; expected core")
+    of_one = {
+        "--spec": spec != DEFAULT_SPEC,
+        "--module": module is not None,
+        "--grouping": grouping != "auto",
+        "--cold": cold,
+        "--between": between,
+    }
+    if workload == CORE and any(of_one.values()):
+        given = ", ".join(name for name, is_given in of_one.items() if is_given)
+        raise InputError(f"{given} with core, whose cells say all that; expected another workload")
     before = None if compare is None else Record.read(compare)
     with told() as say:
         if workload == CORE:

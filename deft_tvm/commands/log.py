@@ -87,7 +87,7 @@ def measure(
     from deft_tvm.tuning.log import TuningLog
 
     with shown(str(log)) as listener:
-        written = measure_again(
+        (written,) = measure_again(
             TuningLog(log),
             kernel=kernel,
             workload=workload,

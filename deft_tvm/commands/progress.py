@@ -47,8 +47,9 @@ def _live(title: str, out: Console) -> Iterator[Listener]:
     bar = bars.add_task("", total=None)
 
     def picture(event: Progress | None) -> Group:
-        phase, text = (event.phase, line(event)) if event else ("start", "importing the compiler")
-        return Group(Text(f"{title}: {phase}"), bars, Text(text))
+        if event is None:
+            return Group(Text(f"{title}: start"), bars, Text("importing the compiler"))
+        return Group(Text(f"{event.spec or title}: {event.phase}"), bars, Text(line(event)))
 
     # Drawn by events alone, see `told`.
     with Live(picture(None), console=out, auto_refresh=False, transient=True) as live:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -94,7 +94,8 @@ def tune(
     from deft_tvm.device import DeviceProfile
     from deft_tvm.manifest import cache_directory, check_place
 
-    specs = specs_of(spec, model, dtype) or [AttentionSpec.parse(DEFAULT_SPEC)]
+    asked = specs_of(spec, model, dtype) or [AttentionSpec.parse(DEFAULT_SPEC)]
+    specs = list(dict.fromkeys(asked))
     # What is wrong is refused here, before anything is measured.
     for text in workload or ():
         parse_workload(text)
@@ -110,11 +111,10 @@ def tune(
     if trials is None and minutes is None:
         trials = TRIALS
     share = None if minutes is None else minutes / len(specs)
-    found = []
+    found: list[tuple[AttentionSpec, TuningResult, Path]] = []
     try:
         with _fleet(rpc, key) as fleet:
-            for each in specs:
-                found.append(_tune(each, workload, trials, share, seed, apart, kind, fleet))
+            found = _tune(specs, workload, trials, share, seed, apart, kind, fleet)
     except KeyboardInterrupt:
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
@@ -143,7 +143,7 @@ def _fleet(tracker: str | None, key: str | None) -> Iterator[Fleet | None]:
 
 
 def _tune(
-    spec: AttentionSpec,
+    specs: Sequence[AttentionSpec],
     workloads: list[str] | None,
     trials: int | None,
     minutes: float | None,
@@ -151,18 +151,19 @@ def _tune(
     apart: float | None,
     kind: Literal["cpu", "cuda"],
     fleet: Fleet | None,
-) -> tuple[AttentionSpec, TuningResult, Path]:
-    """Tune one spec and build its module."""
-    with shown(str(spec)) as listener:
+) -> list[tuple[AttentionSpec, TuningResult, Path]]:
+    """Tune all specs and build their modules."""
+    title = str(specs[0]) if len(specs) == 1 else f"{len(specs)} attentions"
+    with shown(title) as listener:
         from deft_tvm.build import build
         from deft_tvm.tuning.probe import known_device
-        from deft_tvm.tuning.tune import WORKLOADS, tune
+        from deft_tvm.tuning.tune import WORKLOADS, tune_all
 
         device = None if fleet is None else fleet.device
         if kind == "cuda":
             device = known_device(listener=listener, kind=kind)
-        found = tune(
-            spec,
+        found = tune_all(
+            specs,
             workloads or WORKLOADS,
             trials=trials,
             minutes=minutes,
@@ -172,7 +173,7 @@ def _tune(
             listener=listener,
             runner=fleet,
         )
-        return spec, found, build(spec, device)
+        return [(spec, each, build(spec, device)) for spec, each in zip(specs, found, strict=True)]
 
 
 def _as_json(spec: AttentionSpec, found: TuningResult, module: Path) -> dict[str, object]:

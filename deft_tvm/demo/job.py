@@ -127,8 +127,8 @@ def tuned(spec: AttentionSpec, trials: int | None) -> tuple[TuningLog, Path]:
 
 
 def _finished(log: TuningLog) -> bool:
-    """Its best decisions have been measured again; else the tuning was killed, and goes on."""
-    return any(trial.final for trial in log.read())
+    """Winners have been measured again; else the tuning was killed, and goes on."""
+    return any(trial.alone for trial in log.read())
 
 
 def _module(spec: AttentionSpec, device: DeviceProfile) -> Path:

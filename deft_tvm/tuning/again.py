@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from deft_tvm.device import DeviceProfile
@@ -21,19 +22,18 @@ from deft_tvm.tuning.tune import opened
 
 
 def measure_again(
-    log: TuningLog,
-    *,
+    *logs: TuningLog,
     kernel: str | None = None,
     workload: str | None = None,
     into: AnyPath,
     apart: float | None = None,
     listener: Listener = ignore,
     runner: Runner | None = None,
-) -> TuningLog:
+) -> list[TuningLog]:
     """Measure the winner of each kernel and workload as tuning does at its end.
 
     Args:
-        log: whose winners.
+        logs: whose winners, those of all in the same passes; of one device.
         kernel, workload: only this one.
         into: folder of logs to write to, best one of its own: modules are built from the last
             measurement of a log, and this one knows the winners alone.
@@ -42,30 +42,41 @@ def measure_again(
         runner: where candidates are timed, by default this machine; it stays open.
 
     Returns:
-        The log that was written.
+        The logs that were written, in the order of `logs`.
 
     Raises:
-        LogError: the log is of another device, has no winner, or a decision that today's schedule
+        LogError: a log is of another device, has no winner, or a decision that today's schedule
             does not know.
-        TuningError: another tuning writes the log.
+        TuningError: another tuning writes one of the logs.
     """
-    device = logged_device(log)
-    if runner is None and device.slug != (here := DeviceProfile.detect(device.kind).slug):
-        raise LogError(f"{log.directory} is a log of {device.slug}; expected one of {here}")
-    kernels = logged_kernels(log, device, kernel, workload)
-    winners = {each: _winner(each, log) for each in kernels}
-    spec = AttentionSpec.parse(kernels[0].space.subject.spec)
-    target = TuningLog(Path(into) / device.slug / spec.slug)
-    with target.only_writer(), opened(runner, device) as chosen:
+    device = logged_device(logs[0])
+    here = DeviceProfile.detect(device.kind).slug if runner is None else device.slug
+    kernels: list[list[Kernel]] = []
+    for log in logs:
+        if (slug := logged_device(log).slug) != here:
+            raise LogError(f"{log.directory} is a log of {slug}; expected one of {here}")
+        kernels.append(logged_kernels(log, device, kernel, workload))
+    winners = {
+        each: _winner(each, log) for log, own in zip(logs, kernels, strict=True) for each in own
+    }
+    apart = seconds_apart(apart, device)
+    with ExitStack() as held:
+        specs = [AttentionSpec.parse(own[0].space.subject.spec) for own in kernels]
+        targets = [TuningLog(Path(into) / device.slug / spec.slug) for spec in specs]
+        for target in targets:
+            held.enter_context(target.only_writer())
+        chosen = held.enter_context(opened(runner, device))
         if not device_file(device, into).is_file():
             write_profile(device, into)
         listener(Progress("start", "preparing processes to time the winners"))
-        workloads = list(dict.fromkeys(each.space.subject.workload for each in kernels))
-        apart = seconds_apart(apart, device)
-        run = new_run(spec, device, chosen, workloads, Budget(trials=0), seed=0, apart=apart)
-        journal = Journal(target, run, kernels, Budget(trials=0), listener)
-        measure_alone(journal, chosen, winners, apart)
-    return target
+        journals: dict[Kernel, Journal] = {}
+        for spec, target, own in zip(specs, targets, kernels, strict=True):
+            workloads = list(dict.fromkeys(each.space.subject.workload for each in own))
+            budget = Budget(trials=0)
+            run = new_run(spec, device, chosen, workloads, budget, seed=0, apart=apart)
+            journals.update(dict.fromkeys(own, Journal(target, run, own, budget, listener)))
+        measure_alone(journals, chosen, winners, apart)
+    return targets
 
 
 def _winner(kernel: Kernel, log: TuningLog) -> int:

@@ -5,11 +5,11 @@ found is not believed but measured afresh, beside the default and in the same ro
 of the winner flatters it again, and it had other code between its calls: its time is that of a
 measurement of its own, which `again` repeats just so.
 
-A shared machine has slow moments of ten or twenty seconds, in which a neighbour takes half of the
-memory's bandwidth: rounds are spread over passes some time apart, between which the other kernels
-have theirs, and in each round stands what would limit the launch just then. Where tensors and code
-lie in memory makes some kernels faster or slower, too, so every pass has new tensors, and where
-there is time between passes, a new process.
+A shared machine has slow seconds and slow minutes, in which a neighbour takes half of the memory's
+bandwidth: rounds are spread over passes some time apart, between which all other kernels have
+theirs, and in each round stands what would limit the launch just then. Where tensors and code lie
+in memory makes some kernels faster or slower, too, so every pass has new tensors, and where there
+is time between passes, a new process.
 """
 
 from __future__ import annotations
@@ -37,32 +37,37 @@ def seconds_apart(asked: float | None, device: DeviceProfile) -> float:
 
 
 def settle(
-    journal: Journal,
+    journals: Mapping[Kernel, Journal],
     runner: Runner,
-    finalists: Mapping[Kernel, Sequence[int]],
     apart: float,
 ) -> None:
-    """Measure the finalists of each kernel, by their numbers, then the one that won; record all.
+    """Measure the finalists of each kernel, then the one that won; record all.
 
     Args:
+        journals: by kernel, where it is recorded; all of one device.
+        runner: that measures.
         apart: seconds from the beginning of one pass to that of the next, at least.
     """
+    finalists = {kernel: kernel.finalists() for kernel in journals}
     several = {kernel: numbers for kernel, numbers in finalists.items() if len(numbers) > 1}
-    _measure(journal, runner, several, apart, alone=False)
+    _measure(journals, runner, several, apart, alone=False)
     winners = {kernel: kernel.winner for kernel in finalists}
-    measure_alone(journal, runner, {k: n for k, n in winners.items() if n is not None}, apart)
+    measure_alone(journals, runner, {k: n for k, n in winners.items() if n is not None}, apart)
 
 
 def measure_alone(
-    journal: Journal, runner: Runner, winners: Mapping[Kernel, int], apart: float
+    journals: Mapping[Kernel, Journal],
+    runner: Runner,
+    winners: Mapping[Kernel, int],
+    apart: float,
 ) -> None:
     """Measure one decision of each kernel, by its number, and record it."""
     only = {kernel: (number,) for kernel, number in winners.items()}
-    _measure(journal, runner, only, apart, alone=True)
+    _measure(journals, runner, only, apart, alone=True)
 
 
 def _measure(
-    journal: Journal,
+    journals: Mapping[Kernel, Journal],
     runner: Runner,
     finalists: Mapping[Kernel, Sequence[int]],
     apart: float,
@@ -80,14 +85,14 @@ def _measure(
             runner.renew()
         for kernel in finalists:
             text = f"{kernel.name}: measuring {what} again, pass {count} of {last}"
-            journal.tell("final", text, kernel)
+            journals[kernel].tell("final", text, kernel)
             passes[kernel].append(_pass(kernel, modules[kernel], runner, planned.rounds))
         if count < last:
             time.sleep(max(0.0, begin + apart - time.monotonic()))
     for kernel, numbers in finalists.items():
         for place, number in enumerate(numbers):
             outcomes = [each[place] for each in passes[kernel]]
-            journal.final(kernel, number, outcomes, alone)
+            journals[kernel].final(kernel, number, outcomes, alone)
 
 
 def _modules(kernel: Kernel, numbers: Sequence[int]) -> list[IRModule]:

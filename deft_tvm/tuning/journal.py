@@ -135,6 +135,7 @@ class Journal:
                 text,
                 made,
                 self.budget.trials or sum(len(kernel.space) for kernel in self.kernels),
+                self.run.spec,
                 kernel.name,
                 outcome.status if outcome else None,
                 kernel.best_us,

@@ -24,6 +24,7 @@ class Progress:
         text: the same for people, in a few words.
         trial: trials in the log.
         trials: trials that it shall have.
+        spec: of which attention, in ``search`` and ``final``.
         kernel: which one, in ``search`` and ``final``.
         status: how the trial ended.
         best_us: best median of this kernel so far, in µs.
@@ -37,6 +38,7 @@ class Progress:
     text: str
     trial: int = 0
     trials: int = 0
+    spec: str = ""
     kernel: str = ""
     status: Status | None = None
     best_us: float | None = None

@@ -27,7 +27,7 @@ T = TypeVar("T")
 COMPILE_LIMIT = 120.0
 RUN_LIMIT = 60.0
 
-KEPT_LIBRARIES = 64
+KEPT_LIBRARIES = 512
 """So many finalists are measured pass after pass without compiling them again."""
 
 

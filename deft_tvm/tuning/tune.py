@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
@@ -24,7 +24,7 @@ from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.lines import Trial
 from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, writable_root
 from deft_tvm.tuning.probe import kept, known_device
-from deft_tvm.tuning.result import Listener, Progress, TuningResult, ignore
+from deft_tvm.tuning.result import KernelResult, Listener, Progress, TuningResult, ignore
 from deft_tvm.tuning.run import new_run
 from deft_tvm.tuning.runner import LocalRunner, Runner
 from deft_tvm.tuning.search import Search
@@ -76,29 +76,78 @@ def tune(
         LogError: the log is of a newer version, or cannot be written.
         WorkloadError: there is no such workload.
     """
+    (result,) = tune_all(
+        [spec],
+        workloads,
+        trials=trials,
+        minutes=minutes,
+        device=device,
+        root=root,
+        seed=seed,
+        apart=apart,
+        listener=listener,
+        runner=runner,
+    )
+    return result
+
+
+def tune_all(
+    specs: Sequence[AttentionSpec],
+    workloads: Sequence[str] = WORKLOADS,
+    *,
+    trials: int | None = TRIALS,
+    minutes: float | None = None,
+    device: DeviceProfile | None = None,
+    root: AnyPath | None = None,
+    seed: int = 0,
+    apart: float | None = None,
+    listener: Listener = ignore,
+    runner: Runner | None = None,
+) -> list[TuningResult]:
+    """The same for several specs, with `trials` and `minutes` for each.
+
+    They are searched one after the other, and the best ones of all measured in the same passes,
+    which so have more time between them.
+    """
     begin = time.monotonic()
     slug = (device or DeviceProfile.detect()).slug
-    log = TuningLog(writable_root(root) / slug / spec.slug)
-    with log.only_writer():
+    with ExitStack() as held:
+        logs = [TuningLog(writable_root(root) / slug / spec.slug) for spec in specs]
+        for log in logs:
+            held.enter_context(log.only_writer())
         device = kept(device, root) if device else known_device(root, listener=listener)
         listener(Progress("start", "preparing kernels and processes to time them"))
-        reading = log.read()
-        kernels = kernels_of(spec, workloads, device, reading)
-        budget, made = Budget(trials, minutes), 0
-        if _unfinished(kernels, budget):
-            with opened(runner, device) as chosen:
-                apart = seconds_apart(apart, device)
-                run = new_run(spec, device, chosen, workloads, budget, seed, apart)
-                journal = Journal(log, run, kernels, budget, listener)
+        apart = seconds_apart(apart, device)
+        readings = [log.read() for log in logs]
+        kernels = [
+            kernels_of(spec, workloads, device, reading)
+            for spec, reading in zip(specs, readings, strict=True)
+        ]
+        made = [0] * len(logs)
+        unfinished = [n for n in range(len(logs)) if _unfinished(kernels[n], Budget(trials))]
+        if unfinished:
+            chosen = held.enter_context(opened(runner, device))
+            journals: dict[Kernel, Journal] = {}
+            for n in unfinished:
+                budget = Budget(trials, minutes)
+                run = new_run(specs[n], device, chosen, workloads, budget, seed, apart)
+                journal = Journal(logs[n], run, kernels[n], budget, listener)
                 Search(journal, chosen, seed).run()
-                finalists = {k: k.finalists() for k in kernels if not k.settled}
-                settle(journal, chosen, finalists, apart)
-                made = journal.new_trials
+                journals.update({k: journal for k in kernels[n] if not k.settled})
+                made[n] = journal.new_trials
+            settle(journals, chosen, apart)
     seconds = time.monotonic() - begin
-    total = sum(len(kernel.tried) for kernel in kernels)
-    listener(Progress("done", f"{made} new trials in {seconds:.0f} s", total, trials or total))
-    results = {kernel.name: result for kernel in kernels if (result := kernel.result())}
-    return TuningResult(log, device, results, made, reading.skipped, seconds)
+    total = sum(len(kernel.tried) for each in kernels for kernel in each)
+    text = f"{sum(made)} new trials in {seconds:.0f} s"
+    listener(Progress("done", text, total, trials * len(logs) if trials else total))
+    return [
+        TuningResult(log, device, _results(own), new, reading.skipped, seconds)
+        for log, own, new, reading in zip(logs, kernels, made, readings, strict=True)
+    ]
+
+
+def _results(kernels: Iterable[Kernel]) -> dict[str, KernelResult]:
+    return {kernel.name: result for kernel in kernels if (result := kernel.result())}
 
 
 @contextmanager
