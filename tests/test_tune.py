@@ -15,6 +15,7 @@ from tvm import IRModule
 from tvm.s_tir import meta_schedule as ms
 
 from deft_tvm.errors import LogError, TuningError
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.again import measure_again
 from deft_tvm.tuning.budget import Budget
 from deft_tvm.tuning.database import FILES, Database
@@ -29,6 +30,7 @@ from deft_tvm.tuning.result import Progress
 from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.strategy import HABITS
 from deft_tvm.tuning.subject import Subject
+from deft_tvm.tuning.tune import tune_all
 
 PASSES = ALONE.passes["cpu"]
 
@@ -151,6 +153,29 @@ def test_the_winner_is_measured_alone_after_it_was_chosen(tmp_path) -> None:
         assert alone is final[-1] is winner(trials)
         assert alone.decision == chosen(trials).decision
         assert chosen(trials) is not alone or len(final) == 1
+
+
+def test_the_best_of_several_attentions_are_measured_in_the_same_passes(tmp_path) -> None:
+    events: list[Progress] = []
+    other = AttentionSpec.parse(str(SPEC).replace("dtype=f32", "dtype=bf16"))
+    given = {"device": DEVICE, "root": str(tmp_path), "apart": 0.0, "runner": FakeRunner()}
+    found = tune_all(
+        [SPEC, other], [tuning_run.WORKLOAD], trials=4, listener=events.append, **given
+    )
+    assert [result.new_trials for result in found] == [4, 4]
+    assert [result.log.directory.name for result in found] == [SPEC.slug, other.slug]
+    last = [event for event in events if "winner again" in event.text]
+    kernels = sum(len(result.kernels) for result in found)
+    assert len(last) == PASSES * kernels
+    for number in range(PASSES):
+        one = last[number * kernels : (number + 1) * kernels]
+        assert {event.spec for event in one} == {str(SPEC), str(other)}
+        assert all(event.text.endswith(f"pass {number + 1} of {PASSES}") for event in one)
+    again = measure_again(
+        *(result.log for result in found), into=tmp_path / "again", apart=0, runner=FakeRunner()
+    )
+    for result, measured in zip(found, again, strict=True):
+        assert {t.kernel for t in measured.read()} == result.kernels.keys()
 
 
 def test_a_pass_that_loses_its_machine_costs_that_pass_alone(tmp_path) -> None:

@@ -18,6 +18,7 @@ from deft_tvm.commands.common import (
     table,
 )
 from deft_tvm.commands.progress import shown
+from deft_tvm.errors import LogError
 
 if TYPE_CHECKING:
     from deft_tvm.tuning.replay import Replay
@@ -65,7 +66,9 @@ def merge(
 
 @log.command()
 def measure(
-    log: LogArgument,
+    log: Annotated[
+        Path, typer.Argument(metavar="LOG", help="A log's folder, or that of a device's logs.")
+    ],
     into: Annotated[
         Path,
         typer.Option(help="Folder of logs to write to, another than those that are built from."),
@@ -76,7 +79,7 @@ def measure(
     ] = None,
     apart: ApartOption = None,
 ) -> None:
-    """Measure the winners of a log again, as tuning does at its end.
+    """Measure the winners of a log again, or of several logs in turn, as tuning does at its end.
 
     What it finds can be compared with the log: deft-tvm compare OLD NEW.
 
@@ -84,18 +87,22 @@ def measure(
     """
     needs_compiler("log measure")
     from deft_tvm.tuning.again import measure_again
-    from deft_tvm.tuning.log import TuningLog
+    from deft_tvm.tuning.log import TuningLog, log_folders
 
+    logs = [TuningLog(folder) for folder in log_folders(log)]
+    if not logs:
+        raise LogError(f"{log} holds no tuning log; expected a log's folder, or a device's logs")
     with shown(str(log)) as listener:
-        (written,) = measure_again(
-            TuningLog(log),
+        written = measure_again(
+            *logs,
             kernel=kernel,
             workload=workload,
             into=into,
             apart=apart,
             listener=listener,
         )
-    typer.echo(written.directory)
+    for each in written:
+        typer.echo(each.directory)
 
 
 @log.command()

@@ -188,6 +188,7 @@ class Source:
         measured = (
             f"{policy.final_rounds} rounds in {policy.passes} passes, {policy.apart:g} s apart, "
             f"{policy.cold_bytes >> 20} MiB walked before each, {policy.clock}"
+            + (", huge pages" if policy.huge_pages else "")
             if policy
             else "not told"
         )

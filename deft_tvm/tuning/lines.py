@@ -35,9 +35,10 @@ class Policy(msgspec.Struct, frozen=True):
         search_seconds: of timing one candidate in the search.
         final_rounds: of the winner's last measurement, all passes together.
         passes: of it, between which other kernels are timed.
-        apart: seconds between the beginnings of two passes, at least.
         cold_bytes: walked before each call, so that no data of the call before is in a cache.
         clock: what takes the time.
+        apart: seconds between the beginnings of two passes, at least.
+        huge_pages: tensors of a CPU lie in pages of 2 MiB, as far as Linux has them.
     """
 
     search_seconds: float
@@ -46,6 +47,7 @@ class Policy(msgspec.Struct, frozen=True):
     cold_bytes: int
     clock: str = "perf_counter around a call from Python"
     apart: float = 0.0
+    huge_pages: bool = False
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,7 +44,12 @@ def new_run(
         minutes=budget.minutes,
         seed=seed,
         policy=Policy(
-            SEARCH_SECONDS, passes * ALONE.rounds, passes, cold_bytes(device), apart=apart
+            SEARCH_SECONDS,
+            passes * ALONE.rounds,
+            passes,
+            cold_bytes(device),
+            apart=apart,
+            huge_pages=device.kind == "cpu",
         ),
         commit=source_commit(),
         versions=installed_versions(),
