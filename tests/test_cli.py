@@ -81,7 +81,7 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("show", "tir", "--kernel", "gemm"), "kernel is 'gemm'; expected one of "),
         (("build", "--device", "/nowhere.json"), "device profile /nowhere.json"),
         (("serve-device", "--tracker", "here"), "tracker is 'here'; expected HOST:PORT, as in 127"),
-        (("log", "measure", "logs", "--into", "x"), "logs is no folder; expected a tuning log"),
+        (("log", "measure", "/nowhere", "--into", "/x"), "/nowhere is no folder; expected a"),
         (("check", "--module", "/nowhere"), "/nowhere/manifest.json"),
         (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
         (("info", "--model", "/no"), "/no: No such file or directory; expected a model's folder"),

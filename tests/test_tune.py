@@ -157,7 +157,8 @@ def test_the_winner_is_measured_alone_after_it_was_chosen(tmp_path) -> None:
 
 def test_the_best_of_several_attentions_are_measured_in_the_same_passes(tmp_path) -> None:
     events: list[Progress] = []
-    other = AttentionSpec.parse(str(SPEC).replace("dtype=f32", "dtype=bf16"))
+    shape = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32, "page_size": 4}
+    other = AttentionSpec.gqa(**shape, dtype="bfloat16")
     given = {"device": DEVICE, "root": str(tmp_path), "apart": 0.0, "runner": FakeRunner()}
     found = tune_all(
         [SPEC, other], [tuning_run.WORKLOAD], trials=4, listener=events.append, **given
