@@ -172,6 +172,7 @@ def test_the_best_of_several_attentions_are_measured_in_the_same_passes(tmp_path
         one = last[number * kernels : (number + 1) * kernels]
         assert {event.spec for event in one} == {str(SPEC), str(other)}
         assert all(event.text.endswith(f"pass {number + 1} of {PASSES}") for event in one)
+    write_profile(DEVICE, tmp_path)
     again = measure_again(
         *(result.log for result in found), into=tmp_path / "again", apart=0, runner=FakeRunner()
     )
