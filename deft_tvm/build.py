@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,6 +40,7 @@ from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_for
+from deft_tvm.tuning.lines import Trial
 from deft_tvm.tuning.log import TRIALS, TuningLog, best, find_log
 
 MERGE = "merge"
@@ -160,11 +162,15 @@ def build_default(spec: AttentionSpec, device: DeviceProfile) -> Path:
 def logged_decisions(
     spec: AttentionSpec, device: DeviceProfile, log: TuningLog | None = None
 ) -> Decisions:
-    """The best decisions of `log`, by default of the device's for `spec`; none without one."""
+    """The best decisions of `log`, by default of the device's for `spec`; none without one.
+
+    Those of an older version may have choices that schedules no longer offer. Their kernels take
+    the default, with a warning.
+    """
     log = None if env.UNTUNED.get() else log or find_log(spec, device)
     if log is None:
         return Decisions()
-    winners = best(log)
+    winners = dict(_offered(best(log), spec, device, log))
     return Decisions(
         {name: dict(trial.decision) for name, trial in winners.items()},
         {
@@ -172,6 +178,23 @@ def logged_decisions(
             for name, trial in winners.items()
         },
     )
+
+
+def _offered(
+    winners: Mapping[str, Trial], spec: AttentionSpec, device: DeviceProfile, log: TuningLog
+) -> Iterator[tuple[str, Trial]]:
+    """Winners whose decision today's schedule of their kernel takes."""
+    for task in tasks_for(spec, device):
+        trial = winners.get(task.name)
+        if trial is None:
+            continue
+        try:
+            schedule(task, trial.decision)
+        except PlanError as error:
+            text = f"{log.path}: {task.name}: {error}; the default is taken instead: tune again"
+            warnings.warn(text, stacklevel=3)
+        else:
+            yield task.name, trial
 
 
 def device_logs(folders: Iterable[Path]) -> dict[str, TuningLog]:

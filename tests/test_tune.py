@@ -14,6 +14,7 @@ from tuning_run import SPEC, FakeRunner
 from tvm import IRModule
 from tvm.s_tir import meta_schedule as ms
 
+from deft_tvm.build import logged_decisions
 from deft_tvm.errors import LogError, TuningError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.again import measure_again
@@ -370,6 +371,21 @@ def test_what_cannot_be_measured_again_is_refused(tuned, tmp_path) -> None:
         log.append(Trial(**{**_fields(trial), "decision": changed}))
     with pytest.raises(LogError, match=r"was decided as .*no_such_choice.* does not know"):
         measure_again(log, into=tmp_path, apart=0, runner=FakeRunner())
+
+
+def test_a_decision_that_schedules_no_longer_offer_gives_way_to_the_default(
+    tuned, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delenv("DEFT_TVM_UNTUNED", raising=False)
+    kernels = best(tuned)
+    assert logged_decisions(SPEC, DEVICE, tuned).by_kernel.keys() == kernels.keys()
+    name, trial = next((name, trial) for name, trial in kernels.items() if trial.decision)
+    choice = next(iter(trial.decision))
+    log = TuningLog(tmp_path / DEVICE.slug / SPEC.slug)
+    log.append(Trial(**{**_fields(trial), "decision": {**trial.decision, choice: 7777}}))
+    told = rf"{name}: decision '{choice}' is 7777; expected one of .*: tune again"
+    with pytest.warns(UserWarning, match=told):
+        assert logged_decisions(SPEC, DEVICE, log).by_kernel == {}
 
 
 def _fields(trial: Trial) -> dict:

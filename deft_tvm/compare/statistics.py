@@ -33,9 +33,9 @@ rows at once would never be believed."""
 FEWEST_LEARNED = 20
 """Samples of both logs from which the part of the bandwidth is learned."""
 ALIKE = 0.02
-"""Change that no p speaks for: code lies elsewhere, or a neighbour stays. With nothing changed, 19
-kernels ten minutes apart differed by up to 3 % and mostly by less than 1; in noisier hours two of
-ten differed by more, see `again.txt` (AMD EPYC Zen 4, two virtual cores, 2026-11-27)."""
+"""Change that no p speaks for: code lies elsewhere, or a neighbour stays. With nothing changed,
+ten kernels minutes apart differed by up to 6 % and mostly by less than 2, no more than their
+intervals allow, see `again.txt` (AMD EPYC Zen 4, two virtual cores, 2026-11-28)."""
 
 NEVER_MOVED = 1e-12
 """Sum of squares of logarithms that is rounding alone."""
