@@ -7,7 +7,7 @@ import re
 import pytest
 from tvm import sym
 
-from deft_tvm.kernels.work import TASKS_PER_THREAD, following
+from deft_tvm.kernels.work import TASKS_PER_THREAD, following, range_size
 from deft_tvm.native import TORCH_POOL
 
 
@@ -24,7 +24,9 @@ def taken(units: int, threads: int) -> list[list[int]]:
 def test_the_next_unit_is_the_one_that_the_thread_takes_next(units: int, threads: int) -> None:
     simple = sym.Analyzer().simplify
     for own in taken(units, threads):
-        found = [int(simple(following(unit, units, threads))) for unit in own]
+        found = [
+            int(simple(following(unit, units, range_size(units, threads), threads))) for unit in own
+        ]
         assert found[:-1] == own[1:]
         assert all(0 <= unit < units for unit in found)
 
