@@ -31,7 +31,7 @@ from deft_tvm.tuning.result import Progress
 from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.strategy import HABITS
 from deft_tvm.tuning.subject import Subject
-from deft_tvm.tuning.tune import tune_all
+from deft_tvm.tuning.tune import tune
 
 PASSES = ALONE.passes["cpu"]
 
@@ -161,9 +161,7 @@ def test_the_best_of_several_attentions_are_measured_in_the_same_passes(tmp_path
     shape = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32, "page_size": 4}
     other = AttentionSpec.gqa(**shape, dtype="bfloat16")
     given = {"device": DEVICE, "root": str(tmp_path), "apart": 0.0, "runner": FakeRunner()}
-    found = tune_all(
-        [SPEC, other], [tuning_run.WORKLOAD], trials=4, listener=events.append, **given
-    )
+    found = tune([SPEC, other], [tuning_run.WORKLOAD], trials=4, listener=events.append, **given)
     assert [result.new_trials for result in found] == [4, 4]
     assert [result.log.directory.name for result in found] == [SPEC.slug, other.slug]
     last = [event for event in events if "winner again" in event.text]

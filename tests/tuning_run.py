@@ -67,7 +67,8 @@ def run(root: str, trials: int | None, real: bool = False, **options) -> TuningR
     given = {"device": DeviceProfile.detect(), "listener": ignore, "apart": 0.0} | options
     if not real:
         given.setdefault("runner", FakeRunner())
-    return tune(SPEC, [WORKLOAD], trials=trials, root=root, **given)
+    (found,) = tune([SPEC], [WORKLOAD], trials=trials, root=root, **given)
+    return found
 
 
 if __name__ == "__main__":

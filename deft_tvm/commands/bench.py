@@ -90,8 +90,8 @@ def bench(
         "--cold": cold,
         "--between": between,
     }
-    if workload == CORE and any(of_one.values()):
-        given = ", ".join(name for name, is_given in of_one.items() if is_given)
+    given = ", ".join(name for name, is_given in of_one.items() if is_given)
+    if given and workload == CORE:
         raise InputError(f"{given} with core, whose cells say all that; expected another workload")
     before = None if compare is None else Record.read(compare)
     with told() as say:

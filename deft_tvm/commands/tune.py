@@ -114,7 +114,8 @@ def tune(
     found: list[tuple[AttentionSpec, TuningResult, Path]] = []
     try:
         with _fleet(rpc, key) as fleet:
-            found = _tune(specs, workload, trials, share, seed, apart, kind, fleet)
+            for one in _tune(specs, workload, trials, share, seed, apart, kind, fleet):
+                found.append(one)
     except KeyboardInterrupt:
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
@@ -151,18 +152,18 @@ def _tune(
     apart: float | None,
     kind: Literal["cpu", "cuda"],
     fleet: Fleet | None,
-) -> list[tuple[AttentionSpec, TuningResult, Path]]:
-    """Tune all specs and build their modules."""
+) -> Iterator[tuple[AttentionSpec, TuningResult, Path]]:
+    """Tune all specs, then build their modules one by one."""
     title = str(specs[0]) if len(specs) == 1 else f"{len(specs)} attentions"
     with shown(title) as listener:
         from deft_tvm.build import build
         from deft_tvm.tuning.probe import known_device
-        from deft_tvm.tuning.tune import WORKLOADS, tune_all
+        from deft_tvm.tuning.tune import WORKLOADS, tune
 
         device = None if fleet is None else fleet.device
         if kind == "cuda":
             device = known_device(listener=listener, kind=kind)
-        found = tune_all(
+        found = tune(
             specs,
             workloads or WORKLOADS,
             trials=trials,
@@ -173,7 +174,8 @@ def _tune(
             listener=listener,
             runner=fleet,
         )
-        return [(spec, each, build(spec, device)) for spec, each in zip(specs, found, strict=True)]
+        for spec, each in zip(specs, found, strict=True):
+            yield spec, each, build(spec, device)
 
 
 def _as_json(spec: AttentionSpec, found: TuningResult, module: Path) -> dict[str, object]:

@@ -49,17 +49,20 @@ class Tuned:
     runs: Mapping[str, Run]
 
     @cached_property
+    def good(self) -> list[Trial]:
+        """Trials that worked."""
+        return [trial for trial in self.trials if trial.status == "ok"]
+
+    @cached_property
     def best(self) -> Trial | None:
         """The winner, as modules are built with it; None if nothing worked."""
-        good = [trial for trial in self.trials if trial.status == "ok"]
-        return winner(good) if good else None
+        return winner(self.good) if self.good else None
 
     @property
     def in_turn(self) -> tuple[Trial, Trial] | None:
         """The winner and the default as they were measured in turn; None if they were not."""
-        good = [trial for trial in self.trials if trial.status == "ok"]
-        default = next((t for t in rivals(good) if t.default and t.final), None)
-        return None if default is None else (chosen(good), default)
+        default = next((t for t in rivals(self.good) if t.default and t.final), None)
+        return None if default is None else (chosen(self.good), default)
 
     @property
     def final(self) -> bool:

@@ -122,8 +122,8 @@ def tuned(spec: AttentionSpec, trials: int | None) -> tuple[TuningLog, Path]:
         from deft_tvm.build import build
         from deft_tvm.tuning.tune import tune
 
-        log = tune(spec, [TUNED_ON], trials=trials or TRIALS, apart=0.0, listener=listener).log
-        return log, build(spec)
+        (found,) = tune([spec], [TUNED_ON], trials=trials or TRIALS, apart=0.0, listener=listener)
+        return found.log, build(spec)
 
 
 def _finished(log: TuningLog) -> bool:

@@ -46,8 +46,8 @@ def main(specs: Sequence[str] = SPEEDS, workloads: Sequence[str] = WORKLOADS) ->
                 break
             print(f"{spec}: {seconds:.0f} s of search", flush=True)
             try:
-                found = tune(
-                    spec,
+                (found,) = tune(
+                    [spec],
                     workloads,
                     trials=asked.trials,
                     minutes=seconds / 60,

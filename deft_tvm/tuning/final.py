@@ -36,11 +36,7 @@ def seconds_apart(asked: float | None, device: DeviceProfile) -> float:
     return APART[device.kind] if asked is None else asked
 
 
-def settle(
-    journals: Mapping[Kernel, Journal],
-    runner: Runner,
-    apart: float,
-) -> None:
+def settle(journals: Mapping[Kernel, Journal], runner: Runner, apart: float) -> None:
     """Measure the finalists of each kernel, then the one that won; record all.
 
     Args:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 
 class Passes(NamedTuple):
-    """
+    """Of one of its two parts.
+
     Attributes:
         passes: how many, by kind of device.
         rounds: of each, if these take no longer than `SECONDS` for each decision.

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
@@ -24,7 +25,7 @@ from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.lines import Trial
 from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, writable_root
 from deft_tvm.tuning.probe import kept, known_device
-from deft_tvm.tuning.result import KernelResult, Listener, Progress, TuningResult, ignore
+from deft_tvm.tuning.result import Listener, Progress, TuningResult, ignore
 from deft_tvm.tuning.run import new_run
 from deft_tvm.tuning.runner import LocalRunner, Runner
 from deft_tvm.tuning.search import Search
@@ -40,58 +41,6 @@ TIMING_CORES = 2
 
 
 def tune(
-    spec: AttentionSpec,
-    workloads: Sequence[str] = WORKLOADS,
-    *,
-    trials: int | None = TRIALS,
-    minutes: float | None = None,
-    device: DeviceProfile | None = None,
-    root: AnyPath | None = None,
-    seed: int = 0,
-    apart: float | None = None,
-    listener: Listener = ignore,
-    runner: Runner | None = None,
-) -> TuningResult:
-    """Search until the log holds `trials` trials of the kernels that the workloads launch.
-
-    Args:
-        spec: the attention.
-        workloads: what to time kernels on, as `workloads.parse` reads them; a kernel is tuned on
-            the first one that launches it.
-        trials: of all kernels together, earlier ones in the log included; None: all there are. A
-            kernel with one decision needs none.
-        minutes: after which no further trial is begun; the last measurement comes on top.
-        device: by default this machine's CPU, with rates that are measured once and kept beside
-            its logs, so that plans stay the same; those of a measured device are kept, too.
-        root: folder of logs, by default ``DEFT_TVM_LOGS``, else among the user's data.
-        seed: of the search.
-        apart: seconds from one pass of the last measurement to the next; by default five, in which
-            a shared machine may come to itself, and none on a GPU.
-        listener: told how it goes, from the first moment.
-        runner: where candidates are compiled and timed, by default this machine, see
-            `local_runner`; it stays open.
-
-    Raises:
-        TuningError: another tuning writes the same log, or the workers cannot start.
-        LogError: the log is of a newer version, or cannot be written.
-        WorkloadError: there is no such workload.
-    """
-    (result,) = tune_all(
-        [spec],
-        workloads,
-        trials=trials,
-        minutes=minutes,
-        device=device,
-        root=root,
-        seed=seed,
-        apart=apart,
-        listener=listener,
-        runner=runner,
-    )
-    return result
-
-
-def tune_all(
     specs: Sequence[AttentionSpec],
     workloads: Sequence[str] = WORKLOADS,
     *,
@@ -104,10 +53,33 @@ def tune_all(
     listener: Listener = ignore,
     runner: Runner | None = None,
 ) -> list[TuningResult]:
-    """The same for several specs, with `trials` and `minutes` for each.
+    """Search until each spec's log holds `trials` trials of the kernels that the workloads launch.
 
-    They are searched one after the other, and the best ones of all measured in the same passes,
+    Specs are searched one after the other, and the best ones of all measured in the same passes,
     which so have more time between them.
+
+    Args:
+        specs: the attentions, each once.
+        workloads: what to time kernels on, as `workloads.parse` reads them; a kernel is tuned on
+            the first one that launches it.
+        trials: for each spec, of all kernels together, earlier ones in the log included; None: all
+            there are. A kernel with one decision needs none.
+        minutes: for each spec, after which no further trial is begun; the last measurement comes
+            on top.
+        device: by default this machine's CPU, with rates that are measured once and kept beside
+            its logs, so that plans stay the same; those of a measured device are kept, too.
+        root: folder of logs, by default ``DEFT_TVM_LOGS``, else among the user's data.
+        seed: of the search.
+        apart: seconds from one pass of the last measurement to the next; by default five, in which
+            a shared machine may come to itself, and none on a GPU.
+        listener: told how it goes, from the first moment.
+        runner: where candidates are compiled and timed, by default this machine, see
+            `local_runner`; it stays open.
+
+    Raises:
+        TuningError: another tuning writes the same log, or the workers cannot start.
+        LogError: a log is of a newer version, or cannot be written.
+        WorkloadError: there is no such workload.
     """
     begin = time.monotonic()
     slug = (device or DeviceProfile.detect()).slug
@@ -117,37 +89,66 @@ def tune_all(
             held.enter_context(log.only_writer())
         device = kept(device, root) if device else known_device(root, listener=listener)
         listener(Progress("start", "preparing kernels and processes to time them"))
-        apart = seconds_apart(apart, device)
-        readings = [log.read() for log in logs]
-        kernels = [
-            kernels_of(spec, workloads, device, reading)
-            for spec, reading in zip(specs, readings, strict=True)
+        tunings = [
+            _Tuning.of(spec, log, workloads, device) for spec, log in zip(specs, logs, strict=True)
         ]
-        made = [0] * len(logs)
-        unfinished = [n for n in range(len(logs)) if _unfinished(kernels[n], Budget(trials))]
+        unfinished = [one for one in tunings if one.unfinished(trials)]
         if unfinished:
+            apart = seconds_apart(apart, device)
             chosen = held.enter_context(opened(runner, device))
             journals: dict[Kernel, Journal] = {}
-            for n in unfinished:
+            for one in unfinished:
                 budget = Budget(trials, minutes)
-                run = new_run(specs[n], device, chosen, workloads, budget, seed, apart)
-                journal = Journal(logs[n], run, kernels[n], budget, listener)
+                run = new_run(one.spec, device, chosen, workloads, budget, seed, apart)
+                journal = Journal(one.log, run, one.kernels, budget, listener)
                 Search(journal, chosen, seed).run()
-                journals.update({k: journal for k in kernels[n] if not k.settled})
-                made[n] = journal.new_trials
+                journals.update({k: journal for k in one.kernels if not k.settled})
+                one.new_trials = journal.new_trials
             settle(journals, chosen, apart)
     seconds = time.monotonic() - begin
-    total = sum(len(kernel.tried) for each in kernels for kernel in each)
-    text = f"{sum(made)} new trials in {seconds:.0f} s"
-    listener(Progress("done", text, total, trials * len(logs) if trials else total))
-    return [
-        TuningResult(log, device, _results(own), new, reading.skipped, seconds)
-        for log, own, new, reading in zip(logs, kernels, made, readings, strict=True)
-    ]
+    total = sum(one.made for one in tunings)
+    text = f"{sum(one.new_trials for one in tunings)} new trials in {seconds:.0f} s"
+    listener(Progress("done", text, total, trials * len(tunings) if trials else total))
+    return [one.result(device, seconds) for one in tunings]
 
 
-def _results(kernels: Iterable[Kernel]) -> dict[str, KernelResult]:
-    return {kernel.name: result for kernel in kernels if (result := kernel.result())}
+@dataclass
+class _Tuning:
+    """Of one spec.
+
+    Attributes:
+        kernels: those with something to decide.
+        skipped: lines of its log that could not be read.
+        new_trials: of its search.
+    """
+
+    spec: AttentionSpec
+    log: TuningLog
+    kernels: list[Kernel]
+    skipped: int
+    new_trials: int = 0
+
+    @classmethod
+    def of(
+        cls, spec: AttentionSpec, log: TuningLog, workloads: Sequence[str], device: DeviceProfile
+    ) -> _Tuning:
+        reading = log.read()
+        return cls(spec, log, kernels_of(spec, workloads, device, reading), reading.skipped)
+
+    @property
+    def made(self) -> int:
+        """Trials in the log."""
+        return sum(len(kernel.tried) for kernel in self.kernels)
+
+    def unfinished(self, trials: int | None) -> bool:
+        made = self.made
+        untried = any(len(kernel.tried) < len(kernel.space) for kernel in self.kernels)
+        short = made < Budget(trials).goal(made) and untried
+        return short or not all(kernel.settled for kernel in self.kernels)
+
+    def result(self, device: DeviceProfile, seconds: float) -> TuningResult:
+        found = {kernel.name: result for kernel in self.kernels if (result := kernel.result())}
+        return TuningResult(self.log, device, found, self.new_trials, self.skipped, seconds)
 
 
 @contextmanager
@@ -185,9 +186,3 @@ def kernels_of(
         if len(space) > 1:
             kernels.append(Kernel(space, earlier.get((name, subject.workload), [])))
     return kernels
-
-
-def _unfinished(kernels: Sequence[Kernel], budget: Budget) -> bool:
-    made = sum(len(kernel.tried) for kernel in kernels)
-    untried = any(len(kernel.tried) < len(kernel.space) for kernel in kernels)
-    return (made < budget.goal(made) and untried) or not all(kernel.settled for kernel in kernels)
