@@ -18,8 +18,9 @@ def document(record: Record, drawing: str) -> str:
     parts = [
         "# The core set\n",
         f"{origin.name} ({origin.device}), {origin.threads} threads, {origin.date}, "
-        f"commit {origin.commit}, {versions}. Made by `deft-tvm bench core --out core.jsonl` and "
-        "`python benchmarks/core.py core.jsonl`.\n",
+        f"commit {origin.commit}, {versions}{', huge pages' if origin.huge_pages else ''}. Made by "
+        f"`{'THP_MEM_ALLOC_ENABLE=1 ' if origin.huge_pages else ''}deft-tvm bench core --out "
+        "core.jsonl` and `python benchmarks/core.py core.jsonl`.\n",
         *(f"- {line}" for line in report.summary(found)),
         f"\n![each cell beside its fastest peer and the limit]({drawing})\n",
         "## Speed\n",

@@ -39,6 +39,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         commit: of the source tree, empty outside one.
         versions: of the packages that have a part in it.
         threads: of torch, on which ours runs too.
+        huge_pages: torch was told to put tensors, ours and the peers', into pages of 2 MiB.
     """
 
     schema: int
@@ -48,6 +49,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     commit: str
     versions: dict[str, str]
     threads: int
+    huge_pages: bool = False
 
     @classmethod
     def here(cls) -> Origin:
@@ -61,6 +63,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             commit=source_commit(),
             versions=installed_versions(),
             threads=torch.get_num_threads(),
+            huge_pages=os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         )
 
 
