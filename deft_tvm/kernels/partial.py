@@ -115,17 +115,14 @@ def partial_attention(
     ROPE_ONCE = H > 1 and R_HEADS == 1
     TILE = storage(operand)
     ON_CPU = kind == "llvm"
-    NEXT = N if ON_CPU else 0
-    L = 1 if ON_CPU else located_tiles(tile)
+    L, NEXT = (1, N) if ON_CPU else (located_tiles(tile), 0)
     loop = work_loop(kind)
     exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
     precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
     logit = bind(base2_logit, scale=spec.scale, soft_cap=spec.soft_cap, exp2=precise)
-    at = index_of(spec.layout)
-    shape = shape_of(spec.layout)
+    at, shape = index_of(spec.layout), shape_of(spec.layout)
 
     def nth(head: Any, n: Any) -> Any:
-        """KV head number `n` of a unit."""
         return head + n if H > 1 else head
 
     def begin(t0: Any) -> Any:
@@ -133,19 +130,22 @@ def partial_attention(
         return 0 if ON_CPU else t0 % (L * N)
 
     def base(n: Any) -> Any:
-        """Where its rows begin in the unit's state."""
         return n * M if H > 1 else 0
 
     def rope_head(head: Any) -> Any:
         return head if R_HEADS == HK else 0
 
     @stage
-    def load_all(K, V, rope, k_cache, v_cache, rope_cache, page, slot, begin, head):
-        if not TIED:
-            load(K, k_cache, at, page, slot, begin, head, K0, operand, "load_k")
+    def load_k(K, k_cache, page, slot, begin, head):
+        load(K, k_cache, at, page, slot, begin, head, K0, operand, "load_k")
+
+    @stage
+    def load_v(V, v_cache, page, slot, begin, head):
         load(V, v_cache, at, page, slot, begin, head, V0, operand, "load_v")
-        if ROPED and not ROPE_ONCE:
-            load(rope, rope_cache, at, page, slot, begin, rope_head(head), 0, operand, "load_rope")
+
+    @stage
+    def load_rope(rope, rope_cache, page, slot, begin, head):
+        load(rope, rope_cache, at, page, slot, begin, rope_head(head), 0, operand, "load_rope")
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -240,7 +240,8 @@ def partial_attention(
                     Q = T.sblock_alloc_buffer((H * M, KW), TILE)
                     Q_rope = T.sblock_alloc_buffer((H * M, max(RW, 1)), TILE)
                     K = T.sblock_alloc_buffer((N, KW), TILE)
-                    V = T.sblock_alloc_buffer((N, VW), TILE)
+                    if TIED or not ON_CPU:
+                        V = T.sblock_alloc_buffer((N, VW), TILE)
                     rope = T.sblock_alloc_buffer((N, max(RW, 1)), TILE)
                     page = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
                     slot = T.sblock_alloc_buffer((L * N + NEXT,), "int32")
@@ -355,43 +356,39 @@ def partial_attention(
                                     with T.sblock("loading_rope"):
                                         T.reads()
                                         T.writes()
-                                        load(
-                                            rope, rope_cache, at, page, slot, begin(t0), 0, 0,
-                                            operand, "load_rope",
-                                        )  # fmt: skip
-                            if H == 1:
+                                        load_rope(rope, rope_cache, page, slot, begin(t0), 0)
+                            if not ON_CPU:
                                 for _ in T.serial(1):
                                     with T.sblock("loading"):
                                         T.reads()
                                         T.writes()
-                                        load_all(
-                                            K, V, rope, k_cache, v_cache, rope_cache, page, slot,
-                                            begin(t0), head,
-                                        )  # fmt: skip
+                                        if not TIED:
+                                            load_k(K, k_cache, page, slot, begin(t0), head)
+                                        load_v(V, v_cache, page, slot, begin(t0), head)
+                                        if ROPED:
+                                            load_rope(rope, rope_cache, page, slot, begin(t0), head)
                             for h in range(H):
                                 with T.sblock("head"):
                                     T.reads()
                                     T.writes()
                                     n: T.let[T.int32] = h
-                                    if H > 1:
+                                    if SCALED and H > 1:
                                         for _ in T.serial(1):
-                                            with T.sblock("loading"):
+                                            with T.sblock("locating_scales"):
                                                 T.reads()
                                                 T.writes()
-                                                if SCALED:
-                                                    find_scales(
-                                                        k_scale, v_scale, k_scales, v_scales, page,
-                                                        begin(t0), head + n, N,
-                                                    )  # fmt: skip
-                                                load_all(
-                                                    K, V, rope, k_cache, v_cache, rope_cache, page,
-                                                    slot, begin(t0), head + n,
+                                                find_scales(
+                                                    k_scale, v_scale, k_scales, v_scales, page,
+                                                    begin(t0), head + n, N,
                                                 )  # fmt: skip
                                     for _ in T.serial(1):
                                         with T.sblock("qk"):
                                             T.reads()
                                             T.writes()
+                                            if ON_CPU and TIED:
+                                                load_v(V, v_cache, page, slot, 0, nth(head, n))
                                             if ON_CPU and not TIED:
+                                                load_k(K, k_cache, page, slot, 0, nth(head, n))
                                                 ahead(
                                                     k_cache, at, page, slot, nth(next_head[0], n),
                                                     K0, KW, N, "ahead_k",
@@ -405,6 +402,11 @@ def partial_attention(
                                             with T.sblock("qk_rope"):
                                                 T.reads()
                                                 T.writes()
+                                                if ON_CPU and not ROPE_ONCE:
+                                                    load_rope(
+                                                        rope, rope_cache, page, slot, 0,
+                                                        nth(head, n),
+                                                    )  # fmt: skip
                                                 if ON_CPU:
                                                     ahead(
                                                         rope_cache, at, page, slot,
@@ -462,6 +464,9 @@ def partial_attention(
                                         with T.sblock("pv"):
                                             T.reads()
                                             T.writes()
+                                            if ON_CPU and not TIED:
+                                                V = T.sblock_alloc_buffer((N, VW), TILE)
+                                                load_v(V, v_cache, page, slot, 0, nth(head, n))
                                             if ON_CPU:
                                                 ahead(
                                                     v_cache, at, page, slot, nth(next_head[0], n),

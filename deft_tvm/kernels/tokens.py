@@ -74,6 +74,19 @@ def prefetch(element: Expr) -> Expr:
     )
 
 
+def nth_token(t0: Any, j: Any, tile: int, scatter: bool) -> Any:
+    """Which token of the item is number `j` of the tile that begins at `t0`.
+
+    With `scatter` no step is like the last: triangular numbers modulo a power of two are all
+    numbers below it. In their own order a head's tokens lie a row of all heads apart, step after
+    step, and a prefetcher that learns steps goes on where the tile ends: what it asked for in vain
+    took a quarter of the read bandwidth (AMD EPYC Zen 4, 2026-11-28).
+    """
+    if not scatter or tile & (tile - 1):
+        return t0 + j
+    return t0 + T.bitwise_and(T.shift_right(j * (j + 1), 1), tile - 1)
+
+
 def ends_in_run(runs: Any, run: Any, run_end: Any, last: Any) -> Expr:
     """Whether token `last` is still in `run`, in which an earlier one is."""
     following = run + 1
@@ -84,17 +97,17 @@ def ends_in_run(runs: Any, run: Any, run_end: Any, last: Any) -> Expr:
 @stage
 def find_tokens(
     page, slot, lane_begin, lane_end, position, windowed, first, runs, page_indices, page_shift,
-    run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile, branch,
+    run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile, on_cpu,
 ):  # fmt: skip
     """Locate the tile that begins at `t0`, into entries from `first` of the tables.
 
-    Most tiles lie in one run. With `branch` that is looked at first, since what a run says of all
-    of a tile's tokens is read once then, where otherwise vectors gather it (6 % of a kernel's time
-    with one row; AMD EPYC Zen 4, 2026-11-21).
+    Most tiles lie in one run. `on_cpu` that is looked at first, since what a run says of all of a
+    tile's tokens is read once then, where otherwise vectors gather it (6 % of a kernel's time with
+    one row; AMD EPYC Zen 4, 2026-11-21), and tokens stand in the order of `nth_token`.
     """
-    if branch:
+    if on_cpu:
         run = T.sblock_alloc_buffer((1,), "int32")
-        seek(run, runs, run_begin, run_end, search_steps, t0, num_tokens)
+        seek(run, runs, run_begin, run_end, search_steps, t0, num_tokens, False)
         if ends_in_run(runs, run[0], run_end, T.min(t0 + kv_tile, num_tokens) - 1):
             for _ in T.serial(1):
                 with T.sblock("one_run"):
@@ -103,6 +116,7 @@ def find_tokens(
                     locate(
                         page, slot, lane_begin, lane_end, position, windowed, first, run, True,
                         runs, page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile,
+                        True,
                     )  # fmt: skip
         else:
             for _ in T.serial(1):
@@ -112,12 +126,13 @@ def find_tokens(
                     find_each(
                         page, slot, lane_begin, lane_end, position, windowed, first, runs,
                         page_indices, page_shift, run_begin, run_end, search_steps, row_begin,
-                        group, t0, num_tokens, kv_tile,
+                        group, t0, num_tokens, kv_tile, True,
                     )  # fmt: skip
     else:
         find_each(
             page, slot, lane_begin, lane_end, position, windowed, first, runs, page_indices,
             page_shift, run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile,
+            False,
         )  # fmt: skip
 
 
@@ -168,19 +183,19 @@ def find_ahead(
 @stage
 def find_each(
     page, slot, lane_begin, lane_end, position, windowed, first, runs, page_indices, page_shift,
-    run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile,
+    run_begin, run_end, search_steps, row_begin, group, t0, num_tokens, kv_tile, scatter,
 ):  # fmt: skip
     """The same with a search for each token."""
     run_of = T.sblock_alloc_buffer((kv_tile,), "int32")
-    seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens)
+    seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens, scatter)
     locate(
         page, slot, lane_begin, lane_end, position, windowed, first, run_of, False, runs,
-        page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile,
+        page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile, scatter,
     )  # fmt: skip
 
 
 @stage
-def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens):
+def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens, scatter):
     """The run of each token from `t0` on, by binary search over the runs' offsets.
 
     Tokens past the item's last are taken for its last, so that nothing outside is ever read.
@@ -195,14 +210,14 @@ def seek(run_of, runs, run_begin, run_end, search_steps, t0, num_tokens):
                 run_of[vj],
                 run_end,
                 search_steps - vs,
-                T.min(t0 + vj, num_tokens - 1),
+                T.min(nth_token(t0, vj, run_of.shape[0], scatter), num_tokens - 1),
             )
 
 
 @stage
 def locate(
     page, slot, lane_begin, lane_end, position, windowed, first, run_of, one_run, runs,
-    page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile,
+    page_indices, page_shift, row_begin, group, t0, num_tokens, kv_tile, scatter,
 ):  # fmt: skip
     """Where each token lies, and the interval of lane rows that see it; none past the last.
 
@@ -214,13 +229,17 @@ def locate(
         with T.sblock("locate"):
             vj = T.axis.spatial(kv_tile, j)
             run: T.let[T.int32] = run_of[0 if one_run else vj]
-            t: T.let[T.int32] = T.min(t0 + vj, num_tokens - 1) - runs[run, 0]
+            t: T.let[T.int32] = (
+                T.min(nth_token(t0, vj, kv_tile, scatter), num_tokens - 1) - runs[run, 0]
+            )
             x: T.let[T.int32] = runs[run, 2] + t
             page[first + vj] = page_indices[runs[run, 1] + T.shift_right(x, page_shift)]
             slot[first + vj] = T.bitwise_and(x, T.shift_left(1, page_shift) - 1)
             lane_begin[first + vj] = (runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin) * group
             lane_end[first + vj] = T.Select(
-                t0 + vj < num_tokens, (runs[run, 4] - row_begin) * group, 0
+                nth_token(t0, vj, kv_tile, scatter) < num_tokens,
+                (runs[run, 4] - row_begin) * group,
+                0,
             )
             if windowed:
                 position[first + vj] = runs[run, 6] + t

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 from tvm.script import tirx as T
 
@@ -36,21 +37,42 @@ def tokens_of(lane_rows: int, lanes: int) -> int:
     return lanes // power_of_two_in(lane_rows, squarish)
 
 
-def dots_name(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
-    return f"deft_dots_{width}_{operand}_{rows}x{tokens}_by_{lanes}"
+class Dots(NamedTuple):
+    """The products of one function.
 
-
-def dots_llvm(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
-    """The function ``dots_name(…)(c, a, b, c_row, a_row, b_row)``, with strides of rows.
-
-    c[i, j] += Σ_d a[i, d] · b[j, d] for `rows` by `tokens` products of `width` elements, `lanes`
-    of them at a time.
+    Attributes:
+        width: of each, in elements.
+        operand: their type.
+        rows, tokens: whose products they are.
+        lanes: elements, or pairs of them, that are multiplied at a time.
+        referred: of tokens the tile keeps addresses, see `references`.
     """
-    steps = range(0, rows, lanes // tokens)
-    lines = (line for first in steps for line in _step(width, operand, first, tokens, lanes))
-    body = "\n  ".join(lines)
+
+    width: int
+    operand: str
+    rows: int
+    tokens: int
+    lanes: int
+    referred: bool
+
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        where = "_in_place" if self.referred else ""
+        sizes = f"{self.width}_{self.operand}_{self.rows}x{self.tokens}_by_{self.lanes}"
+        return f"deft_dots_{sizes}{where}"
+
+
+def dots_llvm(made: Dots) -> str:
+    """The function ``made.name(c, a, b, c_row, a_row, b_row)``, with strides of rows.
+
+    c[i, j] += Σ_d a[i, d] · b[j, d] for all rows i and tokens j.
+    """
+    steps = range(0, made.rows, made.lanes // made.tokens)
+    lines = (line for first in steps for line in _step(made, first))
+    body = "\n  ".join((*_rows(made), *lines))
     return f"""
-define i32 @{dots_name(width, operand, rows, tokens, lanes)}(
+define i32 @{made.name}(
   ptr %c, ptr %a, ptr %b, i64 %c_row, i64 %a_row, i64 %b_row) alwaysinline {{
   {body}
   ret i32 0
@@ -58,18 +80,36 @@ define i32 @{dots_name(width, operand, rows, tokens, lanes)}(
 """
 
 
-def _step(width: int, operand: str, first: int, tokens: int, lanes: int) -> Iterator[str]:
+def _rows(made: Dots) -> Iterator[str]:
+    """Where each row of both factors begins."""
+    for name, count in (("a", made.rows), ("b", made.tokens)):
+        referred = made.referred and name == "b"
+        for r in range(count):
+            row = f"%{name}{r}"
+            yield f"{row}_offset = mul i64 %{name}_row, {r}"
+            at = f"getelementptr {_element(made)}, ptr %{name}, i64 {row}_offset"
+            if referred:
+                yield f"{row}_kept = {at}"
+                yield f"{row} = load ptr, ptr {row}_kept, align 2"
+            else:
+                yield f"{row} = {at}"
+
+
+def _element(made: Dots) -> str:
+    return "bfloat" if made.operand == "bfloat16" else "float"
+
+
+def _step(made: Dots, first: int) -> Iterator[str]:
     """Products of the rows from `first` on that fill one vector."""
+    width, operand, _, tokens, lanes, _ = made
     rows, paired = range(first, first + lanes // tokens), operand == "bfloat16"
     vector = f"<{lanes} x float>"
-    element, step = ("bfloat", 2 * lanes) if paired else ("float", lanes)
+    element, step = _element(made), 2 * lanes if paired else lanes
     for n in range(width // step):
         for name, numbers in (("a", rows), ("b", range(tokens))):
             for r in numbers:
                 part = f"{name}{first}_{r}_{n}"
-                yield f"%{part}_row = mul i64 %{name}_row, {r}"
-                yield f"%{part}_at = add i64 %{part}_row, {n * step}"
-                yield f"%{part}_ptr = getelementptr {element}, ptr %{name}, i64 %{part}_at"
+                yield f"%{part}_ptr = getelementptr {element}, ptr %{name}{r}, i64 {n * step}"
                 yield f"%{part} = load <{step} x {element}>, ptr %{part}_ptr, align 2"
         for i, j in product(rows, range(tokens)):
             so_far = f"%s{i}_{j}_{n - 1}" if n else "zeroinitializer"
@@ -155,10 +195,10 @@ def _order(lanes: int) -> list[int]:
 
 
 @cache
-def dots(width: int, operand: str, rows: int, tokens: int, lanes: int) -> str:
-    """Intrinsic: `rows` by `tokens` scalar products of `width` elements, added to float32."""
-    function = dots_name(width, operand, rows, tokens, lanes)
-    TILE = storage(operand)
+def dots(made: Dots) -> str:
+    """Intrinsic: scalar products of all rows with all tokens, added to float32."""
+    width, operand, rows, tokens = made.width, made.operand, made.rows, made.tokens
+    function, TILE = made.name, storage(operand)
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:

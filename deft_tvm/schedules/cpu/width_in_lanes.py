@@ -16,10 +16,18 @@ from tvm.s_tir import Schedule
 
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cpu.blocks import asked_beside, load_widths, query_widths
-from deft_tvm.schedules.cpu.dot_products import declarations, dots, dots_llvm, lanes_of, tokens_of
+from deft_tvm.schedules.cpu.dot_products import (
+    Dots,
+    declarations,
+    dots,
+    dots_llvm,
+    lanes_of,
+    tokens_of,
+)
 from deft_tvm.schedules.cpu.instructions import dot_pairs
 from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.reductions import reduce_rows, reductions_llvm
+from deft_tvm.schedules.cpu.references import REFERENCES_LLVM, refer_to_rows, stays
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
@@ -38,13 +46,22 @@ STRETCH = 8
 """Tokens between which V is asked for ahead."""
 
 
+KEYS = {"scores": "load_k", "scores_rope": "load_rope"}
+"""What loads the keys of each product."""
+
+
 def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: partial kernels of few rows."""
     if task.tile is None or not _accepts(task):
         return False
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes, paired = power_of_two_in(spec.v_width, lanes), _paired(task)
-    products = {block: _Dots(width, tile, lanes) for block, width in score_products(spec).items()}
+    loads = load_widths(spec)
+    stay = {load for load, width in loads.items() if stays(spec, load, width, tile.operand)}
+    products = {
+        block: _dots(width, tile, lanes, KEYS[block] in stay)
+        for block, width in score_products(spec).items()
+    }
     widest = max(made.tokens for made in products.values())
     token_choices = divisors(tile.kv_tile, [widest * n for n in (1, 2, 4)])
     score_tokens = knobs.pick_parts("score_tokens", tile.kv_tile, token_choices, token_choices[0])
@@ -57,17 +74,23 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     for block, made in products.items():
         _dot_products(sch, block, made, score_tokens, asked_beside(spec, block))
-    functions = "".join(sorted({made.llvm for made in products.values()}))
+    functions = "".join(sorted({dots_llvm(made) for made in products.values()}))
     used = declarations(tile.operand, [made.lanes for made in products.values()])
-    import_llvm(sch, "item", functions + used + reductions_llvm(tile.kv_tile))
+    import_llvm(sch, "item", functions + used + reductions_llvm(tile.kv_tile) + REFERENCES_LLVM)
     reduce_rows(sch, tile.kv_tile)
     if paired:
         pair_values(sch, spec.tied)
+    elif not spec.tied:
+        sch.compute_inline(sch.get_sblock("load_v"))
     _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH, paired)
 
     for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
-    for block, width in (query_widths(spec) | load_widths(spec)).items():
+    if not (spec.tied or paired):
+        del loads["load_v"]
+    for load in stay:
+        refer_to_rows(sch, load, loads.pop(load), tile.operand)
+    for block, width in (query_widths(spec) | loads).items():
         vectorize_last(sch, block, power_of_two_in(width, lanes))
     token_lanes = power_of_two_in(tile.kv_tile, lanes)
     passes = ("logits", "masked_logits", *matrices_of_softmax(spec), "probabilities")
@@ -106,18 +129,15 @@ def _accepts(task: KernelTask) -> bool:
     return tile.operand == "float32" and even
 
 
-class _Dots:
+def _dots(width: int, tile: TileShape, float_lanes: int, referred: bool) -> Dots:
     """How many tokens of one product are multiplied with all rows at a time."""
-
-    def __init__(self, width: int, tile: TileShape, float_lanes: int) -> None:
-        self.lanes = lanes_of(width, tile.operand, min(float_lanes, tile.kv_tile))
-        self.rows, self.tokens = tile.lane_rows, tokens_of(tile.lane_rows, self.lanes)
-        shape = (width, tile.operand, self.rows, self.tokens, self.lanes)
-        self.llvm, self.intrinsic = dots_llvm(*shape), dots(*shape)
+    lanes = lanes_of(width, tile.operand, min(float_lanes, tile.kv_tile))
+    tokens = tokens_of(tile.lane_rows, lanes)
+    return Dots(width, tile.operand, tile.lane_rows, tokens, lanes, referred)
 
 
 def _dot_products(
-    sch: Schedule, block_name: str, made: _Dots, parts: Any, ahead: str | None
+    sch: Schedule, block_name: str, made: Dots, parts: Any, ahead: str | None
 ) -> None:
     """for j/tokens: S[:, j : j + tokens] = Q · K[j : j + tokens]."""
     block = sch.get_sblock(block_name)
@@ -129,7 +149,7 @@ def _dot_products(
     whole = j_inner if made.rows == 1 else i
     zero = sch.decompose_reduction(block, whole)
     sch.vectorize(sch.get_loops(zero)[-1])
-    sch.tensorize(whole, made.intrinsic)
+    sch.tensorize(whole, dots(made))
 
 
 def _weighted_sum(sch: Schedule, parts: Any, lanes: int, stretches: int, paired: bool) -> None:

@@ -1,0 +1,81 @@
+"""Rows of a tile that stay where they are: the tile keeps their addresses.
+
+Rows lie scattered in pages. What reads each of them once gains nothing by a copy that puts one
+after another, which took 30 % of the instructions of a kernel of four rows (AMD EPYC Zen 4,
+2026-11-28). The tile is as large as before, and holds the address of a row in the row's first
+bytes; only functions that know of it read such a tile.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tvm.s_tir import Schedule
+from tvm.script import tirx as T
+
+from deft_tvm.kernels.numerics import narrow, storage
+from deft_tvm.schedules.cpu.instructions import register
+from deft_tvm.spec import AttentionSpec
+
+ADDRESS_BYTES = 8
+
+TABLES = ("page", "slot")
+
+REFERENCES_LLVM = """
+define i32 @deft_refer(ptr %tile, ptr %row) alwaysinline {
+  store ptr %row, ptr %tile, align 2
+  ret i32 0
+}
+"""
+
+
+def stays(spec: AttentionSpec, load: str, width: int, operand: str) -> bool:
+    """Whether the rows that block `load` puts into a tile may stay where they are.
+
+    Those of V may not: the output's product is no such function.
+    """
+    buffers = {"load_k": spec.k.buffer, "load_rope": spec.rope}
+    number = buffers.get(load)
+    if number is None:
+        return False
+    buffer = spec.buffers[number]
+    wide_enough = width * (2 if operand == "bfloat16" else 4) >= ADDRESS_BYTES
+    return wide_enough and buffer.dtype == operand and not buffer.scaled
+
+
+def refer_to_rows(sch: Schedule, load: str, width: int, operand: str) -> None:
+    """Keep the address of each row instead of a copy."""
+    block = sch.get_sblock(load)
+    # It reads the tables of pages as well, of which the intrinsic's description has none.
+    tables = [n for n, read in enumerate(sch.get(block).reads) if read.source.name in TABLES]
+    sch.unsafe_hide_buffer_access(block, "read", tables)
+    sch.tensorize(sch.get_loops(block)[-1], _refer(width, operand))
+
+
+@cache
+def _refer(width: int, operand: str) -> str:
+    """Intrinsic: a row of `width` elements, which becomes one of a tile of `operand`."""
+    TILE = storage(operand)
+
+    @T.prim_func(s_tir=True)
+    def description(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (width,), operand, offset_factor=1)
+        B = T.match_buffer(b, (width,), TILE, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:width])
+            T.writes(B[0:width])
+            for d in range(width):
+                with T.sblock("element"):
+                    vd = T.axis.spatial(width, d)
+                    B[vd] = narrow(A[vd], operand)
+
+    @T.prim_func(s_tir=True)
+    def implementation(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (width,), operand, offset_factor=1)
+        B = T.match_buffer(b, (width,), TILE, offset_factor=1)
+        with T.sblock("root"):
+            T.reads(A[0:width])
+            T.writes(B[0:width])
+            T.evaluate(T.call_extern("int32", "deft_refer", T.address_of(B[0]), T.address_of(A[0])))
+
+    return register(f"deft_refer_{width}_{operand}", description, implementation)
