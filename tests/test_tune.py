@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
 from collections.abc import Sequence
 
 import filelock
+import msgspec
 import pytest
 import tuning_run
 from test_tuning import DEVICE, SUBJECTS, decline_half, space
@@ -202,8 +204,46 @@ def test_a_pass_that_loses_its_machine_costs_that_pass_alone(tmp_path) -> None:
     assert any(len(trial.passes) < PASSES for trial in final if trial.alone)
 
 
+@pytest.mark.parametrize(
+    ("noise", "passes"),
+    [
+        (0.0, [PASSES]),
+        (0.2, range(PASSES + 1, ALONE.most["cpu"])),
+        (0.8, [ALONE.most["cpu"]]),
+    ],
+)
+def test_a_winner_is_measured_until_its_time_is_known(tmp_path, noise, passes) -> None:
+    class Noisy(FakeRunner):
+        """Every pass of the last measurement is as much slower as chance has it."""
+
+        chance = random.Random(5)
+
+        def time(
+            self,
+            modules: Sequence[IRModule],
+            subject: Subject,
+            seconds: float,
+            rounds: int | None = None,
+        ) -> list[Outcome]:
+            found = super().time(modules, subject, seconds, rounds)
+            slower = 1 + noise * self.chance.random() if rounds else 1.0
+            return [
+                msgspec.structs.replace(
+                    each, latency_us=tuple(slower * us for us in each.latency_us)
+                )
+                for each in found
+            ]
+
+    log = tuning_run.run(str(tmp_path), 6, runner=Noisy()).log
+    counts = [len(trial.passes) for trial in log.read() if trial.alone]
+    assert counts and all(count in passes for count in counts)
+    in_turn = [len(trial.passes) for trial in log.read() if trial.final and not trial.alone]
+    assert set(in_turn) == {IN_TURN.passes["cpu"]}
+
+
 def test_real_finals_are_anchored(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(ALONE.passes, "cpu", 2)
+    monkeypatch.setitem(ALONE.most, "cpu", 2)
     monkeypatch.setitem(IN_TURN.passes, "cpu", 1)
     result = tuning_run.run(str(tmp_path), 3, real=True)
     finals = [t for t in result.log.read() if t.final]

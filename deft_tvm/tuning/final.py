@@ -14,17 +14,20 @@ is time between passes, a new process.
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
 from tvm import IRModule
 
 from deft_tvm.device import DeviceProfile
+from deft_tvm.limit import PRODUCT
 from deft_tvm.schedules import schedule
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.messages import Outcome
-from deft_tvm.tuning.passes import ALONE, IN_TURN, SECONDS
+from deft_tvm.tuning.passes import ALONE, IN_TURN, SECONDS, WELL_KNOWN
 from deft_tvm.tuning.runner import Runner
 
 APART = {"cpu": 5.0, "cuda": 0.0}
@@ -74,21 +77,45 @@ def _measure(
     passes: dict[Kernel, list[Sequence[Outcome]]] = {kernel: [] for kernel in finalists}
     modules = {kernel: _modules(kernel, numbers) for kernel, numbers in finalists.items()}
     what, planned = ("the winner", ALONE) if alone else ("the best", IN_TURN)
-    (last,) = {planned.passes[kernel.device_kind] for kernel in finalists}  # of one device
-    for count in range(1, last + 1):
-        begin = time.monotonic()
+    (kind,) = {kernel.device_kind for kernel in finalists}  # of one device
+    unknown, count = list(finalists), 0
+    while unknown:
+        begin, count = time.monotonic(), count + 1
+        last = (planned.passes if count <= planned.passes[kind] else planned.most)[kind]
         if apart:
             runner.renew()
-        for kernel in finalists:
+        for kernel in unknown:
             text = f"{kernel.name}: measuring {what} again, pass {count} of {last}"
             journals[kernel].tell("final", text, kernel)
             passes[kernel].append(_pass(kernel, modules[kernel], runner, planned.rounds))
-        if count < last:
+        if count >= planned.passes[kind]:
+            unknown = [kernel for kernel in unknown if not _known(passes[kernel])]
+        if count == planned.most[kind]:
+            break
+        if unknown:
             time.sleep(max(0.0, begin + apart - time.monotonic()))
     for kernel, numbers in finalists.items():
         for place, number in enumerate(numbers):
             outcomes = [each[place] for each in passes[kernel]]
             journals[kernel].final(kernel, number, outcomes, alone)
+
+
+def _known(passes: Sequence[Sequence[Outcome]]) -> bool:
+    """Whether the times of all that was measured in these passes are known well enough."""
+    return all(_error(each) <= WELL_KNOWN for each in zip(*passes, strict=True))
+
+
+def _error(passes: Sequence[Outcome]) -> float:
+    """Standard error of a time, in parts of it; a pass is one sample, by its fastest round.
+
+    In units of the matrix product beside, as `compare` takes it: the clock is not the kernel's.
+    """
+    logs = [
+        math.log(min(outcome.latency_us) / min(outcome.probe_us.get(PRODUCT, (1.0,))))
+        for outcome in passes
+        if outcome.status == "ok"
+    ]
+    return statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
 
 
 def _modules(kernel: Kernel, numbers: Sequence[int]) -> list[IRModule]:

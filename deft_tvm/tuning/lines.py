@@ -33,8 +33,8 @@ class Policy(msgspec.Struct, frozen=True):
 
     Attributes:
         search_seconds: of timing one candidate in the search.
-        final_rounds: of the winner's last measurement, all passes together.
-        passes: of it, between which other kernels are timed.
+        final_rounds: of the winner's last measurement, all passes together, at least.
+        passes: of it at least, between which other kernels are timed.
         cold_bytes: walked before each call, so that no data of the call before is in a cache.
         clock: what takes the time.
         apart: seconds between the beginnings of two passes, at least.

@@ -20,6 +20,7 @@ from deft_tvm.spec import AttentionSpec
 ADDRESS_BYTES = 8
 
 TABLES = ("page", "slot")
+"""What a load reads beside the cache."""
 
 REFERENCES_LLVM = """
 define i32 @deft_refer(ptr %tile, ptr %row) alwaysinline {
@@ -46,7 +47,7 @@ def stays(spec: AttentionSpec, load: str, width: int, operand: str) -> bool:
 def refer_to_rows(sch: Schedule, load: str, width: int, operand: str) -> None:
     """Keep the address of each row instead of a copy."""
     block = sch.get_sblock(load)
-    # It reads the tables of pages as well, of which the intrinsic's description has none.
+    # The intrinsic's description is of one row, wherever the tables say that it lies.
     tables = [n for n, read in enumerate(sch.get(block).reads) if read.source.name in TABLES]
     sch.unsafe_hide_buffer_access(block, "read", tables)
     sch.tensorize(sch.get_loops(block)[-1], _refer(width, operand))

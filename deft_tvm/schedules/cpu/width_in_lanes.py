@@ -1,6 +1,7 @@
 """Few rows on a CPU: the head width in the vector lanes, so that a token is read once for all rows.
 
-With fewer lane rows than a vector has lanes the work is bound by reading the KV. Tiles keep their
+With fewer lane rows than a vector has lanes the work is bound by reading the KV. Keys stay in their
+pages where they are of the products' type, and so does V where it is read once; tiles keep their
 natural layout:
 
     scores        products of a few rows and tokens at a time, see `dot_products`
