@@ -15,11 +15,11 @@ def document(record: Record, drawing: str) -> str:
     """All cells in Markdown, what is behind the columns, and the losses."""
     origin, found = record.origin, record.measurements
     versions = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    pages, setting = (", huge pages", "THP_MEM_ALLOC_ENABLE=1 ") if origin.huge_pages else ("", "")
     parts = [
         "# The core set\n",
         f"{origin.name} ({origin.device}), {origin.threads} threads, {origin.date}, "
-        f"commit {origin.commit}, {versions}{', huge pages' if origin.huge_pages else ''}. Made by "
-        f"`{'THP_MEM_ALLOC_ENABLE=1 ' if origin.huge_pages else ''}deft-tvm bench core --out "
+        f"commit {origin.commit}, {versions}{pages}. Made by `{setting}deft-tvm bench core --out "
         "core.jsonl` and `python benchmarks/core.py core.jsonl`.\n",
         *(f"- {line}" for line in report.summary(found)),
         f"\n![each cell beside its fastest peer and the limit]({drawing})\n",

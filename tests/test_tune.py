@@ -187,17 +187,10 @@ def test_a_pass_that_loses_its_machine_costs_that_pass_alone(tmp_path) -> None:
 
         made = 0
 
-        def time(
-            self,
-            modules: Sequence[IRModule],
-            subject: Subject,
-            seconds: float,
-            rounds: int | None = None,
-        ) -> list[Outcome]:
-            self.made += rounds is not None
-            lost = rounds is not None and self.made % 6 in (4, 5)
-            found = super().time(modules, subject, seconds, rounds)
-            return [Outcome("lost", error="gone")] * len(modules) if lost else found
+        def told(self, outcomes: list[Outcome], last: bool) -> list[Outcome]:
+            self.made += last
+            lost = last and self.made % 6 in (4, 5)
+            return [Outcome("lost", error="gone")] * len(outcomes) if lost else outcomes
 
     final = [t for t in tuning_run.run(str(tmp_path), 6, runner=Losing()).log.read() if t.final]
     assert all(trial.status == "ok" for trial in final)
@@ -218,20 +211,13 @@ def test_a_winner_is_measured_until_its_time_is_known(tmp_path, noise, passes) -
 
         chance = random.Random(5)
 
-        def time(
-            self,
-            modules: Sequence[IRModule],
-            subject: Subject,
-            seconds: float,
-            rounds: int | None = None,
-        ) -> list[Outcome]:
-            found = super().time(modules, subject, seconds, rounds)
-            slower = 1 + noise * self.chance.random() if rounds else 1.0
+        def told(self, outcomes: list[Outcome], last: bool) -> list[Outcome]:
+            slower = 1 + noise * self.chance.random() if last else 1.0
             return [
                 msgspec.structs.replace(
                     each, latency_us=tuple(slower * us for us in each.latency_us)
                 )
-                for each in found
+                for each in outcomes
             ]
 
     log = tuning_run.run(str(tmp_path), 6, runner=Noisy()).log

@@ -22,6 +22,7 @@ from deft_tvm.bench.measure import Measurement
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
 from deft_tvm.manifest import AnyPath, installed_versions, source_commit
+from deft_tvm.tuning.process import HUGE_PAGES
 
 SCHEMA = 1
 
@@ -63,7 +64,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
             commit=source_commit(),
             versions=installed_versions(),
             threads=torch.get_num_threads(),
-            huge_pages=os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+            huge_pages=HUGE_PAGES.items() <= os.environ.items(),
         )
 
 

@@ -240,7 +240,7 @@ def partial_attention(
                     Q = T.sblock_alloc_buffer((H * M, KW), TILE)
                     Q_rope = T.sblock_alloc_buffer((H * M, max(RW, 1)), TILE)
                     K = T.sblock_alloc_buffer((N, KW), TILE)
-                    if TIED or not ON_CPU:
+                    if TIED or not ON_CPU:  # otherwise it is of the stage that may inline its load
                         V = T.sblock_alloc_buffer((N, VW), TILE)
                     rope = T.sblock_alloc_buffer((N, max(RW, 1)), TILE)
                     page = T.sblock_alloc_buffer((L * N + NEXT,), "int32")

@@ -78,22 +78,21 @@ def _measure(
     modules = {kernel: _modules(kernel, numbers) for kernel, numbers in finalists.items()}
     what, planned = ("the winner", ALONE) if alone else ("the best", IN_TURN)
     (kind,) = {kernel.device_kind for kernel in finalists}  # of one device
-    unknown, count = list(finalists), 0
-    while unknown:
-        begin, count = time.monotonic(), count + 1
-        last = (planned.passes if count <= planned.passes[kind] else planned.most)[kind]
+    least, most = planned.passes[kind], planned.most[kind]
+    unknown, begin = list(finalists), time.monotonic() - apart
+    for count in range(1, most + 1):
+        time.sleep(max(0.0, begin + apart - time.monotonic()))
+        begin, last = time.monotonic(), least if count <= least else most
         if apart:
             runner.renew()
         for kernel in unknown:
             text = f"{kernel.name}: measuring {what} again, pass {count} of {last}"
             journals[kernel].tell("final", text, kernel)
             passes[kernel].append(_pass(kernel, modules[kernel], runner, planned.rounds))
-        if count >= planned.passes[kind]:
+        if count >= least:
             unknown = [kernel for kernel in unknown if not _known(passes[kernel])]
-        if count == planned.most[kind]:
+        if not unknown:
             break
-        if unknown:
-            time.sleep(max(0.0, begin + apart - time.monotonic()))
     for kernel, numbers in finalists.items():
         for place, number in enumerate(numbers):
             outcomes = [each[place] for each in passes[kernel]]

@@ -17,8 +17,6 @@ from deft_tvm.kernels.numerics import narrow, storage
 from deft_tvm.schedules.cpu.instructions import register
 from deft_tvm.spec import AttentionSpec
 
-ADDRESS_BYTES = 8
-
 TABLES = ("page", "slot")
 """What a load reads beside the cache."""
 
@@ -30,18 +28,16 @@ define i32 @deft_refer(ptr %tile, ptr %row) alwaysinline {
 """
 
 
-def stays(spec: AttentionSpec, load: str, width: int, operand: str) -> bool:
+def stays(spec: AttentionSpec, load: str, operand: str) -> bool:
     """Whether the rows that block `load` puts into a tile may stay where they are.
 
-    Those of V may not: the output's product is no such function.
+    Those of V may not: the output's product is no such function. Others are of 8 bytes or more.
     """
-    buffers = {"load_k": spec.k.buffer, "load_rope": spec.rope}
-    number = buffers.get(load)
+    number = {"load_k": spec.k.buffer, "load_rope": spec.rope}.get(load)
     if number is None:
         return False
     buffer = spec.buffers[number]
-    wide_enough = width * (2 if operand == "bfloat16" else 4) >= ADDRESS_BYTES
-    return wide_enough and buffer.dtype == operand and not buffer.scaled
+    return buffer.dtype == operand and not buffer.scaled
 
 
 def refer_to_rows(sch: Schedule, load: str, width: int, operand: str) -> None:

@@ -46,7 +46,6 @@ from deft_tvm.spec import TileShape
 STRETCH = 8
 """Tokens between which V is asked for ahead."""
 
-
 KEYS = {"scores": "load_k", "scores_rope": "load_rope"}
 """What loads the keys of each product."""
 
@@ -58,7 +57,7 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes, paired = power_of_two_in(spec.v_width, lanes), _paired(task)
     loads = load_widths(spec)
-    stay = {load for load, width in loads.items() if stays(spec, load, width, tile.operand)}
+    stay = [load for load in loads if stays(spec, load, tile.operand)]
     products = {
         block: _dots(width, tile, lanes, KEYS[block] in stay)
         for block, width in score_products(spec).items()
@@ -83,12 +82,11 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         pair_values(sch, spec.tied)
     elif not spec.tied:
         sch.compute_inline(sch.get_sblock("load_v"))
+        del loads["load_v"]
     _weighted_sum(sch, out_dims, v_lanes, tile.kv_tile // STRETCH, paired)
 
     for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
-    if not (spec.tied or paired):
-        del loads["load_v"]
     for load in stay:
         refer_to_rows(sch, load, loads.pop(load), tile.operand)
     for block, width in (query_widths(spec) | loads).items():
