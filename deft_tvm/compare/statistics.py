@@ -34,8 +34,9 @@ FEWEST_LEARNED = 20
 """Samples of both logs from which the part of the bandwidth is learned."""
 ALIKE = 0.02
 """Change that no p speaks for: code lies elsewhere, or a neighbour stays. With nothing changed,
-ten kernels minutes apart differed by up to 6 % and mostly by less than 2, no more than their
-intervals allow, see `again.txt` (AMD EPYC Zen 4, two virtual cores, 2026-11-28)."""
+ten kernels within an hour and a half differed by up to 8 % and half of them by less than 2, two
+of 50 by more than their intervals allow, see `again.txt` (AMD EPYC Zen 4, two virtual cores,
+2026-11-28)."""
 
 NEVER_MOVED = 1e-12
 """Sum of squares of logarithms that is rounding alone."""
