@@ -10,6 +10,16 @@ OPERAND = re.compile(r'\s*"[=+]?\w+"\s*\((.*)\)\s*$', re.S)
 MATRICES = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(::cta)?\.b16")
 PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32")
 COPY = re.compile(r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::\w+)*")
+GROUP_PRODUCT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2")
+PLAIN = {
+    "cp.async.commit_group",
+    "cp.async.wait_group",
+    "cp.async.wait_all",
+    "fence.proxy.async.shared::cta",
+    "wgmma.fence.sync.aligned",
+    "wgmma.commit_group.sync.aligned",
+    "wgmma.wait_group.sync.aligned",
+}
 ROUNDED_PAIR = re.compile(r"cvt\.rn\.(f16|bf16)x2\.f32")
 ELEMENTS = {"f16": "half", "bf16": "nv_bfloat16"}
 
@@ -31,8 +41,8 @@ def without_inline_ptx(source: str) -> str:
 def _calls(statement: str) -> str:
     """The calls for what stands between the parentheses of one ``asm``."""
     template, operands = _taken_apart(statement)
-    calls = [_call(text.strip(), operands) for text in template.split(";") if text.strip()]
-    return "; ".join(calls)
+    instructions = (text.strip() for text in template.strip().strip("{}").split(";"))
+    return "; ".join(_call(text, operands) for text in instructions if text)
 
 
 def _call(instruction: str, operands: list[str]) -> str:
@@ -41,8 +51,12 @@ def _call(instruction: str, operands: list[str]) -> str:
     given = [part.strip() for part in re.sub(r"[{}\[\]]", "", text).split(",")]
     given = [operands[int(part[1:])] if part.startswith("%") else part for part in given if part]
     listed = ", ".join(given)
-    if name in ("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"):
-        return f"ptx_{name.replace('.', '_')}({listed})"
+    if name in PLAIN:
+        return f"ptx_{re.sub(r'[.:]+', '_', name)}({listed})"
+    if name == ".reg" and given[0].startswith(".pred "):
+        return f"bool {given[0].removeprefix('.pred ')}"
+    if name == "setp.ne.b32":
+        return f"{given[0]} = {given[1]} != {given[2]}"
     if COPY.fullmatch(name):
         return f"ptx_cp_async({listed})"
     if found := MATRICES.fullmatch(name):
@@ -51,11 +65,25 @@ def _call(instruction: str, operands: list[str]) -> str:
         return f"ptx_ldmatrix<{transposed}>({', '.join([address, *held])})"
     if found := PRODUCT.fullmatch(name):
         return f"ptx_mma_m16n8k16<{ELEMENTS[found[1]]}>({listed})"
+    if found := GROUP_PRODUCT.fullmatch(name):
+        return _group_product(ELEMENTS[found[2]], int(found[1]), given)
     if name == "mad.wide.s32":
         return f"ptx_mad_wide_s32({listed})"
     if found := ROUNDED_PAIR.fullmatch(name):
         return f"ptx_cvt_rn_x2<{ELEMENTS[found[1]]}>({listed})"
     raise NotImplementedError(f"inline PTX {name!r}; give emulation/ptx.h a function for it")
+
+
+def _group_product(element: str, columns: int, given: list[str]) -> str:
+    """Sums, a left factor of four registers or a descriptor, the right one's, and immediates."""
+    sums, others = given[: columns // 2], given[columns // 2 :]
+    in_registers = len(others) == 9
+    of_left = 4 if in_registers else 1
+    left, (right, onto, *signs) = others[:of_left], others[of_left:]
+    assert signs[:2] == ["1", "1"] and (in_registers or signs[2] == "0"), "as kernels use it"
+    lists = ", ".join(f"{{{', '.join(part)}}}" for part in ([f"&{c}" for c in sums], left))
+    kind = f"{element}, {columns}, {str(in_registers).lower()}, {signs[-1]}"
+    return f"ptx_wgmma<{kind}>({lists}, {right}, {onto})"
 
 
 def _taken_apart(statement: str) -> tuple[str, list[str]]:

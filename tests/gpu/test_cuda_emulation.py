@@ -56,6 +56,32 @@ def tied(dtype: str) -> AttentionSpec:
     )
 
 
+def latent(dtype: str, width: int, rope: int) -> AttentionSpec:
+    """A latent that is both K and V, with a rope beside it, as in MLA."""
+    return AttentionSpec.mla(
+        num_q_heads=16,
+        kv_lora_rank=width,
+        qk_rope_head_dim=rope,
+        scale=0.07,
+        dtype=dtype,
+        page_size=8,
+    )
+
+
+def part_of_a_state() -> AttentionSpec:
+    """A state 128 wide whose second half is K, all of it V."""
+    return AttentionSpec(
+        num_q_heads=4,
+        num_kv_heads=2,
+        buffers=(CacheBuffer("state", 2, 128, "bfloat16"),),
+        k=Region(0, 64, 128),
+        v=Region(0, 0, 128),
+        scale=0.11,
+        dtype="bfloat16",
+        page_size=8,
+    )
+
+
 CASES = {
     "scalar, decode tile": (gqa(8, 2, 64, "float32"), (4, 64, "float32"), BRANCHES, "node"),
     "scalar, half cache, 128 wide": (
@@ -124,6 +150,39 @@ CASES = {
         "packed",
     ),
     "empty": (gqa(4, 2, 64, "float16"), (16, 16, "float16"), EMPTY, "node"),
+    "groups, half": (gqa(8, 2, 64, "float16"), (64, 64, "float16"), BRANCHES, "packed"),
+    "groups, two panels, two groups": (
+        gqa(4, 1, 128, "bfloat16", page_size=1),
+        (128, 32, "bfloat16"),
+        DRAFT,
+        "node",
+    ),
+    "groups, causal": (
+        gqa(2, 2, 64, "bfloat16", layout="HND"),
+        (64, 16, "bfloat16"),
+        CAUSAL,
+        "node",
+    ),
+    "groups, tied and rope": (
+        latent("float16", 256, 64),
+        (64, 32, "float16"),
+        BRANCHES,
+        "flatten",
+    ),
+    "groups, half of the columns each": (
+        latent("bfloat16", 512, 64),
+        (64, 32, "bfloat16"),
+        BRANCHES,
+        "packed",
+    ),
+    "groups, part of a state": (part_of_a_state(), (64, 16, "bfloat16"), BRANCHES, "node"),
+    "groups, long window, cap and sinks": (
+        gqa(4, 1, 64, "float16", window=300, soft_cap=4.0, sinks=True),
+        (64, 32, "float16"),
+        LONG,
+        "packed",
+    ),
+    "groups, empty": (gqa(4, 2, 64, "float16"), (64, 64, "float16"), EMPTY, "node"),
 }
 
 
@@ -139,12 +198,15 @@ def test_matches_the_oracle(case: str, tmp_path: Path) -> None:
     check(problem)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "float8_e4m3fn"])
-def test_reads_caches_of_odd_strides(kv_dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kv_dtype", "lane_rows"),
+    [("float32", 16), ("float16", 16), ("float8_e4m3fn", 16), ("float16", 64)],
+)
+def test_reads_caches_of_odd_strides(kv_dtype: str, lane_rows: int, tmp_path: Path) -> None:
     """Rows that no 16-byte load can reach are read element by element."""
     operand = "bfloat16" if kv_dtype == "float8_e4m3fn" else kv_dtype
     spec = gqa(4, 2, 64, operand, kv_dtype=kv_dtype)
-    problem = make_problem(spec, BRANCHES, (TileShape(16, 32, operand),), "packed")
+    problem = make_problem(spec, BRANCHES, (TileShape(lane_rows, 32, operand),), "packed")
     shifted = []
     for cache in problem.case.buffers:
         wide = torch.full((*cache.shape[:-1], 67), torch.nan).to(cache.dtype)

@@ -26,6 +26,10 @@ BYTES = 16
 COPY = "deft_tvm.copy"
 """Annotation of a loop over 16 bytes of a cache row, with one of these values."""
 NOW, LATER = 1, 2
+PERMUTED = "deft_tvm.permuted"
+"""Annotation of the same loop: the 16-byte pieces of the tile's rows, 128 bytes each, are permuted,
+as the hardware that multiplies tiles in shared memory reads them (PTX ISA, "swizzling modes"): no
+eight rows then have theirs in the same banks."""
 
 CUDA_TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 
@@ -79,6 +83,12 @@ __device__ __forceinline__ void deft_copy_16_bytes_of_row_later(
 }
 #endif
 """
+PERMUTED_SOURCE = """
+__device__ __forceinline__ void* deft_permuted(void* piece) {
+  unsigned address = __cvta_generic_to_shared(piece);
+  return (char*)piece + (int)((address ^ (address >> 3 & 0x70)) - address);
+}
+"""
 WIDEN_SOURCE = """
 __device__ __forceinline__ void deft_widen_16_bytes(float* tile, const %(type)s* row) {
   if ((size_t)row %% 16 == 0) {
@@ -124,11 +134,14 @@ def whole_lanes(source: str, operand: str, width: int) -> int:
     return lanes if width % lanes == 0 and possible else 1
 
 
-def load_tile(sch: Schedule, block: str, warps: Any, lanes: int, when: int = NOW) -> None:
+def load_tile(
+    sch: Schedule, block: str, warps: Any, lanes: int, when: int = NOW, permuted: bool = False
+) -> None:
     """All threads load the block's two-dimensional tile, `lanes` elements at a time.
 
     Args:
         when: `LATER`: copies land at the next wait.
+        permuted: each row's pieces, see `PERMUTED`.
     """
     fused = sch.fuse(*sch.get_loops(sch.get_sblock(block))[-2:])
     rounds, warp, lane, piece = sch.split(fused, [None, warps, LANES, lanes])
@@ -136,6 +149,8 @@ def load_tile(sch: Schedule, block: str, warps: Any, lanes: int, when: int = NOW
     if lanes > 1:
         sch.annotate(rounds, LOOK_UP, 1)
         sch.annotate(piece, COPY, when)
+        if permuted:
+            sch.annotate(piece, PERMUTED, 1)
 
 
 def asynchronous(statement: tirx.Stmt) -> tirx.Stmt:
@@ -144,8 +159,9 @@ def asynchronous(statement: tirx.Stmt) -> tirx.Stmt:
     def later(loop: tirx.For) -> tirx.For:
         if COPY not in loop.annotations:
             return loop
+        marks = {**loop.annotations, COPY: LATER}
         return tirx.For(
-            loop.loop_var, loop.min, loop.extent, loop.kind, loop.body, annotations={COPY: LATER}
+            loop.loop_var, loop.min, loop.extent, loop.kind, loop.body, annotations=marks
         )
 
     return tvm_ffi.structural_map(statement, [(tirx.For, later)])
@@ -166,14 +182,15 @@ def _copy(loop: tirx.For) -> tirx.Stmt:
     # The guard of a last, partial round stays around the call.
     body = substitute(loop.body, loop.loop_var, tirx.IntImm("int32", 0))
     later = int(loop.annotations[COPY]) == LATER
+    permuted = PERMUTED in loop.annotations
 
     def call(store: Any) -> tirx.Stmt:
-        return _call(store, int(loop.extent), later)
+        return _call(store, int(loop.extent), later, permuted)
 
     return tvm_ffi.structural_map(body, [(tirx.BufferStore, call)])
 
 
-def _call(store: Any, lanes: int, later: bool) -> tirx.Stmt:
+def _call(store: Any, lanes: int, later: bool, permuted: bool) -> tirx.Stmt:
     """The device function for a store of the first of `lanes` elements."""
     loads: list[Any] = []
     tvm_ffi.structural_walk(store.value, [(TensorLoad, loads.append)])
@@ -183,6 +200,10 @@ def _call(store: Any, lanes: int, later: bool) -> tirx.Stmt:
     # An access pointer, since TVM's barriers take no notice of a plain address.
     (offset,) = store.buffer.offset_of(store.indices)
     tile = store.buffer.access_ptr("w", offset=offset, extent=lanes)
+    if permuted:
+        tile = T.cuda.func_call(
+            "deft_permuted", tile, source_code=PERMUTED_SOURCE, return_type="handle"
+        )
     return tirx.Evaluate(T.cuda.func_call(function, tile, T.address_of(row), source_code=text))
 
 

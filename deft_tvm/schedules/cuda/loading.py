@@ -39,8 +39,14 @@ def locate_tokens(task: KernelTask, sch: Schedule, warps: Any) -> None:
     sch.bind(sch.split(tokens, [None, LANES])[1], "threadIdx.x")
 
 
-def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> None:
-    """Q once an item, K, V and rope once a step, by all threads together."""
+def load_tiles(
+    task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any, panel: int | None = None
+) -> None:
+    """Q once an item, K, V and rope once a step, by all threads together.
+
+    Args:
+        panel: columns of the panels that tiles lie in, whose rows are permuted; None: rows whole.
+    """
     assert task.tile is not None
     spec, operand = task.spec, task.tile.operand
     regions = {"load_v": (spec.v.buffer, spec.v_width)}
@@ -51,9 +57,11 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
         regions["load_rope"] = (spec.rope, spec.rope_width)
         queries["load_q_rope"] = spec.rope_width
     keep(sch, (*queries, *regions), TILE_SCOPE)
-    padding = PADDING if fits_staged(task, 1, PADDING) else 0
+    padding = PADDING if panel is None and fits_staged(task, 1, PADDING) else 0
     if padding:
         pad_rows(sch, (*queries, *regions), operand)
+    if panel is not None:
+        lay_in_panels(sch, (*queries, *regions), panel)
 
     whole = all(
         spec.buffers[buffer].dtype == operand and whole_lanes(operand, operand, width) > 1
@@ -66,9 +74,10 @@ def load_tiles(task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any) -> Non
         # Beside the search for the first tokens, with which they are waited for.
         lanes = whole_lanes(spec.dtype, operand, width)
         beside = stages > 1 and spec.dtype == operand
-        load_tile(sch, block, warps, lanes, LATER if beside else NOW)
+        load_tile(sch, block, warps, lanes, LATER if beside else NOW, panel is not None)
     for block, (buffer, width) in regions.items():
-        load_tile(sch, block, warps, whole_lanes(spec.buffers[buffer].dtype, operand, width))
+        lanes = whole_lanes(spec.buffers[buffer].dtype, operand, width)
+        load_tile(sch, block, warps, lanes, NOW, panel is not None)
     load_ahead(sch, stages, located_tiles(task.tile))
     _leave_room(task, sch, knobs, int(warps), stages, padding)
 
@@ -88,3 +97,11 @@ def pad_rows(sch: Schedule, blocks: Iterable[str], operand: Dtype) -> None:
     lanes = PADDING // DTYPE_BYTES[operand]
     for block in blocks:
         sch.storage_align(sch.get_sblock(block), 0, -2, 2 * lanes, lanes)
+
+
+def lay_in_panels(sch: Schedule, blocks: Iterable[str], columns: int) -> None:
+    """Each tile as [panel, row, column of the panel]."""
+    for block in blocks:
+        sch.transform_layout(
+            sch.get_sblock(block), ("write", 0), lambda i, j: (j // columns, i, j % columns)
+        )

@@ -2,7 +2,9 @@
 
 TensorIR binds a loop to a thread axis only where each thread has an iteration of its own. Where all
 lanes of four keep a row's statistics, four do the same; a schedule annotates that loop, and the
-pass here binds it: iteration ``i`` is done by the threads ``i · repeats`` to ``(i + 1) · repeats``.
+pass here binds it: along ``threadIdx.x`` neighbours do the same iteration, ``i`` those from
+``i · repeats`` on; along ``threadIdx.y`` warps that are as far apart as there are iterations, ``i``
+and those after whole rounds.
 """
 
 from __future__ import annotations
@@ -42,9 +44,12 @@ def _bound(loop: tirx.For) -> tirx.Stmt:
     repeats, axis = int(loop.annotations[REPEATS]), str(loop.annotations[AXIS])
     once, repeats = repeats < 0, abs(repeats)
     thread = Var(f"{loop.loop_var.name}_thread", "int32")
-    body = substitute(loop.body, loop.loop_var, tirx.floordiv(thread, repeats))
+    iteration, copy = tirx.floordiv(thread, repeats), tirx.floormod(thread, repeats)
+    if axis == "threadIdx.y":
+        iteration, copy = tirx.floormod(thread, loop.extent), tirx.floordiv(thread, loop.extent)
+    body = substitute(loop.body, loop.loop_var, iteration)
     if once and repeats > 1:
-        body = tirx.IfThenElse(tirx.floormod(thread, repeats) == 0, body, None)
+        body = tirx.IfThenElse(copy == 0, body, None)
     binding = tirx.IterVar(None, Var("", "int32"), tirx.IterVar.ThreadIndex, axis)
     extent = tirx.IntImm("int32", int(loop.extent) * repeats)
     return tirx.For(

@@ -40,6 +40,9 @@ LOCATED = "deft_tvm.located"
 WAIT = """
 __device__ __forceinline__ void deft_wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 """
 

@@ -17,6 +17,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from deft_tvm.plan.residency import PADDING
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
     OUTPUT_PASSES,
@@ -35,7 +36,7 @@ from deft_tvm.schedules.cuda.intrinsics import (
     multiply_transposed,
     rows_first,
 )
-from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
+from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
 from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.rounding import round_fragment, round_to_tile
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
@@ -45,12 +46,20 @@ from deft_tvm.schedules.cuda.threads import (
     LANES,
     TABLE_SCOPE,
     TILE_SCOPE,
-    bind_threads,
+    bind_warps,
     deal_quads,
     keep,
 )
+from deft_tvm.schedules.cuda.warpgroups import (
+    GROUP_ROWS,
+    MOST_COLUMNS,
+    PANEL,
+    group_scores,
+    group_sums,
+)
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
+from deft_tvm.spec import DTYPE_BYTES, Dtype
 
 Place = Callable[[Any, Any], tuple[Any, ...]]
 """Where an element of a matrix is, or in which iteration it is done."""
@@ -62,6 +71,10 @@ MAX_WIDTH = 256
 GOOD_WIDTH = 128
 """Up to which they leave room for a second block on a multiprocessor."""
 SHARES = (1, 2, 4, 8)
+REGISTERS = 65536
+"""Of a multiprocessor."""
+OTHER_REGISTERS = 80
+"""That a thread takes beside a tile's scores and its output (a guess)."""
 
 
 def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
@@ -72,33 +85,45 @@ def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     possible = _possible_shares(task)
     if not possible:
         return False
-    shares = knobs.pick_number("shares", possible, _default_shares(task, possible))
+    grouped = _can_group(task) and bool(knobs.pick_number("groups", (0, 1), 1))
+    shares = knobs.pick_number("shares", possible, _default_shares(task, possible, grouped))
+    grouped &= _fits_groups(task, shares)
+    # Warps that multiply together need all of a row's tokens, so that those with other columns
+    # have the same tokens again.
+    parts, copies = (1, shares) if grouped else (shares, 1)
     warps = tile.lane_rows // SIDE * shares
     products, made = score_products(spec), matrices_of_softmax(spec)
 
     locate_tokens(task, sch, warps)
-    load_tiles(task, sch, knobs, warps)
+    load_tiles(task, sch, knobs, warps, PANEL if grouped else None)
 
-    of_tokens = fragments_of(tile.kv_tile, shares)
+    of_tokens = fragments_of(tile.kv_tile, parts)
     of_columns = fragments_of(spec.v_width, shares)
     _hold(sch, (*products, "logits", *made), of_tokens)
     _hold(sch, ("init_out", "accumulate"), of_columns)
-    if shares == 1:
+    if parts == 1:
         _hold(sch, ("probabilities",), of_tokens)
     else:
         keep(sch, ("probabilities",), TILE_SCOPE)
-        pad_rows(sch, ("probabilities",), tile.operand)
     keep(sch, (*ROW_STATES, *ROW_REDUCTIONS), QUAD_ROWS)
 
     for block, width in products.items():
-        _product(sch, block, tile.operand, shares, True, width)
+        if grouped:
+            scores = group_scores(tile.operand, width, tile.kv_tile)
+            _multiply_in_groups(sch, block, of_tokens, 1, copies, scores)
+        else:
+            _product(sch, block, tile.operand, shares, True, width)
     for block in (*SCORE_PASSES, *made):
-        _on_fragments(sch, block, of_tokens)
+        _on_fragments(sch, block, of_tokens, copies)
     for block, name in ROW_REDUCTIONS.items():
-        _reduce(sch, block, name, tile.kv_tile // shares, shares)
-    _round(sch, tile.operand, shares)
-    depth = None if shares == 1 else tile.kv_tile
-    _product(sch, "accumulate", tile.operand, shares, False, depth)
+        _reduce(sch, block, name, tile.kv_tile // parts, parts, copies)
+    _round(sch, tile.operand, parts, copies)
+    if grouped:
+        sums = group_sums(tile.operand, spec.v_width // shares, tile.kv_tile)
+        _multiply_in_groups(sch, "accumulate", of_columns, shares, 1, sums)
+    else:
+        depth = None if shares == 1 else tile.kv_tile
+        _product(sch, "accumulate", tile.operand, shares, False, depth)
     for block in OUTPUT_PASSES:
         _on_fragments(sch, block, of_columns)
     _write(sch, rows_first(spec.v_width, shares))
@@ -143,13 +168,59 @@ def _possible_shares(task: KernelTask) -> list[int]:
     ]
 
 
-def _default_shares(task: KernelTask, possible: list[int]) -> int:
+def _default_shares(task: KernelTask, possible: list[int], grouped: bool) -> int:
     """The fewest that give each scheduler of a multiprocessor a warp, beside another block."""
     assert task.tile is not None
+    if grouped:
+        return next(n for n in possible if _fits_groups(task, n))
     rows = task.tile.lane_rows // SIDE
     wanted = 4 if rows == 1 else 8
     good = (n for n in possible if rows * n >= wanted and task.spec.v_width // n <= GOOD_WIDTH)
     return next(good, possible[-1])
+
+
+def _can_group(task: KernelTask) -> bool:
+    """Whether four warps can multiply as one, which 16-bit tiles of whole panels can on Hopper."""
+    tile, spec = task.tile, task.spec
+    assert tile is not None
+    widths = [spec.k_width, spec.v_width, spec.rope_width]
+    if spec.tied:
+        widths.append(spec.k.begin - spec.v.begin)
+    return (
+        str(task.target["arch"]) == "sm_90a"
+        and all(buffer.dtype == tile.operand for buffer in spec.buffers)
+        and all(width % PANEL == 0 for width in widths)
+        and tile.lane_rows % GROUP_ROWS == 0
+        and any(_fits_groups(task, shares) for shares in _possible_shares(task))
+    )
+
+
+def _fits_groups(task: KernelTask, shares: int) -> bool:
+    """Whether each warp has whole panels of output, and registers for them."""
+    tile, width = task.tile, task.spec.v_width // shares
+    assert tile is not None
+    threads = tile.lane_rows // SIDE * shares * LANES
+    held = SIDE * (width + tile.kv_tile) // LANES + OTHER_REGISTERS
+    return width % PANEL == 0 and width <= MOST_COLUMNS and threads * held <= REGISTERS
+
+
+def _multiply_in_groups(
+    sch: Schedule, name: str, place: Place, shares: int, copies: int, intrinsic: str
+) -> None:
+    """One product by groups of four warps, each warp's 16 rows in one go."""
+    rows, columns, steps = sch.get_loops(sch.get_sblock(name))[-3:]
+    rows, row = sch.split(rows, [None, SIDE])
+    share, columns = sch.split(columns, [shares, None])
+    all_steps, _ = sch.split(steps, [1, None])
+    sch.reorder(share, rows, all_steps, row, columns)
+    bind_warps(sch, share, rows, copies)
+    tile = sch.blockize(row)
+    (first,) = sch.get_child_blocks(sch.decompose_reduction(tile, all_steps))
+    sch.transform_block_layout(first, lambda i, j: place(i, j)[-3:])
+    tiles, lane, registers = sch.get_loops(first)[-3:]
+    sch.bind(lane, "threadIdx.x")
+    unroll_all(sch, (tiles, registers))
+    sch.tensorize(tile, intrinsic)
 
 
 def _product(
@@ -169,9 +240,8 @@ def _product(
     share, columns, column = sch.split(columns, [shares, None, SIDE])
     steps, inner = sch.split(steps, [None, SIDE])
     order = (steps, columns) if transposed else (columns, steps)
-    sch.reorder(rows, share, *order, row, column, inner)
-    warp = sch.fuse(rows, share)
-    sch.bind(warp, "threadIdx.y")
+    sch.reorder(share, rows, *order, row, column, inner)
+    warp = bind_warps(sch, share, rows)
     tile = sch.blockize(row)
     if depth is not None:
         _load_left(sch, tile, steps if transposed else warp, operand, depth)
@@ -210,23 +280,32 @@ def _load_left(sch: Schedule, product: SBlockRV, at: LoopRV, operand: str, depth
     sch.tensorize(sch.blockize(row), load_left(operand))
 
 
-def _round(sch: Schedule, operand: str, shares: int) -> None:
+def _round(sch: Schedule, operand: Dtype, shares: int, copies: int) -> None:
     """Round the weights of V to where the second product takes them from."""
     rows, columns = sch.get_loops(sch.get_sblock("probabilities"))[-2:]
     rows, row = sch.split(rows, [None, SIDE])
     share, columns, column = sch.split(columns, [shares, None, SIDE])
-    sch.reorder(rows, share, columns, row, column)
-    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    sch.reorder(share, rows, columns, row, column)
+    bind_warps(sch, share, rows, copies)
     sch.unroll(columns)
-    sch.tensorize(row, round_fragment(operand) if shares == 1 else round_to_tile(operand))
+    if shares == 1:
+        sch.tensorize(row, round_fragment(operand))
+        return
+    tile = sch.blockize(row)
+    # Of the block that stays: an intrinsic's own has no annotations.
+    lanes = PADDING // DTYPE_BYTES[operand]
+    sch.storage_align(tile, 0, -2, 2 * lanes, lanes)
+    sch.tensorize(tile, round_to_tile(operand))
 
 
-def _on_fragments(sch: Schedule, name: str, place: Place) -> None:
+def _on_fragments(sch: Schedule, name: str, place: Place, copies: int = 1) -> None:
     """A pass over a matrix, each lane over what it holds."""
     block = sch.get_sblock(name)
     sch.transform_block_layout(block, place)
     rows, share, tiles, lane, registers = sch.get_loops(block)[-5:]
-    bind_threads(sch, sch.fuse(rows, share), lane)
+    sch.reorder(share, rows)
+    bind_warps(sch, share, rows, copies)
+    sch.bind(lane, "threadIdx.x")
     unroll_all(sch, (tiles, registers))
 
 
@@ -235,13 +314,17 @@ def _write(sch: Schedule, place: Place) -> None:
     block = sch.get_sblock("write_out")
     sch.transform_block_layout(block, place)
     rows, share, lane, row, *columns = sch.get_loops(block)[-7:]
-    bind_threads(sch, sch.fuse(rows, share), lane)
+    sch.reorder(share, rows)
+    bind_warps(sch, share, rows)
+    sch.bind(lane, "threadIdx.x")
     sch.annotate(row, ROWS, 1)
     unroll_all(sch, (row, *columns[:-1]))
     sch.vectorize(columns[-1])
 
 
-def _reduce(sch: Schedule, name: str, operation: str, columns: int, shares: int) -> None:
+def _reduce(
+    sch: Schedule, name: str, operation: str, columns: int, shares: int, copies: int
+) -> None:
     """Each warp reduces its tokens of 16 rows; then each reduces over all warps that have them."""
     of_warp = sch.get_sblock(name)
     rows, tokens = sch.get_loops(of_warp)[-2:]
@@ -253,8 +336,8 @@ def _reduce(sch: Schedule, name: str, operation: str, columns: int, shares: int)
         deal_quads(sch, name, shares)
         rows, share, tokens = sch.get_loops(of_warp)[-3:]
     rows, row = sch.split(rows, [None, SIDE])
-    sch.reorder(rows, share, row, tokens)
-    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    sch.reorder(share, rows, row, tokens)
+    bind_warps(sch, share, rows, copies)
     first = sch.decompose_reduction(of_warp, row)
     upper, quad = sch.split(sch.get_loops(first)[-1], [2, 8])
     sch.reorder(quad, upper)
@@ -267,7 +350,7 @@ def _tell(sch: Schedule, block: SBlockRV) -> None:
     """Each warp writes what it found of its rows, ``[share, row]``, for the others."""
     share, row = sch.get_loops(block)[-2:]
     rows, upper, quad = sch.split(row, [None, 2, 8])
-    sch.reorder(rows, share, quad, upper)
-    sch.bind(sch.fuse(rows, share), "threadIdx.y")
+    sch.reorder(share, rows, quad, upper)
+    bind_warps(sch, share, rows)
     repeat(sch, quad, "threadIdx.x", LANES // 8, once=True)
     sch.unroll(upper)

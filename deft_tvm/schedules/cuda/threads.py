@@ -34,6 +34,17 @@ def bind_threads(sch: Schedule, warp: LoopRV, lane: LoopRV) -> None:
     sch.bind(lane, "threadIdx.x")
 
 
+def bind_warps(sch: Schedule, share: LoopRV, rows: LoopRV, copies: int = 1) -> LoopRV:
+    """Shares and tiles of rows to warps: neighbours have the same share of neighbouring tiles, as
+    those must that multiply together. `copies` of each do the same."""
+    warp = sch.fuse(share, rows)
+    if copies == 1:
+        sch.bind(warp, "threadIdx.y")
+    else:
+        repeat(sch, warp, "threadIdx.y", copies)
+    return warp
+
+
 def deal(sch: Schedule, block: str, warps: Any) -> None:
     """Rows to warps and columns to lanes; each thread's own elements are unrolled.
 

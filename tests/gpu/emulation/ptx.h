@@ -64,7 +64,13 @@ struct Copies {
   std::vector<size_t> groups;
 };
 static Copies copies_of[MOST_THREADS];
-static inline void forget_copies() { copies_of[thread_number()] = {}; }
+// Whether a thread's copies landed since its last fence for the hardware that reads by itself.
+static bool unfenced[MOST_THREADS];
+static inline void forget_copies() {
+  copies_of[thread_number()] = {};
+  unfenced[thread_number()] = false;
+}
+static inline void ptx_fence_proxy_async_shared_cta() { unfenced[thread_number()] = false; }
 
 static inline void ptx_cp_async(unsigned address, const void* row, int bytes, int read = -1) {
   unsigned char* tile = shared(address, bytes);
@@ -86,6 +92,7 @@ static inline void ptx_cp_async_wait_group(int latest) {
     const Copy& copy = own.copies[i];
     std::memcpy(copy.tile, copy.row, copy.read);
     std::memset((char*)copy.tile + copy.read, 0, copy.bytes - copy.read);
+    unfenced[thread_number()] = true;
   }
   own.copies.erase(own.copies.begin(), own.copies.begin() + landed);
   own.groups.erase(own.groups.begin(), own.groups.begin() + landing);
@@ -146,4 +153,82 @@ static void ptx_mma_m16n8k16(
           all[lane]->c[i] += left[lane / 4 + i / 2 * 8][k] * right[k][lane % 4 * 2 + i % 2];
   });
   d0 = mine.c[0], d1 = mine.c[1], d2 = mine.c[2], d3 = mine.c[3];
+}
+
+// wgmma.m64nNk16, of four warps: sums are not there before the wait for them.
+struct Sums {
+  std::vector<float*> places;
+  std::vector<float> values;
+  bool begun;
+};
+static Sums sums_of[MOST_THREADS];
+static inline void ptx_wgmma_fence_sync_aligned() { sums_of[thread_number()].begun = true; }
+static inline void ptx_wgmma_commit_group_sync_aligned() {}
+static inline void ptx_wgmma_wait_group_sync_aligned(int latest) {
+  if (latest) fail("waits for some of its products only, which is not emulated");
+  Sums& own = sums_of[thread_number()];
+  for (size_t i = 0; i < own.places.size(); ++i) *own.places[i] = own.values[i];
+  own = {};
+}
+// An element of what a descriptor leads to: rows of 128 bytes, eight of them permuted.
+template <class T>
+static T described(uint64_t descriptor, int row, int column, bool along_rows) {
+  if (descriptor >> 62 != 1) fail("multiplies a tile that is not in permuted panels");
+  int panel = (descriptor >> 16 & 0x3fff) << 4, eight = (descriptor >> 32 & 0x3fff) << 4;
+  unsigned address = (descriptor & 0x3fff) << 4;
+  if (address % 32 || panel % 16 || eight % 1024) fail("multiplies a tile that is not aligned");
+  address += row / 8 * eight + row % 8 * 128;
+  address += along_rows ? column * 2 : column / 64 * panel + column % 64 * 2;
+  T element;
+  std::memcpy(&element, shared(address ^ (address >> 3 & 0x70), 2), 2);
+  return element;
+}
+template <class T, int COLUMNS, bool IN_REGISTERS, int TRANSPOSED, int LEFT>
+static void ptx_wgmma(
+    float* const (&sums)[COLUMNS / 2], const uint64_t (&left)[LEFT], uint64_t right, bool onto) {
+  struct Parts { uint64_t left[LEFT], right; float c[COLUMNS / 2]; } mine;
+  Sums& own = sums_of[thread_number()];
+  if (!own.begun) fail("multiplies in a group without a fence before");
+  std::memcpy(mine.left, left, sizeof left);
+  mine.right = right;
+  for (int i = 0; i < COLUMNS / 2; ++i) {
+    bool known = (size_t)i < own.places.size();
+    if (known && own.places[i] != sums[i]) fail("begins with other sums while some are not there");
+    mine.c[i] = !onto ? 0 : known ? own.values[i] : *sums[i];
+  }
+  as_group(mine, [](Parts** all) {
+    for (int thread = 0; thread < thread_count; ++thread)
+      if (unfenced[thread]) fail("multiplies what was copied without a fence after");
+    static float a[64][16], b[16][COLUMNS];
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < COLUMNS; ++n)
+        b[k][n] = TRANSPOSED ? described<T>(all[0]->right, k, n, false)
+                             : described<T>(all[0]->right, n, k, true);
+      if constexpr (!IN_REGISTERS)
+        for (int i = 0; i < 64; ++i) a[i][k] = described<T>(all[0]->left[0], i, k, true);
+    }
+    for (int thread = 0; thread < GROUP; ++thread) {
+      Parts& part = *all[thread];
+      int row = thread / WARP * 16 + thread % WARP / 4, pair = thread % 4 * 2;
+      if (part.right != all[0]->right) fail("multiplies another tile than its group");
+      if constexpr (IN_REGISTERS) {
+        for (int i = 0; i < 4; ++i) {
+          T two[2];
+          std::memcpy(two, &part.left[i], 4);
+          for (int j = 0; j < 2; ++j) a[row + i % 2 * 8][pair + i / 2 * 8 + j] = two[j];
+        }
+      } else if (part.left[0] != all[0]->left[0]) {
+        fail("multiplies other rows than its group");
+      }
+    }
+    for (int thread = 0; thread < GROUP; ++thread)
+      for (int i = 0; i < COLUMNS / 2; ++i) {
+        int row = thread / WARP * 16 + thread % WARP / 4 + i % 4 / 2 * 8;
+        int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) all[thread]->c[i] += a[row][k] * b[k][column];
+      }
+  });
+  own.places.assign(sums, sums + COLUMNS / 2);
+  own.values.assign(mine.c, mine.c + COLUMNS / 2);
+  for (float* place : sums) std::memset(place, POISON, 4);
 }
