@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial as bind
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -122,12 +123,52 @@ def base2_logit(
     return bounded * tirx.const(soft_cap * LOG2_E, "float32")
 
 
+def logits_of(
+    scale: float, soft_cap: float | None, exp2: Callable[[Expr], Expr], later: bool
+) -> tuple[Callable[[Expr], Expr], Callable[[Expr], Expr]]:
+    """What makes a logit of a score, and what brings a logit to base 2.
+
+    A maximum is the same before and after a factor. So with `later` and no cap the logit is the
+    score itself, and its factor is met beside the subtraction of the maximum: where the two are one
+    instruction that saves one for each score.
+    """
+    in_base_2 = bind(base2_logit, scale=scale, soft_cap=soft_cap, exp2=exp2)
+    return (_same, in_base_2) if later and soft_cap is None else (in_base_2, _same)
+
+
+def _same(x: Expr) -> Expr:
+    return x
+
+
 def _polynomial(coefficients: Sequence[float], x: Expr) -> Expr:
     """Horner's rule, highest degree first."""
     value = tirx.const(coefficients[0], "float32")
     for coefficient in coefficients[1:]:
         value = value * x + tirx.const(coefficient, "float32")
     return value
+
+
+def within(on_cpu: bool) -> tuple[Callable[..., Expr], Callable[[Expr, Expr], Expr]]:
+    """What says whether ``begin <= i < end``, and whether two conditions hold.
+
+    CUDA's compiler takes ``&&`` at its word and branches around what it may not need to read: a GPU
+    gets one comparison instead, of what is non-negative, and looks at both conditions.
+    """
+    if on_cpu:
+        return lambda begin, i, end: tirx.And(begin <= i, i < end), tirx.And
+    return _within_in_one, _both
+
+
+def _within_in_one(begin: Expr, i: Expr, end: Expr) -> Expr:
+    size = tirx.max(end - begin, tirx.const(0, "int32"))
+    return tirx.Cast("uint32", i - begin) < tirx.Cast("uint32", size)
+
+
+def _both(one: Expr, other: Expr) -> Expr:
+    if isinstance(other, tirx.IntImm):
+        return one
+    whole = tirx.bitwise_and(tirx.Cast("int32", one), tirx.Cast("int32", other))
+    return whole != tirx.const(0, "int32")
 
 
 def finite(maximum: Expr) -> Expr:

@@ -38,7 +38,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.caches import element_of, index_of, shape_of
-from deft_tvm.kernels.numerics import base2_logit, exp2_polynomial, storage
+from deft_tvm.kernels.numerics import exp2_polynomial, logits_of, storage, within
 from deft_tvm.kernels.stage import stage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
@@ -46,6 +46,7 @@ from deft_tvm.kernels.stages import (
     enter,
     exponentiate,
     fill,
+    find_dest,
     gather,
     grow_max,
     grow_sum,
@@ -119,7 +120,8 @@ def partial_attention(
     loop = work_loop(kind)
     exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
     precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
-    logit = bind(base2_logit, scale=spec.scale, soft_cap=spec.soft_cap, exp2=precise)
+    conditions = within(ON_CPU)
+    logit, *powers = *logits_of(spec.scale, spec.soft_cap, precise, later=not ON_CPU), exp2
     at, shape = index_of(spec.layout), shape_of(spec.layout)
 
     def nth(head: Any, n: Any) -> Any:
@@ -169,13 +171,11 @@ def partial_attention(
         partial_lse_handle: T.handle,
     ) -> None:
         T.func_attr({"tirx.noalias": True})
-        num_rows, num_runs, num_items = T.int32(), T.int32(), T.int32()
-        num_indices, num_dests, num_slots = T.int32(), T.int32(), T.int32()
-        num_positions = T.int32()
-        q_rows = T.int64()
+        num_rows, num_runs, num_items, num_dests = T.int32(), T.int32(), T.int32(), T.int32()
+        num_indices, num_slots, num_positions = T.int32(), T.int32(), T.int32()
         k_pages, k_page, v_pages, v_page = T.int64(), T.int64(), T.int64(), T.int64()
         r_pages, r_page = T.int64(), T.int64()
-        q_s0, q_s1 = T.int64(), T.int64()
+        q_rows, q_s0, q_s1 = T.int64(), T.int64(), T.int64()
         k_s0, k_s1, k_s2 = T.int64(), T.int64(), T.int64()
         v_s0, v_s1, v_s2 = T.int64(), T.int64(), T.int64()
         r_s0, r_s1, r_s2 = T.int64(), T.int64(), T.int64()
@@ -264,6 +264,7 @@ def partial_attention(
                     m_new = T.sblock_alloc_buffer((M,), "float32")
                     factor = T.sblock_alloc_buffer((M,), "float32")
                     total = T.sblock_alloc_buffer((H * M,), "float32")
+                    dest = T.sblock_alloc_buffer((M,), "int32")
                     total_new = T.sblock_alloc_buffer((M,), "float32")
                     if ON_CPU:
                         for _ in T.serial(1):
@@ -291,6 +292,8 @@ def partial_attention(
                             else:
                                 fill(m, "-inf", "init_max")
                                 fill(total, 0, "init_sum")
+                            if not ON_CPU:
+                                find_dest(dest, dests, dest_begin, lanes, G)
                             for i, d in T.grid(H * M, VW):
                                 with T.sblock("init_out"):
                                     vi, vd = T.axis.remap("SS", [i, d])
@@ -439,7 +442,7 @@ def partial_attention(
                                                             X, S, S_rope, ROPED, k_scale, SCALED,
                                                             logit, lane_begin, lane_end, position,
                                                             begin(t0), row_positions, row_begin,
-                                                            lanes, G, WINDOW,
+                                                            lanes, G, WINDOW, *conditions,
                                                         )  # fmt: skip
                                     for _ in T.serial(1):
                                         with T.sblock("softmax"):
@@ -449,10 +452,9 @@ def partial_attention(
                                             W = T.sblock_alloc_buffer((M, N), "float32")
                                             m_tile = T.sblock_alloc_buffer((M,), "float32")
                                             total_tile = T.sblock_alloc_buffer((M,), "float32")
-                                            grow_max(m_new, factor, m_tile, m, base(n), X, exp2)
-                                            exponentiate(E, X, m_new, exp2)
-                                            # On a GPU warps may tell each other weights and sums,
-                                            # which then is for both in one go.
+                                            grow_max(m_new, factor, m_tile, m, base(n), X, *powers)
+                                            exponentiate(E, X, m_new, *powers)
+                                            # On a GPU warps may tell each other both in one go.
                                             if not ON_CPU:
                                                 round_weights(P, W, E, v_scale, SCALED, operand)
                                             grow_sum(
@@ -487,8 +489,8 @@ def partial_attention(
                             T.writes()
                             inverse = T.sblock_alloc_buffer((H * M,), "float32")
                             write(
-                                out, lse, partial_out, partial_lse, inverse, A, m, total,
-                                dests, dest_begin, lanes, M, head, G, spec.dtype,
+                                out, lse, partial_out, partial_lse, inverse, A, m, total, dest,
+                                dests, dest_begin, lanes, M, head, G, spec.dtype, ON_CPU,
                             )  # fmt: skip
                     if ON_CPU:
                         for _ in T.serial(1):

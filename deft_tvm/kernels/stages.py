@@ -1,6 +1,7 @@
 """The stages of the partial kernel about its rows, in their order.
 
     enter       what a schedule puts before a unit of work; leave, after it
+    find_dest   where each row's result goes
     gather      query rows of the item, permuted and folded, into a tile
     product     scores of all rows and tokens
     logits      scores scaled to base 2; -inf where the row does not see the token
@@ -136,6 +137,16 @@ def begin_with_sink(m, total, sinks, dests, dest_begin, lanes, lane_rows, head, 
 
 
 @stage
+def find_dest(dest, dests, dest_begin, lanes, group):
+    """Where each row goes, asked for long before it does: at the end nothing else hides the wait.
+    A CPU reads it then."""
+    for i in range(dest.shape[0]):
+        with T.sblock("find_dest"):
+            vi = T.axis.spatial(dest.shape[0], i)
+            dest[vi] = dests[dest_begin + T.min(vi, lanes - 1) // group]
+
+
+@stage
 def product(S, Q, base, K, first, operand, block):
     """S[i, j] = Q[base + i] · K[j, first:]."""
     for i, j, d in T.grid(S.shape[0], K.shape[0], Q.shape[1]):
@@ -160,7 +171,7 @@ def whole_logits(X, S, S_rope, roped, k_scale, scaled, logit):
 @stage
 def masked_logits(
     X, S, S_rope, roped, k_scale, scaled, logit, lane_begin, lane_end, position, begin,
-    row_positions, row_begin, lanes, group, window,
+    row_positions, row_begin, lanes, group, window, within, both,
 ):  # fmt: skip
     """A row sees the tokens whose interval holds it, up to so far before its own position.
 
@@ -170,8 +181,8 @@ def masked_logits(
         with T.sblock("masked_logits"):
             vi, vj = T.axis.remap("SS", [i, j])
             X[vi, vj] = T.Select(
-                T.And(
-                    T.And(lane_begin[begin + vj] <= vi, vi < lane_end[begin + vj]),
+                both(
+                    within(lane_begin[begin + vj], vi, lane_end[begin + vj]),
                     in_window(
                         position_of(row_positions, row_begin, vi, lanes, group, window),
                         position,
@@ -185,7 +196,7 @@ def masked_logits(
 
 
 @stage
-def grow_max(m_new, factor, m_tile, m, base, X, exp2):
+def grow_max(m_new, factor, m_tile, m, base, X, in_base_2, exp2):
     """The running maximum with this tile, and 2^(old - new)."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("row_max"):
@@ -197,7 +208,7 @@ def grow_max(m_new, factor, m_tile, m, base, X, exp2):
     for i in range(X.shape[0]):
         with T.sblock("new_max"):
             vi = T.axis.spatial(X.shape[0], i)
-            m_new[vi] = T.max(m[base + vi], m_tile[vi])
+            m_new[vi] = T.max(m[base + vi], in_base_2(m_tile[vi]))
     for i in range(X.shape[0]):
         with T.sblock("rescale"):
             vi = T.axis.spatial(X.shape[0], i)
@@ -205,12 +216,12 @@ def grow_max(m_new, factor, m_tile, m, base, X, exp2):
 
 
 @stage
-def exponentiate(E, X, m_new, exp2):
+def exponentiate(E, X, m_new, in_base_2, exp2):
     """Probabilities relative to the new maximum."""
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("exponentials"):
             vi, vj = T.axis.remap("SS", [i, j])
-            E[vi, vj] = exp2(X[vi, vj] - finite(m_new[vi]))
+            E[vi, vj] = exp2(in_base_2(X[vi, vj]) - finite(m_new[vi]))
 
 
 @stage
@@ -287,8 +298,8 @@ def keep(A, A_new, m, m_new, total, total_new, base):
 
 @stage
 def write(
-    out, lse, partial_out, partial_lse, inverse, A, m, total,
-    dests, dest_begin, lanes, lane_rows, head, group, dtype,
+    out, lse, partial_out, partial_lse, inverse, A, m, total, dest,
+    dests, dest_begin, lanes, lane_rows, head, group, dtype, on_cpu,
 ):  # fmt: skip
     """Normalise, and store where the plan says: a partial slot, or ~row of the caller."""
     for i in range(m.shape[0]):
@@ -303,19 +314,19 @@ def write(
             lane: T.let[T.int32] = lane_of(vi, m.shape[0], lane_rows)
             column: T.let[T.int32] = q_head(vi, m.shape[0], lane_rows, head, group)
             if lane < lanes:
-                dest: T.let[T.int32] = dests[dest_begin + lane // group]
-                if dest >= 0:
-                    partial_out[dest, column, vd] = A[vi, vd] * inverse[vi]
+                to: T.let[T.int32] = dests[dest_begin + lane // group] if on_cpu else dest[vi]
+                if to >= 0:
+                    partial_out[to, column, vd] = A[vi, vd] * inverse[vi]
                 else:
-                    out[-1 - dest, column, vd] = T.Cast(dtype, A[vi, vd] * inverse[vi])
+                    out[-1 - to, column, vd] = T.Cast(dtype, A[vi, vd] * inverse[vi])
     for i in range(m.shape[0]):
         with T.sblock("write_lse"):
             vi = T.axis.spatial(m.shape[0], i)
             lane: T.let[T.int32] = lane_of(vi, m.shape[0], lane_rows)
             column: T.let[T.int32] = q_head(vi, m.shape[0], lane_rows, head, group)
             if lane < lanes:
-                dest: T.let[T.int32] = dests[dest_begin + lane // group]
-                if dest >= 0:
-                    partial_lse[dest, column] = natural_lse(m[vi], total[vi])
+                to: T.let[T.int32] = dests[dest_begin + lane // group] if on_cpu else dest[vi]
+                if to >= 0:
+                    partial_lse[to, column] = natural_lse(m[vi], total[vi])
                 else:
-                    lse[-1 - dest, column] = natural_lse(m[vi], total[vi])
+                    lse[-1 - to, column] = natural_lse(m[vi], total[vi])

@@ -66,6 +66,7 @@ class CostModel:
             sequence of 65,536 tokens takes 0.98 of the time with 64 MiB in float32, 0.94 in
             bfloat16 (AMD EPYC Zen 4, 2 cores, 2026-11-21). 0: no limit, as on a GPU.
         few_rows: below so many lane rows `few_share` and `few_loading_seconds` hold.
+        group_share: the same from `GROUP_ROWS` lane rows on, where warps multiply together.
         blocks_at_a_time: units that a multiprocessor works on at a time, each of which counts as a
             core; a unit of a class that leaves no room for a second one takes two.
         shared_bytes: memory of a multiprocessor, where that is so.
@@ -86,6 +87,7 @@ class CostModel:
     reach_bytes: int = 0
     trimmed: bool = False
     few_rows: int = FEW_LANE_ROWS
+    group_share: Rates = ()
     blocks_at_a_time: int = 1
     shared_bytes: int = 0
 
@@ -103,6 +105,7 @@ class CostModel:
         return replace(
             rates,
             **ON_CUDA,
+            group_share=GROUP_SHARE if profile.target()["arch"] == GROUP_ARCH else (),
             cores=CUDA_BLOCKS * rates.cores,
             blocks_at_a_time=CUDA_BLOCKS,
             shared_bytes=profile.target()["max_shared_memory_per_block"],
@@ -133,6 +136,8 @@ class CostModel:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
         rates = dict(self.matrix_rate)
         shares = dict(self.few_share if tile.lane_rows < self.few_rows else self.matrix_share)
+        if tile.lane_rows >= GROUP_ROWS:
+            shares |= dict(self.group_share)
         rate = rates.get(tile.operand, rates["float32"])
         return shares.get(tile.operand, shares["float32"]) * rate / self.cores
 
@@ -154,15 +159,18 @@ AVX512-BF16, 2026-11-21)."""
 CUDA_BLOCKS = 2
 """Units that a multiprocessor works on at a time: each is a block that waits most of its time."""
 
+GROUP_ROWS, GROUP_ARCH = 64, "sm_90a"
+GROUP_SHARE: Rates = (("float16", 0.45), ("bfloat16", 0.45))
+
 STAGES = 2
 """Of K and V, that kernels hold where they fit."""
 
 ON_CUDA: dict[str, Any] = {
     "matrix_share": (("float32", 0.4), ("float16", 0.18), ("bfloat16", 0.18)),
-    "few_share": (("float32", 0.1), ("float16", 0.08), ("bfloat16", 0.08)),
+    "few_share": (("float32", 0.1), ("float16", 0.13), ("bfloat16", 0.13)),
     "few_rows": 17,
     "bandwidth_share": 0.85,
-    "unit_seconds": 3e-6,
+    "unit_seconds": 4.5e-6,
     "launch_seconds": 5e-6,
 }
 """Of a first fit: GQA-32/8 of width 128 and MLA with 16 and 64 lane rows. A launch counts with the

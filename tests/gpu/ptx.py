@@ -20,6 +20,8 @@ PLAIN = {
     "wgmma.commit_group.sync.aligned",
     "wgmma.wait_group.sync.aligned",
 }
+ALONE = {"griddepcontrol.launch_dependents", "griddepcontrol.wait"}
+"""Of no consequence to a kernel that runs by itself."""
 ROUNDED_PAIR = re.compile(r"cvt\.rn\.(f16|bf16)x2\.f32")
 ELEMENTS = {"f16": "half", "bf16": "nv_bfloat16"}
 
@@ -51,6 +53,8 @@ def _call(instruction: str, operands: list[str]) -> str:
     given = [part.strip() for part in re.sub(r"[{}\[\]]", "", text).split(",")]
     given = [operands[int(part[1:])] if part.startswith("%") else part for part in given if part]
     listed = ", ".join(given)
+    if name in ALONE:
+        return ""
     if name in PLAIN:
         return f"ptx_{re.sub(r'[.:]+', '_', name)}({listed})"
     if name == ".reg" and given[0].startswith(".pred "):

@@ -160,5 +160,5 @@ def test_inline_ptx_becomes_calls() -> None:
 
 
 def test_ptx_that_the_emulation_does_not_have_is_named() -> None:
-    with pytest.raises(NotImplementedError, match=r"inline PTX 'wgmma\.fence"):
-        without_inline_ptx('asm volatile("wgmma.fence.sync.aligned;" ::: "memory");')
+    with pytest.raises(NotImplementedError, match=r"inline PTX 'tcgen05\.fence"):
+        without_inline_ptx('asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-ROW_STATES = ("init_max", "init_sum", "new_max", "rescale", "new_sum", "normalise")
+ROW_STATES = ("init_max", "init_sum", "find_dest", "new_max", "rescale", "new_sum", "normalise")
 """The first to write each vector over rows, row by row."""
 
 ROW_KEEPS = ("keep_max", "keep_sum")

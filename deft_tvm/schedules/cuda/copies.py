@@ -197,9 +197,13 @@ def _call(store: Any, lanes: int, later: bool, permuted: bool) -> tirx.Stmt:
     # Decoding names the one element that it reads more than once.
     row = next(load for load in loads if load.source.scope() == "global")
     function, text = _device_function(str(row.source.ty.dtype), str(store.buffer.ty.dtype), later)
-    # An access pointer, since TVM's barriers take no notice of a plain address.
-    (offset,) = store.buffer.offset_of(store.indices)
-    tile = store.buffer.access_ptr("w", offset=offset, extent=lanes)
+    if later:
+        # A plain address, of which TVM's barriers take no notice: it would put one before every
+        # use of the other half of the buffer. Who waits for copies has one of its own.
+        tile = T.address_of(tirx.BufferLoad(store.buffer, store.indices))
+    else:
+        (offset,) = store.buffer.offset_of(store.indices)
+        tile = store.buffer.access_ptr("w", offset=offset, extent=lanes)
     if permuted:
         tile = T.cuda.func_call(
             "deft_permuted", tile, source_code=PERMUTED_SOURCE, return_type="handle"

@@ -36,6 +36,7 @@ from deft_tvm.schedules.cuda.shares import (
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
 from deft_tvm.schedules.cuda.statements import substitute
+from deft_tvm.schedules.cuda.succession import overlap_launches
 from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cuda"
@@ -234,6 +235,7 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
     ]
 
     def finalize_device() -> transform.Pass:
-        return transform.Sequential([registers.bound(), finalize_device_passes()])
+        ours = [registers.bound(), overlap_launches]
+        return transform.Sequential([*ours, finalize_device_passes()])
 
     return transform.Sequential(passes), finalize_host_passes, finalize_device

@@ -96,7 +96,7 @@ class _Staged:
         wait = tirx.Evaluate(T.cuda.func_call("deft_wait_for_copies", source_code=WAIT))
         following = self._fetch(step + one, step + one < loop.extent)
         rest = [self._at(stage, step) for stage in self.rest]
-        body = tirx.SeqStmt([wait, *following, self.bind, *rest])
+        body = tirx.SeqStmt([wait, _barrier(), *following, self.bind, *rest])
         realize = SBlockRealize(
             loop.body.iter_values,
             loop.body.predicate,
@@ -116,6 +116,10 @@ class _Staged:
         for stage in self.ahead:
             moved = substitute(stage, self.bind.var, begin)
             moved = self._at(substitute(moved, self.loop.loop_var, tile), tile)
+            if isinstance(moved, tirx.IfThenElse):
+                # What is located seldom is waited for as seldom.
+                then = tirx.SeqStmt([moved.then_case, _barrier()])
+                moved = tirx.IfThenElse(moved.condition, then, None)
             if _mark(stage) == LOAD:
                 moved = asynchronous(moved)
                 if condition is not None:
@@ -159,6 +163,11 @@ class _Staged:
 
     def _is_doubled(self, buffer: Any) -> bool:
         return _among(buffer, self.doubled)
+
+
+def _barrier() -> tirx.Stmt:
+    """For all threads of a block."""
+    return tirx.Evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", "shared"))
 
 
 def _among(buffer: Any, buffers: list[Any]) -> bool:

@@ -25,16 +25,19 @@ from deft_tvm.spec import SHORT_DTYPE
 GROUP_ROWS = 64
 PANEL = 64
 """Columns of a panel: 128 bytes of 16-bit elements."""
+GROUP_ELEMENTS = GROUP_ROWS * PANEL
+"""Of the first panel, where the group's rows begin at a multiple of these."""
 MOST_COLUMNS = 256
 """Of one instruction."""
 
 DESCRIPTORS = """
 #ifndef DEFT_PANELS
 #define DEFT_PANELS
-__device__ __forceinline__ uint64_t deft_panels(const void* tile, int panel_bytes) {
-  unsigned address = __cvta_generic_to_shared(tile);
-  return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel_bytes >> 4) << 16
-    | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+__device__ __forceinline__ unsigned deft_panels(const void* tile, int panel_bytes) {
+  return (unsigned)__cvta_generic_to_shared(tile) >> 4 | panel_bytes >> 4 << 16;
+}
+__device__ __forceinline__ uint64_t deft_descriptor(unsigned panels, int bytes) {
+  return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (panels + (bytes >> 4));
 }
 __device__ __forceinline__ void deft_group_begins() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -45,8 +48,8 @@ __device__ __forceinline__ void deft_group_ends() {
 }
 #endif
 """
-"""A descriptor says where a tile begins, how far its panels are apart, and that eight rows of a
-panel, of 128 bytes each, are permuted among themselves."""
+"""A descriptor says in its lower half where a tile begins and how far its panels are apart, and in
+its upper half that eight rows of a panel, of 128 bytes each, are permuted among themselves."""
 
 INSTRUCTION = """
 #ifndef DEFT_%(name)s
@@ -63,26 +66,31 @@ __device__ __forceinline__ void deft_%(name)s(float* c, %(left_type)s a, uint64_
 SCORES = """
 __device__ __forceinline__ void deft_group_scores_%(type)s_%(columns)d_%(width)d(
     float* c, const void* a, int a_panel, const void* b, int b_panel) {
-  const char* rows = (const char*)a - threadIdx.y %% 4 * 2048;
-  uint64_t left = deft_panels(rows, 16), right = deft_panels(b, 16);
+  unsigned left = deft_panels(a, 16), right = deft_panels(b, 16);
   deft_group_begins();
 #pragma unroll
-  for (int k = 0; k < %(width)d / 16; ++k) {
-    int a_at = k / 4 * a_panel * 2 + k %% 4 * 32, b_at = k / 4 * b_panel * 2 + k %% 4 * 32;
-    deft_%(name)s(c, left + (a_at >> 4), right + (b_at >> 4), k > 0);
-  }
+  for (int k = 0; k < %(width)d / 16; ++k)
+    deft_%(name)s(c, deft_descriptor(left, k / 4 * a_panel * 2 + k %% 4 * 32),
+      deft_descriptor(right, k / 4 * b_panel * 2 + k %% 4 * 32), k > 0);
   deft_group_ends();
 }
 """
 
 SUMS = """
 __device__ __forceinline__ void deft_group_sums_%(type)s_%(columns)d_%(depth)d(
-    float* c, const void* a, const void* b, int b_panel) {
-  uint64_t right = deft_panels(b, b_panel * 2);
+    float* c, const float* old, const float* factor, const void* a, const void* b, int b_panel) {
+  if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+    for (int i = 0; i < %(columns)d / 2; ++i) c[i] = old[i] * factor[i / 2 %% 2];
+  } else {
+#pragma unroll
+    for (int i = 0; i < %(columns)d / 2; ++i) c[i] = old[i];
+  }
+  unsigned right = deft_panels(b, b_panel * 2);
   deft_group_begins();
 #pragma unroll
   for (int k = 0; k < %(depth)d / 16; ++k)
-    deft_%(name)s(c, (const unsigned*)a + 4 * k, right + (k * 2048 >> 4), 1);
+    deft_%(name)s(c, (const unsigned*)a + 4 * k, deft_descriptor(right, k * 2048), 1);
   deft_group_ends();
 }
 """
@@ -155,6 +163,7 @@ def group_scores(operand: str, width: int, columns: int) -> str:
         c = T.match_buffer(
             c_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
         )
+        group_begin = T.meta_var(a.elem_offset // GROUP_ELEMENTS * GROUP_ELEMENTS)
         with T.sblock("root"):
             T.reads(
                 c[0:tiles, 0:LANES, 0:HELD],
@@ -167,7 +176,7 @@ def group_scores(operand: str, width: int, columns: int) -> str:
                     T.cuda.func_call(
                         function,
                         T.address_of(c[0, lane, 0]),
-                        a.access_ptr("r"),
+                        a.access_ptr("r", offset=group_begin - a.elem_offset),
                         a_panel,
                         b.access_ptr("r"),
                         b_panel,
@@ -181,7 +190,12 @@ def group_scores(operand: str, width: int, columns: int) -> str:
 @cache
 def group_sums(operand: str, columns: int, depth: int) -> str:
     """The intrinsic that adds to 16 rows of `columns` sums their weights times `depth` tokens in
-    panels. It reads what `intrinsics.multiply_on` says of the sums' beginning as little as that."""
+    panels.
+
+    The sums that it adds to are an output and its rows' factors multiplied, which it only does
+    again: seldom, as a row's maximum grows with its first tokens, and then hardly, so that no
+    factor of a warp's is other than 1.
+    """
     element, kind = storage(operand), SHORT_DTYPE[operand]
     panels, tiles, steps = columns // PANEL, columns // SIDE, depth // SIDE
     name, instruction = _instruction(kind, columns, left_in_registers=True)
@@ -273,6 +287,8 @@ def group_sums(operand: str, columns: int, depth: int) -> str:
                     T.cuda.func_call(
                         function,
                         T.address_of(c[0, lane, 0]),
+                        T.address_of(old[0, lane, 0]),
+                        T.address_of(factor[lane // 4]),
                         T.address_of(a[0, lane, 0]),
                         b.access_ptr("r"),
                         b_panel,

@@ -33,6 +33,16 @@ static T __shfl_down_sync(unsigned, T value, int delta, int = WARP) {
   return from_lane(value, lane < WARP ? lane : lane_number());
 }
 
+static inline int __any_sync(unsigned, int condition) {
+  struct Vote { int condition; } mine{condition};
+  as_warp(mine, [](Vote** all) {
+    int any = 0;
+    for (int i = 0; i < WARP; ++i) any |= all[i]->condition;
+    for (int i = 0; i < WARP; ++i) all[i]->condition = any;
+  });
+  return mine.condition;
+}
+
 static inline void ptx_mad_wide_s32(size_t& result, int a, int b, size_t c) {
   result = (size_t)((int64_t)a * b) + c;
 }
