@@ -56,8 +56,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
         out_handle: T.handle,
         lse_handle: T.handle,
     ) -> None:
-        # On a GPU partials are not read as what never changes: others may begin to write the next.
-        T.func_attr({"tirx.noalias": kind == "llvm"})
+        T.func_attr({"tirx.noalias": True, "deft_tvm.binds_plan": True})
         num_slots, num_merged, num_indptr, num_rows = T.int32(), T.int32(), T.int32(), T.int32()
         partial_out = T.match_buffer(partial_out_handle, (num_slots, HQ, VW), "float32")
         partial_lse = T.match_buffer(partial_lse_handle, (num_slots, HQ), "float32")

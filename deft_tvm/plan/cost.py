@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_tvm.errors import PlanError
-from deft_tvm.plan.residency import unit_bytes
+from deft_tvm.plan.residency import GROUP_ROWS, can_group, unit_bytes
 from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, TileShape
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class CostModel:
             sequence of 65,536 tokens takes 0.98 of the time with 64 MiB in float32, 0.94 in
             bfloat16 (AMD EPYC Zen 4, 2 cores, 2026-11-21). 0: no limit, as on a GPU.
         few_rows: below so many lane rows `few_share` and `few_loading_seconds` hold.
-        group_share: the same from `GROUP_ROWS` lane rows on, where warps multiply together.
+        group_share: the same from `GROUP_ROWS` lane rows on, where warps multiply in groups.
+        archs: of a GPU's binaries, by which they may.
         blocks_at_a_time: units that a multiprocessor works on at a time, each of which counts as a
             core; a unit of a class that leaves no room for a second one takes two.
         shared_bytes: memory of a multiprocessor, where that is so.
@@ -88,6 +89,7 @@ class CostModel:
     trimmed: bool = False
     few_rows: int = FEW_LANE_ROWS
     group_share: Rates = ()
+    archs: tuple[str, ...] = ()
     blocks_at_a_time: int = 1
     shared_bytes: int = 0
 
@@ -105,7 +107,7 @@ class CostModel:
         return replace(
             rates,
             **ON_CUDA,
-            group_share=GROUP_SHARE if profile.target()["arch"] == GROUP_ARCH else (),
+            archs=(profile.target()["arch"],),
             cores=CUDA_BLOCKS * rates.cores,
             blocks_at_a_time=CUDA_BLOCKS,
             shared_bytes=profile.target()["max_shared_memory_per_block"],
@@ -132,11 +134,11 @@ class CostModel:
             self.blocks_at_a_time, max(1, self.shared_bytes // unit_bytes(spec, tile, STAGES))
         )
 
-    def rate(self, tile: TileShape) -> float:
+    def rate(self, spec: AttentionSpec, tile: TileShape) -> float:
         """FLOP/s that one core reaches in `tile`; float32's where its operand was not measured."""
         rates = dict(self.matrix_rate)
         shares = dict(self.few_share if tile.lane_rows < self.few_rows else self.matrix_share)
-        if tile.lane_rows >= GROUP_ROWS:
+        if tile.lane_rows >= GROUP_ROWS and can_group(spec, tile.operand, self.archs):
             shares |= dict(self.group_share)
         rate = rates.get(tile.operand, rates["float32"])
         return shares.get(tile.operand, shares["float32"]) * rate / self.cores
@@ -159,15 +161,13 @@ AVX512-BF16, 2026-11-21)."""
 CUDA_BLOCKS = 2
 """Units that a multiprocessor works on at a time: each is a block that waits most of its time."""
 
-GROUP_ROWS, GROUP_ARCH = 64, "sm_90a"
-GROUP_SHARE: Rates = (("float16", 0.45), ("bfloat16", 0.45))
-
 STAGES = 2
 """Of K and V, that kernels hold where they fit."""
 
 ON_CUDA: dict[str, Any] = {
     "matrix_share": (("float32", 0.4), ("float16", 0.18), ("bfloat16", 0.18)),
     "few_share": (("float32", 0.1), ("float16", 0.13), ("bfloat16", 0.13)),
+    "group_share": (("float16", 0.45), ("bfloat16", 0.45)),
     "few_rows": 17,
     "bandwidth_share": 0.85,
     "unit_seconds": 4.5e-6,
@@ -389,7 +389,7 @@ def prices(spec: AttentionSpec, tiles: tuple[TileShape, ...], model: CostModel) 
     lanes = spec.num_kv_heads * (-(-rows * spec.group // step) * step)
     fixed_seconds = (units * model.unit_seconds)[:, None] + 4 * widths * lanes / a_core
     fixed_seconds[rows > capacity[:, None]] = np.inf
-    rate = np.array([[model.rate(tile)] for tile in tiles])
+    rate = np.array([[model.rate(spec, tile)] for tile in tiles])
     loading = np.array([[model.loading(spec, tile)] for tile in tiles])
     return Prices(
         capacity=capacity,

@@ -1,8 +1,11 @@
-"""What a unit of work takes of a GPU's multiprocessor, by which plans and schedules go alike."""
+"""What a unit of work takes of a GPU's multiprocessor, and how that multiplies for it: by which
+plans and schedules go alike."""
 
 from __future__ import annotations
 
-from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, TileShape
+from collections.abc import Collection
+
+from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, Dtype, TileShape
 
 TABLES_BYTES = 16384
 """More than the tables of tokens and rows ever take beside the tiles."""
@@ -25,3 +28,30 @@ def unit_bytes(spec: AttentionSpec, tile: TileShape, stages: int, padding: int =
     token = sum(width * element + padding for width in widths)
     row = spec.q_width * element + 2 * padding + tile.kv_tile * element
     return tile.lane_rows * row + stages * tile.kv_tile * token + TABLES_BYTES
+
+
+GROUP_ARCH = "sm_90a"
+"""Of Hopper, whose warps can multiply in groups of four."""
+GROUP_ROWS = 64
+PANEL = 64
+"""Columns of a panel, in which tiles then lie: 128 bytes of 16-bit elements."""
+
+
+def can_group(spec: AttentionSpec, operand: Dtype, archs: Collection[str]) -> bool:
+    """Whether warps that have `GROUP_ROWS` of a tile of `operand` can multiply them as one: they
+    do tiles of whole panels, which are copied as they are cached.
+
+    Args:
+        spec: the attention.
+        operand: the type of the products' factors.
+        archs: that binaries may be of.
+    """
+    widths = [spec.k_width, spec.v_width, spec.rope_width]
+    if spec.tied:
+        widths.append(spec.k.begin - spec.v.begin)
+    return (
+        GROUP_ARCH in archs
+        and operand != "float32"
+        and all(buffer.dtype == operand for buffer in spec.buffers)
+        and all(width % PANEL == 0 for width in widths)
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from deft_tvm.plan.residency import can_group, unit_bytes
 from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, Dtype, TileShape
 
 CPU_KV_TILE = 64
@@ -36,6 +37,12 @@ CUDA_ROWS = (16, 32, 64)
 CUDA_WIDE = 384
 """Queries and values wider than this together take half the tokens a step, to fit 99 KB of shared
 memory, but in the smallest class, whose queries take little."""
+GROUPED_ROWS = (16, 64)
+"""Where four warps multiply 64 rows at once, that costs no more than 32 rows by themselves do: 32
+sequences after a prompt of 4,000, MHA: 37 µs for 42 (NVIDIA H200, 2026-11-28)."""
+GROUPED_BYTES = 160 << 10
+"""Shared memory up to which such a step takes 64 tokens, though no second block fits beside: GLA-2
+takes 0.82 to 0.88 of its time with 32 (64 drafts after 1,000; 32 sequences after 4,000)."""
 
 
 def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[TileShape, ...]:
@@ -48,8 +55,11 @@ def default_tiles(spec: AttentionSpec, kind: str, features: Set[str]) -> tuple[T
     """
     if kind == "cuda":
         operand = _one_dtype(spec)
-        rows = _cuda_rows(spec, operand)
-        return tuple(TileShape(r, _cuda_tokens(spec, r), operand) for r in rows)
+        grouped = can_group(spec, operand, features)
+        return tuple(
+            TileShape(rows, _cuda_tokens(spec, rows, operand, grouped), operand)
+            for rows in _cuda_rows(spec, operand, grouped)
+        )
     few_operand = _few_operand(spec, features)
     few = [(rows, few_operand) for rows in (spec.group, 8) if spec.group <= rows < 16]
     operand = _cpu_operand(spec, features)
@@ -103,17 +113,21 @@ def _few_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
     return _cpu_operand(spec, features) if whole else "float32"
 
 
-def _cuda_rows(spec: AttentionSpec, operand: Dtype) -> tuple[int, ...]:
+def _cuda_rows(spec: AttentionSpec, operand: Dtype, grouped: bool) -> tuple[int, ...]:
     """16 lane rows are the fewest that tensor cores multiply; fewer are worth a class of their own
     only without them (64 sequences of 4,096, GQA-32/8: 1,470 µs with 4 rows of float32, 290 with 16
     of bfloat16; NVIDIA H200, 2026-11-27). Where values are wide, 32 rows leave no more room than 64
     do."""
     few = (spec.group,) if operand == "float32" and spec.group < 16 else ()
-    many = [r for r in CUDA_ROWS if r >= spec.group and not (r == 32 and _is_wide(spec))]
+    possible = GROUPED_ROWS if grouped else CUDA_ROWS
+    many = [r for r in possible if r >= spec.group and not (r == 32 and _is_wide(spec))]
     return (*few, *many) or (-(-spec.group // 16) * 16,)
 
 
-def _cuda_tokens(spec: AttentionSpec, lane_rows: int) -> int:
+def _cuda_tokens(spec: AttentionSpec, lane_rows: int, operand: Dtype, grouped: bool) -> int:
+    whole = TileShape(lane_rows, CUDA_KV_TILE, operand)
+    if grouped and unit_bytes(spec, whole, 2) <= GROUPED_BYTES:
+        return CUDA_KV_TILE
     wide = _is_wide(spec) and lane_rows > CUDA_ROWS[0]
     return CUDA_KV_TILE // (2 if wide else 1)
 

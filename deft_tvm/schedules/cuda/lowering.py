@@ -36,7 +36,7 @@ from deft_tvm.schedules.cuda.shares import (
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
 from deft_tvm.schedules.cuda.statements import substitute
-from deft_tvm.schedules.cuda.succession import overlap_launches
+from deft_tvm.schedules.cuda.succession import OF_PLAN, overlap_launches
 from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cuda"
@@ -143,26 +143,31 @@ def _ask_for_shared_memory(
     return func.with_body(substitute(func.body, old, wide))
 
 
-class _Registers:
-    """How many blocks of each kernel a multiprocessor shall have registers for.
+class _Noted:
+    """How many blocks of each kernel a multiprocessor shall have registers for, and which kernels
+    bind only what is of the plan before they wait.
 
-    A schedule annotates a loop, of which nothing is left when a kernel has become a function of the
-    device: so it is noted by name in between.
+    Schedules and computations say so in ways of which nothing is left when a kernel has become a
+    function of the device: so it is noted by name in between.
     """
 
     def __init__(self) -> None:
         self.blocks: dict[str, int] = {}
+        self.of_plan: set[str] = set()
 
     def note(self) -> transform.Pass:
-        """The pass that reads what schedules say."""
+        """The pass that reads what they say."""
 
-        @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.NoteBlocks")
+        @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.Note")
         def note(
             func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
         ) -> tirx.PrimFunc:
+            name = str(func.attrs["global_symbol"])
+            if func.attrs.get(OF_PLAN, False):
+                self.of_plan.add(name)
+
             def look(loop: tirx.For) -> None:
                 if BLOCKS in loop.annotations:
-                    name = str(func.attrs["global_symbol"])
                     self.blocks[name] = int(loop.annotations[BLOCKS])
 
             tvm_ffi.structural_walk(func.body, [(tirx.For, look)])
@@ -223,9 +228,9 @@ def _threaded() -> list[transform.Pass]:
 
 def _pipeline() -> tuple[transform.Pass, Any, Any]:
     """The three parts of a lowering pipeline, as TVM asks for them."""
-    registers = _Registers()
+    noted = _Noted()
     passes = [
-        registers.note(),
+        noted.note(),
         *_threaded(),
         _check_shared_memory,
         _ask_for_shared_memory,
@@ -235,7 +240,7 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
     ]
 
     def finalize_device() -> transform.Pass:
-        ours = [registers.bound(), overlap_launches]
+        ours = [noted.bound(), overlap_launches(noted.of_plan)]
         return transform.Sequential([*ours, finalize_device_passes()])
 
     return transform.Sequential(passes), finalize_host_passes, finalize_device

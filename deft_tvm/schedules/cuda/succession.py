@@ -9,6 +9,8 @@ kernels here let the next one begin so, and wait before anything else.
 
 from __future__ import annotations
 
+from collections.abc import Set
+from itertools import takewhile
 from typing import Any
 
 from tvm import tirx, transform
@@ -21,10 +23,14 @@ FIRST_MAJOR = 9
 
 SUCCEED = """
 __device__ __forceinline__ void deft_succeed() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 """
+"""The wait comes first: so whoever waits for this kernel has waited for those before it, too."""
+OF_PLAN = "deft_tvm.binds_plan"
+"""Attribute of a kernel that waits only after what it binds first, which is of the plan alone: no
+kernel before it in a step writes that, and the first of them has waited for who did."""
 
 
 def can_overlap(arch: str) -> bool:
@@ -32,15 +38,46 @@ def can_overlap(arch: str) -> bool:
     return int(arch.removeprefix("sm_").rstrip("af")) // 10 >= FIRST_MAJOR
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.OverlapLaunches")
-def overlap_launches(
-    func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
-) -> tirx.PrimFunc:
-    """Let a function of the device be launched early, where it can be, and wait first."""
-    tags = (func.attrs or {}).get(LAUNCH_PARAMETERS)
-    if tags is None or not can_overlap(str(func.attrs["target"].attrs["arch"])):
-        return func
+def overlap_launches(of_plan: Set[str]) -> transform.Pass:
+    """The pass that lets functions of the device be launched early, where they can be, and wait.
+
+    Args:
+        of_plan: names of those with `OF_PLAN`, which splitting host from device leaves behind.
+    """
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.OverlapLaunches")
+    def overlap(
+        func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
+    ) -> tirx.PrimFunc:
+        tags = (func.attrs or {}).get(LAUNCH_PARAMETERS)
+        if tags is None or not can_overlap(str(func.attrs["target"].attrs["arch"])):
+            return func
+        name = str(func.attrs["global_symbol"]).removesuffix("_kernel")
+        begun = func.with_body(_waiting(func.body, name in of_plan))
+        if name in of_plan:
+            # What is read after the wait is not what never changes while the kernel runs.
+            begun = begun.with_attr("tirx.noalias", False)
+        # The tag of shared memory is the last one.
+        return begun.with_attr(LAUNCH_PARAMETERS, [OVERLAPPED, *tags])
+
+    return overlap
+
+
+def _waiting(body: tirx.Stmt, after_binds: bool) -> tirx.Stmt:
+    """`body` with the wait before it, or after its first statements that only bind."""
     wait = tirx.Evaluate(T.cuda.func_call("deft_succeed", source_code=SUCCEED))
-    begun = func.with_body(tirx.SeqStmt([wait, func.body]))
-    # The tag of shared memory is the last one.
-    return begun.with_attr(LAUNCH_PARAMETERS, [OVERLAPPED, *tags])
+    if not after_binds:
+        return tirx.SeqStmt([wait, body])
+    if isinstance(body, tirx.AttrStmt):
+        return tirx.AttrStmt(body.node, body.attr_key, body.value, _waiting(body.body, True))
+    if isinstance(body, tirx.SeqStmt):
+        binds = list(takewhile(_only_binds, body.seq))
+        others = list(body.seq)[len(binds) :]
+        if len(others) == 1:
+            return tirx.SeqStmt([*binds, _waiting(others[0], True)])
+        return tirx.SeqStmt([*binds, wait, *others])
+    return tirx.SeqStmt([wait, body])
+
+
+def _only_binds(statement: tirx.Stmt) -> bool:
+    return isinstance(statement, (tirx.Bind, tirx.AllocBuffer, tirx.DeclBuffer))

@@ -17,7 +17,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from deft_tvm.plan.residency import PADDING
+from deft_tvm.plan.residency import GROUP_ROWS, PADDING, PANEL, can_group
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
     OUTPUT_PASSES,
@@ -50,13 +50,7 @@ from deft_tvm.schedules.cuda.threads import (
     deal_quads,
     keep,
 )
-from deft_tvm.schedules.cuda.warpgroups import (
-    GROUP_ROWS,
-    MOST_COLUMNS,
-    PANEL,
-    group_scores,
-    group_sums,
-)
+from deft_tvm.schedules.cuda.warpgroups import MOST_COLUMNS, group_scores, group_sums
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
 from deft_tvm.spec import DTYPE_BYTES, Dtype
@@ -180,16 +174,11 @@ def _default_shares(task: KernelTask, possible: list[int], grouped: bool) -> int
 
 
 def _can_group(task: KernelTask) -> bool:
-    """Whether four warps can multiply as one, which 16-bit tiles of whole panels can on Hopper."""
+    """Whether warps can multiply in groups of four."""
     tile, spec = task.tile, task.spec
     assert tile is not None
-    widths = [spec.k_width, spec.v_width, spec.rope_width]
-    if spec.tied:
-        widths.append(spec.k.begin - spec.v.begin)
     return (
-        str(task.target["arch"]) == "sm_90a"
-        and all(buffer.dtype == tile.operand for buffer in spec.buffers)
-        and all(width % PANEL == 0 for width in widths)
+        can_group(spec, tile.operand, {str(task.target["arch"])})
         and tile.lane_rows % GROUP_ROWS == 0
         and any(_fits_groups(task, shares) for shares in _possible_shares(task))
     )

@@ -17,14 +17,12 @@ from functools import cache
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import storage, widen
+from deft_tvm.plan.residency import GROUP_ROWS, PANEL
 from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
 from deft_tvm.spec import SHORT_DTYPE
 
-GROUP_ROWS = 64
-PANEL = 64
-"""Columns of a panel: 128 bytes of 16-bit elements."""
 GROUP_ELEMENTS = GROUP_ROWS * PANEL
 """Of the first panel, where the group's rows begin at a multiple of these."""
 MOST_COLUMNS = 256
