@@ -171,6 +171,20 @@ def _both(one: Expr, other: Expr) -> Expr:
     return whole != tirx.const(0, "int32")
 
 
+LAZY = 8.0
+"""In base 2: probabilities above a maximum that lags behind by so much are at most 256, which
+float16 holds, too, and are rounded as finely."""
+
+
+def lazy_max(maximum: Expr, found: Expr) -> Expr:
+    """What a row's scores are taken relative to: `maximum` until one of a tile exceeds it by
+    `LAZY`, so that the output need not be rescaled for each that is a little larger.
+
+    Any number does that is not far below the largest score. Every row's first tile sets it.
+    """
+    return tirx.Select(found > maximum + tirx.const(LAZY, "float32"), found, maximum)
+
+
 def finite(maximum: Expr) -> Expr:
     """0 for a row that has seen nothing yet, so that -inf minus -inf is never taken."""
     unseen = maximum == tirx.const(float("-inf"), "float32")

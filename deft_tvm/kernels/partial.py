@@ -38,7 +38,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.caches import element_of, index_of, shape_of
-from deft_tvm.kernels.numerics import exp2_polynomial, logits_of, storage, within
+from deft_tvm.kernels.numerics import exp2_polynomial, lazy_max, logits_of, storage, within
 from deft_tvm.kernels.stage import stage
 from deft_tvm.kernels.stages import (
     UNIT_STATE_BYTES,
@@ -120,7 +120,7 @@ def partial_attention(
     loop = work_loop(kind)
     exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
     precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
-    conditions = within(ON_CPU)
+    grown, *conditions = tirx.max if ON_CPU else lazy_max, *within(ON_CPU)
     logit, *powers = *logits_of(spec.scale, spec.soft_cap, precise, later=not ON_CPU), exp2
     at, shape = index_of(spec.layout), shape_of(spec.layout)
 
@@ -450,16 +450,11 @@ def partial_attention(
                                             T.writes()
                                             E = T.sblock_alloc_buffer((M, N), "float32")
                                             W = T.sblock_alloc_buffer((M, N), "float32")
-                                            m_tile = T.sblock_alloc_buffer((M,), "float32")
-                                            total_tile = T.sblock_alloc_buffer((M,), "float32")
-                                            grow_max(m_new, factor, m_tile, m, base(n), X, *powers)
+                                            grow_max(m_new, factor, m, base(n), X, grown, *powers)
                                             exponentiate(E, X, m_new, *powers)
-                                            # On a GPU warps may tell each other both in one go.
                                             if not ON_CPU:
                                                 round_weights(P, W, E, v_scale, SCALED, operand)
-                                            grow_sum(
-                                                total_new, total_tile, total, base(n), factor, E
-                                            )
+                                            grow_sum(total_new, total, base(n), factor, E)
                                             if ON_CPU:
                                                 round_weights(P, W, E, v_scale, SCALED, operand)
                                     for _ in T.serial(1):

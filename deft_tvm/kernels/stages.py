@@ -196,8 +196,9 @@ def masked_logits(
 
 
 @stage
-def grow_max(m_new, factor, m_tile, m, base, X, in_base_2, exp2):
-    """The running maximum with this tile, and 2^(old - new)."""
+def grow_max(m_new, factor, m, base, X, grown, in_base_2, exp2):
+    """The running maximum with this tile as far as it is `grown`, and 2^(old - new)."""
+    m_tile = T.sblock_alloc_buffer((X.shape[0],), "float32")
     for i, j in T.grid(X.shape[0], X.shape[1]):
         with T.sblock("row_max"):
             vi, vj = T.axis.remap("SR", [i, j])
@@ -208,7 +209,7 @@ def grow_max(m_new, factor, m_tile, m, base, X, in_base_2, exp2):
     for i in range(X.shape[0]):
         with T.sblock("new_max"):
             vi = T.axis.spatial(X.shape[0], i)
-            m_new[vi] = T.max(m[base + vi], in_base_2(m_tile[vi]))
+            m_new[vi] = grown(m[base + vi], in_base_2(m_tile[vi]))
     for i in range(X.shape[0]):
         with T.sblock("rescale"):
             vi = T.axis.spatial(X.shape[0], i)
@@ -225,8 +226,9 @@ def exponentiate(E, X, m_new, in_base_2, exp2):
 
 
 @stage
-def grow_sum(total_new, total_tile, total, base, factor, E):
+def grow_sum(total_new, total, base, factor, E):
     """The running sum with this tile, of probabilities that are not rounded."""
+    total_tile = T.sblock_alloc_buffer((E.shape[0],), "float32")
     for i, j in T.grid(E.shape[0], E.shape[1]):
         with T.sblock("row_sum"):
             vi, vj = T.axis.remap("SR", [i, j])
@@ -241,7 +243,10 @@ def grow_sum(total_new, total_tile, total, base, factor, E):
 
 @stage
 def round_weights(P, W, E, v_scale, scaled, operand):
-    """By what V's stored elements are weighed, rounded: a probability, times V's scale if any."""
+    """By what V's stored elements are weighed, rounded: a probability, times V's scale if any.
+
+    On a GPU that comes before the sums: warps may tell each other both in one go.
+    """
     if scaled:
         for i, j in T.grid(E.shape[0], E.shape[1]):
             with T.sblock("weights"):

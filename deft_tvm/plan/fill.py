@@ -37,7 +37,7 @@ class Cut(NamedTuple):
 def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> Cut:
     """Where to cut each group, and what that costs.
 
-    Cuts are even and whole steps of the longest KV tile. Each adds a partial for each row, which
+    Cuts are even and whole multiples of `Prices.cut_step`. Each adds a partial for each row, which
     is counted; a plan that the uncut groups balance stays whole but for what
     `Prices.longest` says.
 
@@ -73,8 +73,8 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
 
 def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
     """int[…, G], tokens of a piece."""
-    steps = -(-tokens // (pieces * prices.longest_step))
-    return np.minimum(steps * prices.longest_step, tokens)
+    steps = -(-tokens // (pieces * prices.cut_step))
+    return np.minimum(steps * prices.cut_step, tokens)
 
 
 def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:

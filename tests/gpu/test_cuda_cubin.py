@@ -18,6 +18,7 @@ from tvm import IRModule
 from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.schedules.cuda.limits import shared_limit
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source, shared_bytes
+from deft_tvm.schedules.cuda.succession import can_overlap
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec
 
@@ -46,6 +47,7 @@ CASES = (
     ("gta:hq=32,hkv=8,d=128,rope=64,dtype=bf16", "sm_89"),
     ("mla:hq=16,d=128,kv_dtype=e4m3,rope=64,dtype=bf16,page=64,scale=0.1", "sm_89"),
     (f"mla:hq=128,d=512,{LATENT}", "sm_90a"),
+    (f"mla:hq=16,d=512,{LATENT}", "sm_90a"),
     (f"gla:hq=128,hkv=2,d=256,{LATENT}", "sm_90a"),
 )
 
@@ -82,7 +84,7 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def _compiled(text: str, arch: str, folder: Path) -> Compiled:
     spec, target = AttentionSpec.parse(text), {"kind": "cuda", "arch": arch}
     tasks, shared, kernels = {}, {}, IRModule()
-    for tile in (*default_tiles(spec, "cuda", frozenset()), None):
+    for tile in (*default_tiles(spec, "cuda", frozenset({arch})), None):
         symbol = "merge" if tile is None else f"partial_{tile.name}"
         kind = "merge" if tile is None else "partial"
         tasks[symbol] = KernelTask(kind, spec, tile, target, frozenset(), symbol)
@@ -126,9 +128,10 @@ def test_kernels_are_made_of_the_instructions_they_are_for(module: Compiled) -> 
         pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
     for name, task in module.partial.items():
         found = module.cubin.instructions[name]
-        tensor_cores = _on_tensor_cores(task)
-        assert _any(found, "HMMA.16816.F32") == tensor_cores, name
-        assert _any(found, "LDSM.16") == tensor_cores, name
+        groups, warps = _in_groups(task), _on_tensor_cores(task) and not _in_groups(task)
+        assert _any(found, "HGMMA.64x") == groups, name
+        assert _any(found, "HMMA.16816.F32") == warps, name
+        assert _any(found, "LDSM.16") == warps, name
         asynchronous = _copies_ahead(task)
         assert _any(found, "LDGSTS") == asynchronous, name
         wide = "LDGSTS.E.BYPASS.128" if asynchronous else "LDG.E.128"
@@ -142,11 +145,33 @@ def test_ptx_has_them_too(module: Compiled) -> None:
     """What is left to look at where nvdisasm is missing."""
     for name, task in module.partial.items():
         text = module.cubin.ptx[name]
-        assert ("mma.sync.aligned.m16n8k16" in text) == _on_tensor_cores(task), name
-        assert ("ldmatrix.sync.aligned.m8n8.x4" in text) == _on_tensor_cores(task), name
+        groups, warps = _in_groups(task), _on_tensor_cores(task) and not _in_groups(task)
+        assert ("wgmma.mma_async.sync.aligned.m64" in text) == groups, name
+        assert ("mma.sync.aligned.m16n8k16" in text) == warps, name
+        assert ("ldmatrix.sync.aligned.m8n8.x4" in text) == warps, name
         assert ("cp.async.cg.shared.global" in text) == _copies_ahead(task), name
         assert "ld.global.nc.v4" in text or "ld.global.v4" in text or _copies_ahead(task), name
         assert not re.search(r"\b(div|rem)\.[us](32|64)", text), name
+
+
+@each_case
+def test_kernels_wait_for_the_one_before(module: Compiled) -> None:
+    """Before they read anything; the merge before it reads more than its place in the plan."""
+    if disassembler() is None:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    for name, task in module.tasks.items():
+        found = list(module.cubin.instructions[name])  # each by its first place
+        assert ("ACQBULK" in found) == can_overlap(str(task.target["arch"])), name
+        if "ACQBULK" not in found:
+            continue
+        before = found[: found.index("ACQBULK")]
+        assert "PREEXIT" not in before, name
+        plain = {"LDG.E"} if name == "merge" else set()
+        read = {one for one in before if one.startswith(("LDG", "LDS", "ST"))}
+        assert read == plain, name
+        # What others write while a kernel waits must not come out of a cache that takes it for
+        # what never changes.
+        assert name != "merge" or not any("CONSTANT" in one for one in found)
 
 
 def _fills_the_registers(task: KernelTask) -> bool:
@@ -157,6 +182,11 @@ def _fills_the_registers(task: KernelTask) -> bool:
 def _on_tensor_cores(task: KernelTask) -> bool:
     assert task.tile is not None
     return task.tile.operand != "float32"
+
+
+def _in_groups(task: KernelTask) -> bool:
+    """Whether its warps multiply in groups of four."""
+    return bool(schedule(task)[1].taken.get("groups", 0))
 
 
 def _copies_ahead(task: KernelTask) -> bool:

@@ -27,8 +27,8 @@ static double seconds_of(const Uncut *uncut, const int64_t *chunk) {
 }
 
 static int64_t evenly(const Prices *prices, int64_t tokens, int64_t pieces) {
-  int64_t steps = ceil_div(tokens, pieces * prices->longest_step);
-  return smaller(steps * prices->longest_step, tokens);
+  int64_t steps = ceil_div(tokens, pieces * prices->cut_step);
+  return smaller(steps * prices->cut_step, tokens);
 }
 
 static int64_t round_up(double value) {

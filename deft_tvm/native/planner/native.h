@@ -24,7 +24,7 @@ typedef struct { /* PageTable */
 } Pages;
 
 typedef struct { /* Prices: [classes], and the seconds [classes][most_rows + 1] */
-  int64_t classes, cores, most_rows, row_step, longest_step, longest, joins;
+  int64_t classes, cores, most_rows, row_step, cut_step, longest, joins;
   const int64_t *kv_tile, *units;
   const double *step_seconds, *fixed_seconds;
   double token_seconds, partial_seconds, launch_seconds;
