@@ -28,6 +28,7 @@ from deft_tvm.schedules.cuda.repeats import repeat_iterations
 from deft_tvm.schedules.cuda.rows import ask_once_a_row
 from deft_tvm.schedules.cuda.shares import (
     DEALT,
+    DEALT_FOURS,
     DEALT_ROWS,
     DEALT_THREADS,
     FRAGMENT,
@@ -193,7 +194,7 @@ def _threaded() -> list[transform.Pass]:
     lower, simplify = s_tir.transform, tirx.transform.StmtSimplify
     return [
         repeat_iterations,
-        keep_own_share(DEALT, DEALT_ROWS, DEALT_THREADS, QUAD_ROWS),
+        keep_own_share(DEALT, DEALT_FOURS, DEALT_ROWS, DEALT_THREADS, QUAD_ROWS),
         lower.CanonicalizeLoop(),
         lower.LowerCrossThreadReduction(),
         lower.LowerInitBlock(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 
-from deft_tvm.schedules.cuda.shares import DEALT, DEALT_THREADS
+from deft_tvm.schedules.cuda.shares import DEALT, DEALT_FOURS, DEALT_THREADS, FOUR
 from deft_tvm.schedules.cuda.threads import (
     LANES,
     TABLE_SCOPE,
@@ -38,31 +38,34 @@ def merge_columns(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
         partials = sch.get_loops(sch.get_sblock(block))[-1]
         sch.bind(sch.split(partials, [None, LANES])[1], "threadIdx.x")
     keep(sch, ("weigh",), DEALT_THREADS)
-    _weigh(sch, warps, ahead)
+    _weigh(sch, warps, ahead, FOUR if task.spec.v_width % FOUR == 0 else 1)
     deal_threads(sch, "write_out", warps)
     by_first_thread(sch, "write_lse", warps)
     return True
 
 
-def _weigh(sch: Schedule, warps: int, ahead: int) -> None:
-    """Partials to warps and columns to lanes; then a thread for a column adds the warps' sums."""
+def _weigh(sch: Schedule, warps: int, ahead: int, width: int) -> None:
+    """Partials to warps and columns to lanes, `width` at a time; then a thread for a column adds
+    the warps' sums."""
     shares = sch.get_loops(sch.get_sblock("weigh"))[-1]
     mine, _ = sch.split(shares, [warps, None])
     of_warp = sch.rfactor(mine, 0)
-    sch.set_scope(of_warp, 0, DEALT)
+    sch.set_scope(of_warp, 0, DEALT if width == 1 else DEALT_FOURS)
     told = sch.cache_read(sch.get_sblock("weigh"), 0, TABLE_SCOPE)
     deal_threads(sch, "weigh", warps)
 
     column, rounds, warp, shares = sch.get_loops(of_warp)[-4:]
-    columns, lane = sch.split(column, [None, LANES])
+    columns, lane, own = sch.split(column, [None, LANES, width])
     rounds, inner = sch.split(rounds, [None, ahead])
-    sch.reorder(warp, lane, rounds, inner, shares, columns)
+    sch.reorder(warp, lane, rounds, inner, shares, columns, own)
     bind_threads(sch, warp, lane)
     unroll_all(sch, (inner, shares, columns))
+    sch.vectorize(own)
     sch.decompose_reduction(of_warp, rounds)
 
     warp, column = sch.get_loops(told)[-2:]
-    columns, lane = sch.split(column, [None, LANES])
-    sch.reorder(warp, lane, columns)
+    columns, lane, own = sch.split(column, [None, LANES, width])
+    sch.reorder(warp, lane, columns, own)
     bind_threads(sch, warp, lane)
     sch.unroll(columns)
+    sch.vectorize(own)

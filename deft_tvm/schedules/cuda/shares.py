@@ -21,6 +21,12 @@ from deft_tvm.schedules.cuda.threads import LANES
 DEALT = "local.dealt"
 """``[row, column]``: rows dealt out to warps and columns to lanes, as to players of cards."""
 
+FOUR = 4
+"""Neighbouring float32 elements, which are loaded and stored at a time."""
+
+DEALT_FOURS = "local.dealt_fours"
+"""The same with `FOUR` columns to each lane."""
+
 DEALT_ROWS = "local.dealt_rows"
 """``[row]``: rows dealt out to warps, and all lanes of a warp have the same."""
 
@@ -44,6 +50,16 @@ def _divided(shape: list[int], by: list[int]) -> Axes:
     return [(-(-extent // d), part(d)) for extent, d in zip(shape, by, strict=True)]
 
 
+def _fours(shape: list[int], warps: int) -> Axes:
+    round_of_all = FOUR * LANES
+    columns = -(-shape[1] // round_of_all) * FOUR
+
+    def place(index: Any) -> Any:
+        return tirx.floordiv(index, round_of_all) * FOUR + tirx.floormod(index, FOUR)
+
+    return [*_divided(shape[:1], [warps]), (columns, place)]
+
+
 def _of_quads(shape: list[int]) -> Axes:
     first: Axes = [(1, lambda _: tirx.IntImm("int32", 0))] * (len(shape) - 1)
     return [*first, (2, lambda index: tirx.floordiv(tirx.floormod(index, 16), 8))]
@@ -51,6 +67,7 @@ def _of_quads(shape: list[int]) -> Axes:
 
 PARTS: dict[str, Callable[[list[int], int], Axes]] = {
     DEALT: lambda shape, warps: _divided(shape, [warps, LANES]),
+    DEALT_FOURS: _fours,
     DEALT_ROWS: lambda shape, warps: _divided(shape, [warps]),
     DEALT_THREADS: lambda shape, warps: _divided(shape, [warps * LANES]),
     FRAGMENT: lambda shape, warps: _divided(
