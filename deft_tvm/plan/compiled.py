@@ -69,8 +69,8 @@ _PAGES = _struct(
     "is_contiguous page_shift num_pages max_page", "page_indices page_indptr first_slot"
 )
 _PRICES = _struct(
-    "classes cores most_rows row_step cut_step longest joins",
-    "kv_tile units step_seconds fixed_seconds",
+    "classes cores most_rows row_step longest joins",
+    "kv_tile cut_steps units step_seconds fixed_seconds",
     "token_seconds partial_seconds launch_seconds",
 )
 

@@ -173,10 +173,11 @@ ON_CUDA: dict[str, Any] = {
     "unit_seconds": 9e-6,
     "launch_seconds": 5e-6,
 }
-"""Of 72 choices those whose plans take the least time in 60 steps of MHA, GQA, MQA, MLA and GLA:
-1.001 times the best of each in the mean, and 1.06 at most. A unit's share is what it waits for
-before its first product and after its last one, of which a second one beside it hides little; a
-launch counts with the time in which its last units wait (NVIDIA H200, 2026-11-28)."""
+"""Among the best of 72 choices, whose plans take 1.001 times what the best ones do in the mean of
+60 steps of MHA, GQA, MQA, MLA and GLA, and 1.06 at most (`benchmarks/prices.py`). A unit's share is
+what it waits for before its first product and after its last one, of which a second one beside it
+hides little; a launch counts with the time in which its last units wait (NVIDIA H200, 2026-11-28).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,12 +228,12 @@ class Prices:
         return int(self.capacity.max())
 
     @cached_property
-    def cut_step(self) -> int:
-        """Tokens of which a cut holds a whole number: a step of the class that takes most at a
-        time; on a GPU of the one that takes fewest, as many units as there are places for matter
-        more there than a step that is not full (MLA, 32 sequences after a prompt of 4,000: 0.95
-        of the time; NVIDIA H200, 2026-11-28)."""
-        return int(self.kv_tile.min() if self.joins else self.kv_tile.max())
+    def cut_steps(self) -> Ints:
+        """int[C], of how many tokens a cut holds a whole number: a step of the class that takes
+        most at a time. On a GPU it is one of the group's own class, as units there are few, so that
+        one step more or less of each matters."""
+        longest = np.full_like(self.kv_tile, self.kv_tile.max())
+        return self.kv_tile if self.joins else longest
 
     def choose_tile(self, tokens: Ints, rows: Ints) -> tuple[Ints, Floats]:
         """The class in which an item's units together are cheapest, and the seconds of one.

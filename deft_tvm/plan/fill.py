@@ -37,7 +37,7 @@ class Cut(NamedTuple):
 def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> Cut:
     """Where to cut each group, and what that costs.
 
-    Cuts are even and whole multiples of `Prices.cut_step`. Each adds a partial for each row, which
+    Cuts are even and whole multiples of `Prices.cut_steps`. Each adds a partial for each row, which
     is counted; a plan that the uncut groups balance stays whole but for what
     `Prices.longest` says.
 
@@ -53,28 +53,28 @@ def fill(prices: Prices, tokens: Ints, rows: Ints, chunk: int | None = None) -> 
         given = np.minimum(tokens, chunk)
         return Cut(given, float(_seconds(prices, tokens, given[None], rows)[0]))
     tile, seconds, units = prices.units_of(tokens, rows)
+    steps = prices.cut_steps[tile]
     balanced = np.bincount(tile, seconds * units) / prices.cores
     waits = 2 * tokens * prices.token_seconds > seconds * units
     fewest: Ints | int = 1
     if (waits & (tokens > prices.longest)).any():
         fewest = np.where(waits, -(-tokens // prices.longest), 1)
-        uncut = _evenly(prices, tokens, fewest)
+        uncut = _evenly(steps, tokens, fewest)
         whole = Cut(uncut, float(_seconds(prices, tokens, uncut[None], rows)[0]))
     else:
         whole = Cut(tokens, float(by_class(tile, seconds, units, prices.cores)), (tile, seconds))
     if whole.seconds <= SLACK * running_sum(balanced):
         return whole
     pieces = np.ceil(seconds / (balanced[tile] / SHARES[:, None])).astype(np.int64)
-    tried = _evenly(prices, tokens, np.maximum(pieces, fewest))
+    tried = _evenly(steps, tokens, np.maximum(pieces, fewest))
     cost = _seconds(prices, tokens, tried, rows)
     best = int(cost.argmin())
     return Cut(tried[best], float(cost[best])) if cost[best] < whole.seconds else whole
 
 
-def _evenly(prices: Prices, tokens: Ints, pieces: Ints) -> Ints:
-    """int[…, G], tokens of a piece."""
-    steps = -(-tokens // (pieces * prices.cut_step))
-    return np.minimum(steps * prices.cut_step, tokens)
+def _evenly(step: Ints, tokens: Ints, pieces: Ints | int) -> Ints:
+    """int[…, G], tokens of a piece, in steps of so many."""
+    return np.minimum(-(-tokens // (pieces * step)) * step, tokens)
 
 
 def _seconds(prices: Prices, tokens: Ints, chunk: Ints, rows: Ints) -> Floats:

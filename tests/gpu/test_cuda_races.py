@@ -8,11 +8,12 @@ must ThreadSanitizer report as missing. The others are idle.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-from emulate import Arguments, Kernel, sanitizer, translate
+from emulate import Arguments, EmulationError, Kernel, sanitizer, translate
 from problems import (
     BRANCHES,
     Problem,
@@ -46,6 +47,7 @@ CASES = {
         "mla:hq=8,d=128,rope=16,dtype=bf16,scale=0.1",
         TileShape(16, 32, "bfloat16"),
     ),
+    "groups": ("gqa:hq=4,hkv=1,d=64,dtype=bf16", TileShape(64, 32, "bfloat16")),
 }
 """Names, specs and tile classes."""
 
@@ -118,6 +120,23 @@ def test_a_wait_that_leaves_one_group_more_gives_wrong_results(case: str, folder
     forget(problem)
     kernel.waiting_for_less().run(folder, blocks, arguments)
     assert is_wrong(problem)
+
+
+@pytest.mark.parametrize(
+    ("fence", "said"),
+    [
+        ("ptx_fence_proxy_async_shared_cta()", "copied without a fence after"),
+        ("ptx_wgmma_fence_sync_aligned()", "in a group without a fence before"),
+        ("ptx_wgmma_wait_group_sync_aligned(0)", "begins with other sums"),
+    ],
+)
+def test_what_groups_of_warps_need_is_missed(fence: str, said: str, folder: Path) -> None:
+    problem = problem_of("groups")
+    kernel, blocks, arguments = launch_of(problem)
+    assert kernel.cpp.count(fence), "kernels have it"
+    without = replace(kernel, cpp=kernel.cpp.replace(fence, ""))
+    with pytest.raises(EmulationError, match=said):
+        without.run(folder, blocks, arguments)
 
 
 def test_merge_has_no_races(folder: Path) -> None:

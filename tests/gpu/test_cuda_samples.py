@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from problems import (
+    ARCH,
     BRANCHES,
     CAUSAL,
     DRAFT,
@@ -85,8 +86,8 @@ def sampled_by(rng: random.Random) -> Callable[[KernelTask], str]:
 
 def tiles_of(spec: AttentionSpec) -> list[TileShape]:
     """The classes that ship, and others of both rules."""
-    shipped = default_tiles(spec, "cuda", frozenset())
-    rows = [rows for rows in (spec.group, 16, 32) if rows >= spec.group]
+    shipped = default_tiles(spec, "cuda", frozenset({ARCH}))
+    rows = [rows for rows in (spec.group, 16, 32, 64) if rows >= spec.group]
     tokens = (16, 32) if spec.q_width + spec.v_width > 384 else (16, 32, 64)
     operand = shipped[-1].operand
     others = [TileShape(r, t, operand) for r in rows for t in tokens if r >= 16]
@@ -97,7 +98,7 @@ def tiles_of(spec: AttentionSpec) -> list[TileShape]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_rule_has_choices(variant: str) -> None:
     spec = AttentionSpec.parse(VARIANTS[variant])
-    tiles = default_tiles(spec, "cuda", frozenset())
+    tiles = default_tiles(spec, "cuda", frozenset({ARCH}))
     for task in (*(partial_task(spec, tile) for tile in tiles), merge_task(spec)):
         _, knobs = schedule(task)
         assert any(len(candidates) > 1 for candidates in knobs.table.values()), task.name

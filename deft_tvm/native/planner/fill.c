@@ -26,9 +26,8 @@ static double seconds_of(const Uncut *uncut, const int64_t *chunk) {
   return time + uncut->prices->partial_seconds * (double)partials;
 }
 
-static int64_t evenly(const Prices *prices, int64_t tokens, int64_t pieces) {
-  int64_t steps = ceil_div(tokens, pieces * prices->cut_step);
-  return smaller(steps * prices->cut_step, tokens);
+static int64_t evenly(int64_t step, int64_t tokens, int64_t pieces) {
+  return smaller(ceil_div(tokens, pieces * step) * step, tokens);
 }
 
 static int64_t round_up(double value) {
@@ -63,7 +62,8 @@ double fill(Arena *arena, const Prices *prices, const Groups *groups, int64_t *c
   for (int32_t tile = 0; tile < prices->classes; ++tile)
     total += balanced[tile] /= (double)prices->cores;
   if (longest_wait > prices->longest) {
-    for (int32_t g = 0; g < count; ++g) chunk[g] = evenly(prices, tokens[g], fewest[g]);
+    for (int32_t g = 0; g < count; ++g)
+      chunk[g] = evenly(prices->cut_steps[units[g].tile], tokens[g], fewest[g]);
     seconds = seconds_of(&uncut, chunk);
   } else {
     for (int32_t g = 0; g < count; ++g) fewest[g] = 1;
@@ -74,7 +74,8 @@ double fill(Arena *arena, const Prices *prices, const Groups *groups, int64_t *c
   for (size_t i = 0; i < sizeof SHARES / sizeof *SHARES; ++i) {
     for (int32_t g = 0; g < count; ++g) {
       int64_t pieces = round_up(units[g].seconds / (balanced[units[g].tile] / SHARES[i]));
-      tried[g] = evenly(prices, tokens[g], larger(pieces, fewest[g]));
+      int64_t step = prices->cut_steps[units[g].tile];
+      tried[g] = evenly(step, tokens[g], larger(pieces, fewest[g]));
     }
     double found = seconds_of(&uncut, tried);
     if (found >= seconds) continue;

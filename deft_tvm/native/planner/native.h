@@ -24,8 +24,8 @@ typedef struct { /* PageTable */
 } Pages;
 
 typedef struct { /* Prices: [classes], and the seconds [classes][most_rows + 1] */
-  int64_t classes, cores, most_rows, row_step, cut_step, longest, joins;
-  const int64_t *kv_tile, *units;
+  int64_t classes, cores, most_rows, row_step, longest, joins;
+  const int64_t *kv_tile, *cut_steps, *units;
   const double *step_seconds, *fixed_seconds;
   double token_seconds, partial_seconds, launch_seconds;
 } Prices;

@@ -76,10 +76,7 @@ struct Copies {
 static Copies copies_of[MOST_THREADS];
 // Whether a thread's copies landed since its last fence for the hardware that reads by itself.
 static bool unfenced[MOST_THREADS];
-static inline void forget_copies() {
-  copies_of[thread_number()] = {};
-  unfenced[thread_number()] = false;
-}
+static inline void forget_copies();
 static inline void ptx_fence_proxy_async_shared_cta() { unfenced[thread_number()] = false; }
 
 static inline void ptx_cp_async(unsigned address, const void* row, int bytes, int read = -1) {
@@ -170,15 +167,21 @@ struct Sums {
   std::vector<float*> places;
   std::vector<float> values;
   bool begun;
+  size_t products;
 };
 static Sums sums_of[MOST_THREADS];
+static inline void forget_copies() {
+  copies_of[thread_number()] = {};
+  unfenced[thread_number()] = false;
+  sums_of[thread_number()] = {};
+}
 static inline void ptx_wgmma_fence_sync_aligned() { sums_of[thread_number()].begun = true; }
 static inline void ptx_wgmma_commit_group_sync_aligned() {}
 static inline void ptx_wgmma_wait_group_sync_aligned(int latest) {
   if (latest) fail("waits for some of its products only, which is not emulated");
   Sums& own = sums_of[thread_number()];
   for (size_t i = 0; i < own.places.size(); ++i) *own.places[i] = own.values[i];
-  own = {};
+  own = {{}, {}, false, own.products};
 }
 // An element of what a descriptor leads to: rows of 128 bytes, eight of them permuted.
 template <class T>
@@ -193,12 +196,39 @@ static T described(uint64_t descriptor, int row, int column, bool along_rows) {
   std::memcpy(&element, shared(address ^ (address >> 3 & 0x70), 2), 2);
   return element;
 }
+// The four warps of a group need not be at a product at the same time, but at the same products.
+constexpr int MOST_PRODUCTS = 1 << 16;
+struct Products {
+  int block;
+  size_t count;
+  uint64_t left[MOST_PRODUCTS], right[MOST_PRODUCTS];
+};
+static Products products_of[MOST_THREADS / GROUP];
+UNSEEN static void as_its_group(size_t number, uint64_t left, uint64_t right) {
+  int group = thread_number() / GROUP;
+  if ((group + 1) * GROUP > thread_count) fail("is of a group of fewer than four warps");
+  Products& seen = products_of[group];
+  if (seen.block != blockIdx.x + 1) seen.block = blockIdx.x + 1, seen.count = 0;
+  if (number == MOST_PRODUCTS) fail("multiplies more often than is emulated");
+  if (seen.count == number) {
+    seen.left[number] = left, seen.right[number] = right;
+    ++seen.count;
+  }
+  if (seen.left[number] != left || seen.right[number] != right)
+    fail("multiplies other tiles than its group");
+}
+UNSEEN static void check_fences() {
+  for (int thread = 0; thread < thread_count; ++thread)
+    if (unfenced[thread]) fail("multiplies what was copied without a fence after");
+}
 template <class T, int COLUMNS, bool IN_REGISTERS, int TRANSPOSED, int LEFT>
 static void ptx_wgmma(
     float* const (&sums)[COLUMNS / 2], const uint64_t (&left)[LEFT], uint64_t right, bool onto) {
   struct Parts { uint64_t left[LEFT], right; float c[COLUMNS / 2]; } mine;
   Sums& own = sums_of[thread_number()];
   if (!own.begun) fail("multiplies in a group without a fence before");
+  check_fences();
+  as_its_group(own.products++, IN_REGISTERS ? 0 : left[0], right);
   std::memcpy(mine.left, left, sizeof left);
   mine.right = right;
   for (int i = 0; i < COLUMNS / 2; ++i) {
@@ -206,36 +236,28 @@ static void ptx_wgmma(
     if (known && own.places[i] != sums[i]) fail("begins with other sums while some are not there");
     mine.c[i] = !onto ? 0 : known ? own.values[i] : *sums[i];
   }
-  as_group(mine, [](Parts** all) {
-    for (int thread = 0; thread < thread_count; ++thread)
-      if (unfenced[thread]) fail("multiplies what was copied without a fence after");
-    static float a[64][16], b[16][COLUMNS];
+  as_warp(mine, [](Parts** all) {
+    float a[16][16], b[16][COLUMNS];
+    int first = threadIdx.y % 4 * 16;
     for (int k = 0; k < 16; ++k) {
       for (int n = 0; n < COLUMNS; ++n)
         b[k][n] = TRANSPOSED ? described<T>(all[0]->right, k, n, false)
                              : described<T>(all[0]->right, n, k, true);
       if constexpr (!IN_REGISTERS)
-        for (int i = 0; i < 64; ++i) a[i][k] = described<T>(all[0]->left[0], i, k, true);
+        for (int i = 0; i < 16; ++i) a[i][k] = described<T>(all[0]->left[0], first + i, k, true);
     }
-    for (int thread = 0; thread < GROUP; ++thread) {
-      Parts& part = *all[thread];
-      int row = thread / WARP * 16 + thread % WARP / 4, pair = thread % 4 * 2;
-      if (part.right != all[0]->right) fail("multiplies another tile than its group");
-      if constexpr (IN_REGISTERS) {
+    if constexpr (IN_REGISTERS)
+      for (int lane = 0; lane < WARP; ++lane)
         for (int i = 0; i < 4; ++i) {
           T two[2];
-          std::memcpy(two, &part.left[i], 4);
-          for (int j = 0; j < 2; ++j) a[row + i % 2 * 8][pair + i / 2 * 8 + j] = two[j];
+          std::memcpy(two, &all[lane]->left[i], 4);
+          for (int j = 0; j < 2; ++j)
+            a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + j] = two[j];
         }
-      } else if (part.left[0] != all[0]->left[0]) {
-        fail("multiplies other rows than its group");
-      }
-    }
-    for (int thread = 0; thread < GROUP; ++thread)
+    for (int lane = 0; lane < WARP; ++lane)
       for (int i = 0; i < COLUMNS / 2; ++i) {
-        int row = thread / WARP * 16 + thread % WARP / 4 + i % 4 / 2 * 8;
-        int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k) all[thread]->c[i] += a[row][k] * b[k][column];
+        int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) all[lane]->c[i] += a[row][k] * b[k][column];
       }
   });
   own.places.assign(sums, sums + COLUMNS / 2);

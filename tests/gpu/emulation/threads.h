@@ -52,7 +52,7 @@ struct Coroutine {
 };
 
 static Coroutine coroutines[MOST_THREADS];
-static Barrier block_barrier, warp_barriers[MOST_THREADS / WARP], group_barriers[MOST_THREADS / GROUP];
+static Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
 static int thread_count, running, last_first;
 static long skipped_statements;  // a bit for each that can be left out, as a mistake
 static const void* body_of_block;
@@ -168,17 +168,6 @@ static void as_warp(Given& mine, Work work) {
   meet(warp_barriers[threadIdx.y], 0, [=] { work(all); });
 }
 
-// The same of the four warps of a group.
-template <class Given, class Work>
-static void as_group(Given& mine, Work work) {
-  static void* given[MOST_THREADS];
-  int group = thread_number() / GROUP;
-  if ((group + 1) * GROUP > thread_count) fail("is of a group of fewer than four warps");
-  given[thread_number()] = &mine;
-  Given** all = (Given**)given + group * GROUP;
-  meet(group_barriers[group], 0, [=] { work(all); });
-}
-
 UNSEEN static void live() {
 #ifdef __SANITIZE_THREAD__
   __tsan_acquire(&block_begins);
@@ -223,7 +212,6 @@ UNSEEN static const char* run_blocks(int blocks, int threads, int reversed, cons
     blockIdx = {block, 0, 0};
     block_barrier = {threads, 0, 0, 0, {}};
     for (int warp = 0; warp < threads / WARP; ++warp) warp_barriers[warp] = {WARP, 0, 0, 0, {}};
-    for (int group = 0; group < threads / GROUP; ++group) group_barriers[group] = {GROUP, 0, 0, 0, {}};
     forget_shared_memory();
     for (int number = 0; number < threads; ++number) start(coroutines[number]);
 #ifdef __SANITIZE_THREAD__
