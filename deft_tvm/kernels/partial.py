@@ -7,7 +7,8 @@ tokens ``j`` of the item that the row sees,
     out_i    = Σ_j exp(logit_ij) V_j / Σ_j exp(logit_ij)        lse_i = log Σ_j exp(logit_ij)
 
 walked in tiles of ``kv_tile`` tokens with an online softmax: running maximum, sum and accumulator,
-rescaled when the maximum grows (Milakov and Gimelshein 2018; DeFT, ICLR 2025, section 3.3).
+rescaled when the maximum grows (Milakov and Gimelshein 2018; DeFT, ICLR 2025, section 3.3), and
+on a GPU when it has grown by much.
 
 Which rows see a token is an interval of preorder rows, so a mask is two integers a token: TVM's
 tree attention masks draft rows so (``relax.frontend.nn.llm.tree_attn``); here the interval belongs

@@ -51,7 +51,7 @@ def can_group(spec: AttentionSpec, operand: Dtype, archs: Collection[str]) -> bo
         widths.append(spec.k.begin - spec.v.begin)
     return (
         GROUP_ARCH in archs
-        and operand != "float32"
+        and operand == spec.dtype != "float32"
         and all(buffer.dtype == operand for buffer in spec.buffers)
         and all(width % PANEL == 0 for width in widths)
     )

@@ -27,7 +27,6 @@ FLAGS = (
     "-w",
     # Its check of longjmp knows one stack only.
     "-U_FORTIFY_SOURCE",
-    "-D__CUDA_ARCH__=900",
     f"-I{HEADERS}",
 )
 # Registers that nothing was written to hold what is neither 0 nor small.

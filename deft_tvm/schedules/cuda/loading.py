@@ -69,7 +69,9 @@ def load_tiles(
     )
     # Only copies of 16 bytes run beside the work; what is converted passes through registers.
     two = whole and fits_staged(task, 2, padding)
-    stages = knobs.pick_number("stages", (1, 2) if two else (1,), 2 if two else 1)
+    # Panels are read by hardware of its own, to which only waits for copies show them.
+    possible = (2,) if panel is not None else (1, 2) if two else (1,)
+    stages = knobs.pick_number("stages", possible, possible[-1])
     for block, width in queries.items():
         # Beside the search for the first tokens, with which they are waited for.
         lanes = whole_lanes(spec.dtype, operand, width)
@@ -78,7 +80,7 @@ def load_tiles(
     for block, (buffer, width) in regions.items():
         lanes = whole_lanes(spec.buffers[buffer].dtype, operand, width)
         load_tile(sch, block, warps, lanes, NOW, panel is not None)
-    load_ahead(sch, stages, located_tiles(task.tile))
+    load_ahead(sch, stages, located_tiles(task.tile), fenced=panel is not None)
     _leave_room(task, sch, knobs, int(warps), stages, padding)
 
 

@@ -37,21 +37,32 @@ LOCATE, LOAD = 1, 2
 LOCATED = "deft_tvm.located"
 """Annotation of the loop over tiles: how many are located at a time, which is under a condition."""
 
+FENCED = "deft_tvm.fenced"
+"""Annotation of the same loop: what was copied is read by hardware of its own, not by threads."""
+
 WAIT = """
 __device__ __forceinline__ void deft_wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
-#if __CUDA_ARCH__ >= 900
+}
+"""
+WAIT_AND_FENCE = """
+__device__ __forceinline__ void deft_wait_for_copies_and_fence() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 """
 
 
-def load_ahead(sch: Schedule, stages: Any, located: int) -> None:
-    """Annotate the tile loop of a partial kernel that locates `located` tiles at a time."""
+def load_ahead(sch: Schedule, stages: Any, located: int, fenced: bool) -> None:
+    """Annotate the tile loop of a partial kernel that locates `located` tiles at a time.
+
+    Args:
+        fenced: see `FENCED`.
+    """
     loop = sch.get_loops(sch.get_sblock("tile"))[-1]
     sch.annotate(loop, STAGES, stages)
     sch.annotate(loop, LOCATED, located)
+    sch.annotate(loop, FENCED, int(fenced))
     for block, value in (("locating", LOCATE), ("loading", LOAD)):
         sch.annotate(sch.get_loops(sch.get_sblock(block))[-1], AHEAD, value)
 
@@ -84,6 +95,7 @@ class _Staged:
         self.ahead = [stage for stage in stages if _mark(stage)]
         self.rest = [stage for stage in stages if not _mark(stage)]
         self.located = int(loop.annotations[LOCATED])
+        self.fenced = bool(loop.annotations[FENCED])
         self.tables = _buffers([s for s in self.ahead if _mark(s) == LOCATE], stores=True)
         self.written = _buffers(self.ahead, stores=True)
         used = _buffers(self.rest, stores=False)
@@ -93,7 +105,10 @@ class _Staged:
         """The loop with all that comes before it, in a block that owns the doubled buffers."""
         loop, step = self.loop, self.loop.loop_var
         zero, one = (tirx.IntImm("int32", value) for value in (0, 1))
-        wait = tirx.Evaluate(T.cuda.func_call("deft_wait_for_copies", source_code=WAIT))
+        name, text = "deft_wait_for_copies", WAIT
+        if self.fenced:
+            name, text = "deft_wait_for_copies_and_fence", WAIT_AND_FENCE
+        wait = tirx.Evaluate(T.cuda.func_call(name, source_code=text))
         following = self._fetch(step + one, step + one < loop.extent)
         rest = [self._at(stage, step) for stage in self.rest]
         body = tirx.SeqStmt([wait, _barrier(), *following, self.bind, *rest])

@@ -1,7 +1,8 @@
 """Partial kernels on tensor cores: 16 rows a warp or several, all else in registers.
 
 Both products run in 16 × 16 × 16 steps of ``mma``. Scores and output accumulators stay in fragments
-from one stage to the next; K, V and Q come out of shared memory by ``ldmatrix``.
+from one stage to the next; K, V and Q come out of shared memory by ``ldmatrix``. On Hopper four
+warps multiply their 64 rows together (`warpgroups`), and shared memory is read for them.
 
 Warps share a row's tokens in the first product and its output columns in the second. With few rows
 that gives a block more warps, and with a wide V each of them fewer accumulators than a thread has
@@ -36,6 +37,7 @@ from deft_tvm.schedules.cuda.intrinsics import (
     multiply_transposed,
     rows_first,
 )
+from deft_tvm.schedules.cuda.limits import fits_staged
 from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
 from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.rounding import round_fragment, round_to_tile
@@ -180,6 +182,7 @@ def _can_group(task: KernelTask) -> bool:
     return (
         can_group(spec, tile.operand, {str(task.target["arch"])})
         and tile.lane_rows % GROUP_ROWS == 0
+        and fits_staged(task, 2, 0)
         and any(_fits_groups(task, shares) for shares in _possible_shares(task))
     )
 
