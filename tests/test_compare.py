@@ -18,7 +18,7 @@ from deft_tvm.compare.comparison import Comparison, Verdict, compare
 from deft_tvm.compare.convergence import convergence
 from deft_tvm.compare.gates import Gates
 from deft_tvm.compare.sources import Source
-from deft_tvm.compare.statistics import Samples, change, holm, mean_ratio
+from deft_tvm.compare.statistics import Samples, change, holm, mean_ratio, shared
 from deft_tvm.compare.text import markdown
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError, LogError
@@ -166,6 +166,17 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+def test_what_most_rows_share_by_hand() -> None:
+    """The median, beyond two percent; of few rows and of more than so much nothing."""
+    ratios = [Summary(r, r, r) for r in (0.97, 1.04, 1.05, 1.06, 1.3)]
+    assert shared(ratios, 1.06) == pytest.approx(np.log(1.05 / 1.02))
+    assert shared([Summary(1 / r.median, 0, 0) for r in ratios], 1.06) == pytest.approx(
+        -np.log(1.05 / 1.02)
+    )
+    assert shared(ratios[1:], 1.06) == shared(ratios, 1.04) == 0.0
+    assert shared([Summary(1.01, 1, 1)] * 9, 1.05) == 0.0
+
+
 def test_the_mean_of_ratios_is_geometric() -> None:
     twice, half = Summary(2.0, 1.0, 4.0), Summary(0.5, 0.25, 1.0)
     found = mean_ratio([twice, half])
@@ -227,6 +238,24 @@ def test_a_slow_hour_of_the_machine_is_no_slow_kernel(tmp_path: Path) -> None:
     before = write_log(tmp_path / "a", equal(5))
     after = write_log(tmp_path / "b", equal(5), seed=1, slow_hour=1.5)
     assert set(verdicts(compared(before, after)).values()) == {Verdict.SAME}
+
+
+def test_an_hour_that_slows_all_rows_a_little_is_no_slow_kernel(tmp_path: Path) -> None:
+    """4.5 % of all, beyond what is measured beside, and 6.5 % of one: that is no change of it. The
+    same is one among few, as it is where all are slower by more than an hour explains."""
+    last = kernels(10)[-1]
+
+    def found(many: int, each: float, of_last: float) -> Comparison:
+        before = write_log(tmp_path / f"a{many}{each}{of_last}", equal(many))
+        medians = {**equal(many, 100 * each), kernels(many)[-1]: 100 * of_last}
+        return compared(before, write_log(tmp_path / f"b{many}{each}{of_last}", medians, seed=1))
+
+    hour = found(10, 1.045, 1.065)
+    assert set(verdicts(hour).values()) == {Verdict.SAME}
+    assert "1.02" in markdown(hour) and "taken for the hour's" in markdown(hour)
+    assert verdicts(found(10, 1.045, 1.15))[last] is Verdict.SLOWER
+    assert verdicts(found(4, 1.045, 1.065))[kernels(4)[-1]] is Verdict.SLOWER
+    assert set(verdicts(found(10, 1.1, 1.1)).values()) == {Verdict.SLOWER}
 
 
 def test_logs_that_know_the_limit_alone_are_compared_in_its_parts(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def _as_json(found: Comparison) -> dict[str, Any]:
         "differences": found.differences,
         "across_devices": found.across_devices,
         "geomean": found.mean,
+        "shared": found.shared,
         "notes": words.notes(found),
         "rows": [_row(row) for row in found.rows],
     }
@@ -126,6 +127,7 @@ def _row(row: Row) -> dict[str, Any]:
         **row.subject._asdict(),
         "verdict": row.verdict.value if row.verdict else None,
         "ratio": row.ratio,
+        "apart": row.apart,
         "p": row.p,
         "anchored": row.anchored,
         "before": _tuned(row.before),

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from deft_tvm.compare.sources import Source, Subject, Surroundings, Tuned
-from deft_tvm.compare.statistics import LIMIT, Samples, change, common_unit, holm, mean_ratio
+from deft_tvm.compare.statistics import (
+    LIMIT,
+    Samples,
+    change,
+    common_unit,
+    holm,
+    mean_ratio,
+    shared,
+)
 from deft_tvm.timing import Summary
 
 SMALLEST = 0.05
@@ -37,7 +46,9 @@ class Row:
         ratio: time after over time before, with its interval, see `statistics.change`; None where
             either is missing. Across devices, the ratio of shares of the limit, by which neither is
             called faster.
-        p: corrected for the number of rows; None where too little was measured to say.
+        apart: the same with what most rows have in common taken away.
+        p: the larger one of both, corrected for the number of rows; None where too little was
+            measured to say.
         anchored: times were taken in parts of what was measured beside them in both.
         across_devices: the logs are of two devices.
     """
@@ -46,6 +57,7 @@ class Row:
     before: Tuned | None
     after: Tuned | None
     ratio: Summary | None
+    apart: Summary | None
     p: float | None
     anchored: bool
     across_devices: bool
@@ -55,14 +67,18 @@ class Row:
         """Neither chance nor a busy machine explains the ratio."""
         if self.across_devices or self.ratio is None or self.p is None:
             return False
-        return self.p < SURE and not self.ratio.low <= 1 <= self.ratio.high
+        slower = all(ratio.low > 1 for ratio in self._ratios)
+        return self.p < SURE and (slower or all(ratio.high < 1 for ratio in self._ratios))
+
+    @property
+    def _ratios(self) -> list[Summary]:
+        """By each of which a changed row has changed."""
+        return [found for found in (self.ratio, self.apart) if found is not None]
 
     @property
     def surely_slower_by(self) -> float:
-        """By what part; 0 where nothing is sure."""
-        if not self.sure or self.ratio is None:
-            return 0.0
-        return max(0.0, self.ratio.median - 1)
+        """By what part at the least; 0 where nothing is sure."""
+        return max(0.0, min(r.median for r in self._ratios) - 1) if self.sure else 0.0
 
     @property
     def verdict(self) -> Verdict | None:
@@ -75,9 +91,9 @@ class Row:
             return Verdict.FAILED
         if self.across_devices:
             return None
-        if self.sure and self.ratio.median > 1 + SMALLEST:
+        if self.sure and min(r.median for r in self._ratios) > 1 + SMALLEST:
             return Verdict.SLOWER
-        if self.sure and self.ratio.median < 1 / (1 + SMALLEST):
+        if self.sure and max(r.median for r in self._ratios) < 1 / (1 + SMALLEST):
             return Verdict.FASTER
         return Verdict.SAME
 
@@ -99,6 +115,7 @@ class Comparison:
         before, after: the logs.
         rows: in the order of `before`, then what only `after` has.
         mean: geometric mean of the rows' ratios; None where nothing is in both.
+        shared: a ratio that most rows have in common and that was taken away; 1 for nothing.
         differences: what differs in their surroundings, by name, before and after; only where both
             tell.
     """
@@ -107,6 +124,7 @@ class Comparison:
     after: Source
     rows: tuple[Row, ...]
     mean: Summary | None
+    shared: float
     differences: Mapping[str, tuple[str, str]]
 
     @property
@@ -130,7 +148,13 @@ def compare(before: Source, after: Source) -> Comparison:
     pairs = {s: (before.tuned.get(s), after.tuned.get(s)) for s in subjects}
     samples = {s: found for s, pair in pairs.items() if (found := _samples(*pair, across))}
     changes = {subject: change(*pair) for subject, pair in samples.items()}
-    tested = [c.p if _tested(*pairs[s]) and not across else None for s, c in changes.items()]
+    ratios = [each.ratio for each in changes.values()]
+    common = 0.0 if across else shared(ratios, 1 + SMALLEST)
+    apart = {subject: change(*pair, common) for subject, pair in samples.items()}
+    tested = [
+        None if across or not _tested(*pairs[s]) else _larger(changes[s].p, apart[s].p)
+        for s in changes
+    ]
     p_of = dict(zip(changes, holm(tested), strict=True))
     rows = tuple(
         Row(
@@ -138,6 +162,7 @@ def compare(before: Source, after: Source) -> Comparison:
             before=one,
             after=other,
             ratio=changes[subject].ratio if subject in changes else None,
+            apart=apart[subject].ratio if subject in apart else None,
             p=p_of.get(subject),
             anchored=subject in samples and common_unit(*samples[subject]) is not None,
             across_devices=across,
@@ -148,9 +173,14 @@ def compare(before: Source, after: Source) -> Comparison:
         before,
         after,
         rows,
-        mean_ratio([each.ratio for each in changes.values()]),
+        mean_ratio(ratios),
+        math.exp(common),
         _differences(before.surroundings, after.surroundings),
     )
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)
 
 
 def _samples(

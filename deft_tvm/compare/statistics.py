@@ -10,6 +10,11 @@ dividing by the bandwidth of the hour would add its noise to those that do not. 
 follows it is learned from the passes of both logs (analysis of covariance; Rutherford, *ANOVA and
 ANCOVA*, chapter 4), and what the bandwidth explains is taken away.
 
+An hour of a machine moves all kernels together by a few percent, beyond what product and bandwidth
+tell. What most rows have in common is therefore no change of one of them: each is also compared
+with that taken away, where it is so little that no row would be called changed for it alone. That
+only ever takes a verdict back: a changed row has changed either way.
+
 p values are the larger of Mann and Whitney's over the passes and Student's, which knows that what
 was learned may be off; they are corrected for the number of rows after Holm.
 """
@@ -37,6 +42,9 @@ ALIKE = 0.02
 ten kernels within an hour and a half differed by up to 8 % and half of them by less than 2, two
 of 50 by more than their intervals allow, see `again.txt` (AMD EPYC Zen 4, two virtual cores,
 2026-11-28)."""
+
+FEWEST_ROWS = 5
+"""From which it is told what most have in common."""
 
 NEVER_MOVED = 1e-12
 """Sum of squares of logarithms that is rounding alone."""
@@ -110,8 +118,24 @@ class Change:
     p: float | None
 
 
-def change(before: Samples, after: Samples) -> Change:
-    """What changed from one measurement to another, whose machine may have changed as well."""
+def shared(ratios: Sequence[Summary], most: float) -> float:
+    """Logarithm of what most rows have in common beyond `ALIKE`, for which each is excused already;
+    0 of few rows, and where they share a ratio of more than `most`, which is news."""
+    if len(ratios) < FEWEST_ROWS:
+        return 0.0
+    middle = float(np.median([math.log(ratio.median) for ratio in ratios]))
+    if abs(middle) > math.log(most):
+        return 0.0
+    return math.copysign(max(0.0, abs(middle) - math.log1p(ALIKE)), middle)
+
+
+def change(before: Samples, after: Samples, shared: float = 0.0) -> Change:
+    """What changed from one measurement to another, whose machine may have changed as well.
+
+    Args:
+        before, after: the measurements.
+        shared: logarithm of a ratio, to be taken away.
+    """
     rounds = min(*before.passes, *after.passes)
     unit = common_unit(before, after)
     one, other = (
@@ -120,6 +144,7 @@ def change(before: Samples, after: Samples) -> Change:
     reading = _Reading.learned(before, after, one, other, rounds)
     if reading is not None:
         one, other = one - reading.explains[0], other - reading.explains[1]
+    other = other - shared
     middle = float(other.mean() - one.mean())
     error, freedom = _standard_error(one, other, reading)
     half = float(t.ppf(0.975, freedom)) * error if freedom else 0.0

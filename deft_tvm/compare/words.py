@@ -115,6 +115,11 @@ def notes(found: Comparison) -> list[str]:
             f"{len(plain)} of {len(rows)} rows have nothing measured beside them: a slow hour of "
             "the machine cannot be told from a slow kernel"
         )
+    if found.shared != 1.0:
+        told.append(
+            f"most rows share a ratio, of which {found.shared:.3f} is taken for the hour's: a row "
+            "is called changed if it is without that, too"
+        )
     settled = [row for row in rows if all(t and t.final for t in (row.before, row.after))]
     if untested := [row for row in settled if row.p is None and not found.across_devices]:
         told.append(f"{len(untested)} of {len(rows)} rows have too few passes to be tested")
