@@ -150,7 +150,9 @@ def compare(before: Source, after: Source) -> Comparison:
     changes = {subject: change(*pair) for subject, pair in samples.items()}
     ratios = [each.ratio for each in changes.values()]
     common = 0.0 if across else shared(ratios, 1 + SMALLEST)
-    apart = {subject: change(*pair, common) for subject, pair in samples.items()}
+    apart = changes
+    if common:
+        apart = {subject: change(*pair, common) for subject, pair in samples.items()}
     tested = [
         None if across or not _tested(*pairs[s]) else _larger(changes[s].p, apart[s].p)
         for s in changes

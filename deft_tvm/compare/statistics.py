@@ -129,12 +129,12 @@ def shared(ratios: Sequence[Summary], most: float) -> float:
     return math.copysign(max(0.0, abs(middle) - math.log1p(ALIKE)), middle)
 
 
-def change(before: Samples, after: Samples, shared: float = 0.0) -> Change:
+def change(before: Samples, after: Samples, common: float = 0.0) -> Change:
     """What changed from one measurement to another, whose machine may have changed as well.
 
     Args:
         before, after: the measurements.
-        shared: logarithm of a ratio, to be taken away.
+        common: logarithm of a ratio, to be taken away, see `shared`.
     """
     rounds = min(*before.passes, *after.passes)
     unit = common_unit(before, after)
@@ -144,7 +144,7 @@ def change(before: Samples, after: Samples, shared: float = 0.0) -> Change:
     reading = _Reading.learned(before, after, one, other, rounds)
     if reading is not None:
         one, other = one - reading.explains[0], other - reading.explains[1]
-    other = other - shared
+    other = other - common
     middle = float(other.mean() - one.mean())
     error, freedom = _standard_error(one, other, reading)
     half = float(t.ppf(0.975, freedom)) * error if freedom else 0.0

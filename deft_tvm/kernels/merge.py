@@ -20,7 +20,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, finite, natural_lse
-from deft_tvm.kernels.work import used_parameters, work_loop
+from deft_tvm.kernels.work import OF_PLAN, used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec
 
 CUDA_SHARES = 8
@@ -56,7 +56,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
         out_handle: T.handle,
         lse_handle: T.handle,
     ) -> None:
-        T.func_attr({"tirx.noalias": True, "deft_tvm.binds_plan": True})
+        T.func_attr({"tirx.noalias": True})
         num_slots, num_merged, num_indptr, num_rows = T.int32(), T.int32(), T.int32(), T.int32()
         partial_out = T.match_buffer(partial_out_handle, (num_slots, HQ, VW), "float32")
         partial_lse = T.match_buffer(partial_lse_handle, (num_slots, HQ), "float32")
@@ -126,7 +126,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
                             with T.sblock("write_lse"):
                                 lse[row, head] = natural_lse(m[0] * LOG2_E, total[0])
 
-    return used_parameters(kernel).with_attr("global_symbol", name)
+    return used_parameters(kernel).with_attr("global_symbol", name).with_attr(OF_PLAN, True)
 
 
 def _weighed(

@@ -39,6 +39,11 @@ def following(work: Any, units: Any, size: Any, threads: int) -> Any:
     return T.min(work + 1 + over, units - 1)
 
 
+OF_PLAN = "deft_tvm.binds_plan"
+"""Attribute of a kernel that binds, before anything else, only what is of the plan: no kernel
+before it in a step writes that."""
+
+
 def used_parameters(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     """`kernel` without the handles of tensors that its spec does not have."""
     used = [parameter for parameter in kernel.params if is_buffer_var(parameter)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
 
 from deft_tvm.kernels.tokens import located_tiles
 from deft_tvm.plan.residency import PADDING
@@ -59,7 +60,7 @@ def load_tiles(
     keep(sch, (*queries, *regions), TILE_SCOPE)
     padding = PADDING if panel is None and fits_staged(task, 1, PADDING) else 0
     if padding:
-        pad_rows(sch, (*queries, *regions), operand)
+        pad_rows(sch, map(sch.get_sblock, (*queries, *regions)), operand)
     if panel is not None:
         lay_in_panels(sch, (*queries, *regions), panel)
 
@@ -94,11 +95,11 @@ def _leave_room(
     sch.annotate(sch.get_loops(sch.get_sblock("tile"))[-1], BLOCKS, blocks)
 
 
-def pad_rows(sch: Schedule, blocks: Iterable[str], operand: Dtype) -> None:
-    """`PADDING` between rows."""
+def pad_rows(sch: Schedule, blocks: Iterable[SBlockRV], operand: Dtype) -> None:
+    """`PADDING` between rows of what each block writes."""
     lanes = PADDING // DTYPE_BYTES[operand]
     for block in blocks:
-        sch.storage_align(sch.get_sblock(block), 0, -2, 2 * lanes, lanes)
+        sch.storage_align(block, 0, -2, 2 * lanes, lanes)
 
 
 def lay_in_panels(sch: Schedule, blocks: Iterable[str], columns: int) -> None:

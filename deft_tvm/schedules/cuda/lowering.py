@@ -20,6 +20,7 @@ from tvm.tirx.compilation_pipeline import (
 )
 
 from deft_tvm.errors import PlanError
+from deft_tvm.kernels.work import OF_PLAN
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
 from deft_tvm.schedules.cuda.limits import BLOCKS, LEAST_SHARED_BYTES, shared_limit
@@ -37,7 +38,7 @@ from deft_tvm.schedules.cuda.shares import (
 )
 from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
 from deft_tvm.schedules.cuda.statements import substitute
-from deft_tvm.schedules.cuda.succession import OF_PLAN, overlap_launches
+from deft_tvm.schedules.cuda.succession import overlap_launches
 from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cuda"

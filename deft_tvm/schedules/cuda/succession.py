@@ -28,9 +28,6 @@ __device__ __forceinline__ void deft_succeed() {
 }
 """
 """The wait comes first: so whoever waits for this kernel has waited for those before it, too."""
-OF_PLAN = "deft_tvm.binds_plan"
-"""Attribute of a kernel that waits only after what it binds first, which is of the plan alone: no
-kernel before it in a step writes that, and the first of them has waited for who did."""
 
 
 def can_overlap(arch: str) -> bool:
@@ -42,7 +39,9 @@ def overlap_launches(of_plan: Set[str]) -> transform.Pass:
     """The pass that lets functions of the device be launched early, where they can be, and wait.
 
     Args:
-        of_plan: names of those with `OF_PLAN`, which splitting host from device leaves behind.
+        of_plan: names of those with `work.OF_PLAN`, which splitting host from device leaves
+            behind. They wait after these binds: the first of a step has waited for who wrote
+            the plan.
     """
 
     @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.OverlapLaunches")

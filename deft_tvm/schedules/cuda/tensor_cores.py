@@ -18,7 +18,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from deft_tvm.plan.residency import GROUP_ROWS, PADDING, PANEL, can_group
+from deft_tvm.plan.residency import GROUP_ROWS, PANEL, can_group
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
     OUTPUT_PASSES,
@@ -38,7 +38,7 @@ from deft_tvm.schedules.cuda.intrinsics import (
     rows_first,
 )
 from deft_tvm.schedules.cuda.limits import fits_staged
-from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens
+from deft_tvm.schedules.cuda.loading import load_tiles, locate_tokens, pad_rows
 from deft_tvm.schedules.cuda.repeats import repeat
 from deft_tvm.schedules.cuda.rounding import round_fragment, round_to_tile
 from deft_tvm.schedules.cuda.row_reduction import reduce_rows
@@ -55,7 +55,7 @@ from deft_tvm.schedules.cuda.threads import (
 from deft_tvm.schedules.cuda.warpgroups import MOST_COLUMNS, group_scores, group_sums
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
-from deft_tvm.spec import DTYPE_BYTES, Dtype
+from deft_tvm.spec import Dtype
 
 Place = Callable[[Any, Any], tuple[Any, ...]]
 """Where an element of a matrix is, or in which iteration it is done."""
@@ -208,10 +208,7 @@ def _multiply_in_groups(
     bind_warps(sch, share, rows, copies)
     tile = sch.blockize(row)
     (first,) = sch.get_child_blocks(sch.decompose_reduction(tile, all_steps))
-    sch.transform_block_layout(first, lambda i, j: place(i, j)[-3:])
-    tiles, lane, registers = sch.get_loops(first)[-3:]
-    sch.bind(lane, "threadIdx.x")
-    unroll_all(sch, (tiles, registers))
+    _begin(sch, first, lambda i, j: place(i, j)[-3:], axes=3)
     sch.tensorize(tile, intrinsic)
 
 
@@ -241,18 +238,19 @@ def _product(
     if transposed:
         sch.tensorize(sch.get_loops(first)[-2], fill_zero())
     else:
-        _begin(sch, first)
+        _begin(sch, first, fragment_of, axes=2)
     sch.tensorize(tile, multiply_transposed(operand) if transposed else multiply_on(operand))
     # An index that is no constant would send accumulators to local memory.
     unroll_all(sch, (columns,) if transposed else (columns, steps))
 
 
-def _begin(sch: Schedule, block: SBlockRV) -> None:
-    """What 16 × 16 sums begin with, each lane its own."""
-    sch.transform_block_layout(block, fragment_of)
-    lane, registers = sch.get_loops(block)[-2:]
+def _begin(sch: Schedule, block: SBlockRV, place: Place, axes: int) -> None:
+    """What sums begin with, each lane its own: `place` has so many axes, a lane and its registers
+    the last two."""
+    sch.transform_block_layout(block, place)
+    *tiles, lane, registers = sch.get_loops(block)[-axes:]
     sch.bind(lane, "threadIdx.x")
-    sch.unroll(registers)
+    unroll_all(sch, (*tiles, registers))
 
 
 def _load_left(sch: Schedule, product: SBlockRV, at: LoopRV, operand: str, depth: int) -> None:
@@ -285,8 +283,7 @@ def _round(sch: Schedule, operand: Dtype, shares: int, copies: int) -> None:
         return
     tile = sch.blockize(row)
     # Of the block that stays: an intrinsic's own has no annotations.
-    lanes = PADDING // DTYPE_BYTES[operand]
-    sch.storage_align(tile, 0, -2, 2 * lanes, lanes)
+    pad_rows(sch, [tile], operand)
     sch.tensorize(tile, round_to_tile(operand))
 
 
