@@ -28,7 +28,7 @@ from deft_tvm.spec import AttentionSpec, Dtype, TileShape
 #: Version of the manifest's fields; a reader refuses a newer one.
 SCHEMA = 1
 #: Version of the kernels' arguments and of the plan arrays that they read; must be equal.
-KERNEL_ABI = 5
+KERNEL_ABI = 6
 
 MODULE = "module.so"
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ where their slots are apart, so that a draft of many small nodes takes few pages
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +24,22 @@ from deft_tvm.tree import Forest
 
 CONTIGUOUS_SIZE = 1 << 30
 """Slots of the one page that stands for a cache without pages."""
+
+
+class Room(NamedTuple):
+    """How long each node may grow within the pages that it reached when it was checked.
+
+    Attributes:
+        lengths: int64[nodes]; 0 before the first check.
+        address: of the first one, which takes longer to ask for than a plan to make.
+    """
+
+    lengths: NDArray[np.int64]
+    address: int
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64]) -> Room:
+        return cls(lengths, lengths.ctypes.data)
 
 
 class PageTable:
@@ -39,6 +55,7 @@ class PageTable:
         first_slot: int32[nodes], slot of the node's first token in its first page.
         page_size: tokens a page, a power of two.
         max_page: the highest page number, -1 if there is none; the cache must have it.
+        room: for what lengths `check` has nothing to look at.
     """
 
     def __init__(
@@ -64,8 +81,7 @@ class PageTable:
         slots = np.zeros(num_nodes, np.int32) if first_slot is None else first_slot
         self.first_slot = int32_array("first_slot", slots, num_nodes, PageError)
         self.max_page = int(self.page_indices.max(initial=-1))
-        # How long each node may grow within the pages that it reached when it was checked.
-        self._room: NDArray[np.int64] | None = None
+        self.room = Room.of(np.zeros(num_nodes, np.int64))
         _check_indptr(self.page_indptr, len(self.page_indices))
         _check_range("page_indices", self.page_indices, 2**31)
         _check_range("first_slot", self.first_slot, page_size)
@@ -135,9 +151,9 @@ class PageTable:
             )
         if self.is_contiguous:
             self._check_offsets(forest)
-        elif self._room is None or (forest.lengths > self._room).any():
+        elif (forest.lengths > self.room.lengths).any():
             filled = self._pages_filled(forest)
-            self._room = self._check_overlap(forest, filled)
+            self.room = Room.of(self._check_overlap(forest, filled))
 
     def _check_offsets(self, forest: Forest) -> None:
         wrong = np.flatnonzero(self.first_slot != _offsets(forest))

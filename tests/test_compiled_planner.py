@@ -26,7 +26,6 @@ from deft_tvm.pytorch.packing import Packed
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
-CPU = torch.device("cpu")
 GROUPS = ("node", "begin", "end", "indptr", "row_begin", "row_end")
 
 
@@ -50,7 +49,7 @@ def in_one_piece(plan: Plan) -> bool:
 def assert_equal(made: Plan, oracle: Plan) -> None:
     assert in_one_piece(made) and not in_one_piece(oracle)
     assert_same(made, oracle)
-    for part, wanted in zip(Packed.of(made, CPU)[:2], Packed.of(oracle, CPU)[:2], strict=True):
+    for part, wanted in zip(Packed.of(made)[:2], Packed.of(oracle)[:2], strict=True):
         assert torch.equal(part, wanted) and part.dtype is wanted.dtype
     for name in ARRAYS:
         assert getattr(made, name).dtype == np.int32

@@ -27,8 +27,6 @@ from deft_tvm.pytorch.packing import Packed
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, parse, tensors
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def attention() -> TreeAttention:
@@ -258,7 +256,7 @@ def plan_of(workload: str) -> Plan:
 @pytest.mark.parametrize("workload", ["few_shot", "speculative", "sequences"])
 def test_packing_loses_nothing(workload: str) -> None:
     plan = plan_of(workload)
-    whole, layout = Packed.of(plan, CPU)[:2]
+    whole, layout = Packed.of(plan)[:2]
     *scalars, pages, rows, positions, runs, dests, merged, first, second = layout.tolist()
     assert scalars == [1, plan.max_page + 1, plan.num_partials]
     sizes = {"header": 8, "page_indices": pages, "row_order": rows, "row_positions": positions}
@@ -269,7 +267,7 @@ def test_packing_loses_nothing(workload: str) -> None:
     items = {tile: end - begin for tile, begin, end in plan.launches}
     assert (items.get(0, 0), items.get(1, 0)) == (first, second)
     packed = Packed.of_tensors(whole, layout, num_tiles=2)
-    assert packed[2:] == Packed.of(plan, CPU)[2:]
+    assert packed[2:] == Packed.of(plan)[2:]
     assert (packed.rows, packed.partials) == (plan.num_rows, plan.num_partials)
 
 
@@ -278,7 +276,7 @@ def test_one_stage_alone_or_both() -> None:
     case = planned(attention, "few_shot:prompt=900,branches=5,tokens=7")
     out, lse = attention.run(case.q, case.buffers)
     step, loaded = (
-        Packed.of(attention.last_plan, CPU),
+        Packed.of(attention.last_plan),
         resolve(attention.operands.module, "cpu"),
     )
     again, its_lse = torch.full_like(out, torch.nan), torch.full_like(lse, torch.nan)

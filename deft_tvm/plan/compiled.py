@@ -30,8 +30,10 @@ GROUPINGS = ("packed", "sequence", "auto")
 FUNCTION = "plan"
 """Its name in a module."""
 
-_SIZES = 3 + FIXED
-"""The grouping, the size of what kernels read, that of all; the layout but for tile classes."""
+_BEFORE_LAYOUT = 3
+"""Numbers that the planner tells: the grouping, the size of what kernels read, and of all."""
+_UNCHECKED = -2
+"""Its answer where a node is longer than its pages were found to hold."""
 
 
 class _Struct(ctypes.Structure):
@@ -66,7 +68,7 @@ _FOREST = _struct(
     "parents lengths rows preorder position subtree_end row_begin row_end row_order start diagonal",
 )
 _PAGES = _struct(
-    "is_contiguous page_shift num_pages max_page", "page_indices page_indptr first_slot"
+    "num_nodes is_contiguous page_shift num_pages max_page", "page_indices page_indptr first_slot"
 )
 _PRICES = _struct(
     "classes cores most_rows row_step longest joins",
@@ -94,13 +96,18 @@ class Compiled:
             pages: that hold its tokens.
 
         Raises:
+            PageError: `pages` does not hold the tokens of `forest`.
             MemoryError: there is no room for the plan's working arrays.
         """
         scratch = self._scratch
+        if pages.is_contiguous:  # where each node begins has to be looked at every time
+            pages.check(forest)
         while True:
+            room = pages.room
             needed = self._function(
                 _address_of(forest, _FOREST),
                 _address_of(pages, _PAGES),
+                room.address,
                 self._address,
                 self._grouping,
                 scratch.address,
@@ -108,11 +115,15 @@ class Compiled:
                 scratch.address_of_sizes,
             )
             if not needed:
-                grouping, size, total, *layout = scratch.sizes
+                grouping, size, total = scratch.sizes[:_BEFORE_LAYOUT].tolist()
+                layout = scratch.sizes[_BEFORE_LAYOUT:].copy()
                 return Piece(scratch.out[:total].copy(), size, layout, GROUPINGS[grouping])
-            if needed < 0:
+            if needed == _UNCHECKED:
+                pages.check(forest)
+            elif needed < 0:
                 raise MemoryError("no memory is left to plan in")
-            scratch.grow(needed + needed // 4)
+            else:
+                scratch.grow(needed + needed // 4)
 
 
 class _Scratch(threading.local):
@@ -120,8 +131,8 @@ class _Scratch(threading.local):
     thread its own, since two may plan at once."""
 
     def __init__(self, classes: int) -> None:
-        self.sizes = (ctypes.c_int64 * (_SIZES + classes))()
-        self.address_of_sizes = ctypes.addressof(self.sizes)
+        self.sizes = np.zeros(_BEFORE_LAYOUT + FIXED + classes, np.int64)
+        self.address_of_sizes = self.sizes.ctypes.data
         self.grow(1 << 12)
 
     def grow(self, room: int) -> None:

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deft_tvm.pages import CONTIGUOUS_SIZE
 from deft_tvm.plan.layout import COLUMNS, HEADER, Int32, Laid
@@ -33,7 +34,7 @@ def part_sizes(layout: Sequence[int]) -> list[int]:
     return [*sizes, sum(items) * COLUMNS]
 
 
-def in_one_piece(plan: Plan) -> tuple[Int32, list[int]]:
+def in_one_piece(plan: Plan) -> tuple[Int32, NDArray[np.int64]]:
     """All that kernels read of `plan`, and its layout."""
     if isinstance(plan.laid, Piece):
         return plan.laid.packed
@@ -45,7 +46,8 @@ def in_one_piece(plan: Plan) -> tuple[Int32, list[int]]:
     needed = plan.max_page + 1 if paged else plan.forest.num_tokens
     layout = [int(paged), needed, plan.num_partials, *map(len, arrays)]
     layout += [counts.get(tile, 0) for tile in range(len(plan.tiles))]
-    return np.concatenate([array.reshape(-1) for array in parts]), layout
+    whole = np.concatenate([array.reshape(-1) for array in parts])
+    return whole, np.array(layout, np.int64)
 
 
 class Piece:
@@ -57,7 +59,7 @@ class Piece:
         packed: what kernels read, and the layout.
     """
 
-    def __init__(self, whole: Int32, size: int, layout: list[int], grouping: str) -> None:
+    def __init__(self, whole: Int32, size: int, layout: NDArray[np.int64], grouping: str) -> None:
         """Takes all that was written, and how much of it is what kernels read."""
         self.grouping = grouping
         self.packed = whole[:size], layout
@@ -66,7 +68,7 @@ class Piece:
     @cached_property
     def cut(self) -> Laid:
         """The arrays, as views."""
-        layout = self.packed[1]
+        layout = self.packed[1].tolist()
         items_of, runs = layout[FIXED:], layout[SCALARS + 3]
         items = sum(items_of)
         of_groups = (runs, runs, runs, items + 1, items, items)

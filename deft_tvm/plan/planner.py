@@ -160,17 +160,11 @@ class Recipe:
                 f"pages have page_size {pages.page_size}; expected the spec's, which is "
                 f"{self.page_size}, or PageTable.contiguous"
             )
-        pages.check(forest)
-        if forest.is_part and self.window is not None:
-            raise PlanError(
-                f"window is {self.window}; expected None, as positions in a part of a forest are "
-                f"not known"
-            )
         laid: Laid | Piece
         if self._compiled is not None:
             laid = self._compiled(forest, pages)
         else:
-            laid = self._lay_out(forest, pages, previous)
+            laid = self._in_python(forest, pages, previous)
         return Plan(
             laid=laid,
             page_indices=pages.page_indices,
@@ -196,8 +190,14 @@ class Recipe:
         """The same with either of the groupings among which ``auto`` chooses."""
         return {name: replace(self, grouping=name) for name in ("packed", "sequence")}
 
-    def _lay_out(self, forest: Forest, pages: PageTable, previous: Plan | None) -> Laid:
+    def _in_python(self, forest: Forest, pages: PageTable, previous: Plan | None) -> Laid:
         """What the compiled planner writes, by array operations."""
+        pages.check(forest)
+        if forest.is_part and self.window is not None:
+            raise PlanError(
+                f"window is {self.window}; expected None, as positions in a part of a forest are "
+                f"not known"
+            )
         walk = Walk.of(forest, self.window)
         grouping, whole, cut = self._choose(walk)
         groups = self._cut_rows(walk, cut_tokens(walk, whole, cut.chunk))

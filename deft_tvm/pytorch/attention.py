@@ -77,6 +77,7 @@ class TreeAttention:
         kind = self.device.type
         self.profile = measured(DeviceProfile.detect(cast(Literal["cpu", "cuda"], kind)))
         self.artifact = _artifact(spec, module, self.profile)
+        self._away = None if kind == "cpu" else self.device
         self.deterministic = deterministic
         self.grouping = grouping
         self._step: _Step | None = None
@@ -181,7 +182,7 @@ class TreeAttention:
         return self._follow(plan, pages)
 
     def _follow(self, plan: Plan, pages: PageTable) -> Plan:
-        packed = Packed.of(plan, self.device)
+        packed = Packed.of(plan, self._away)
         operands = Operands(packed.plan, packed.layout, self._key)
         watch = Watch.wanted(self.spec, plan, pages)
         self._step = _Step(plan, pages, packed, operands, watch)
@@ -222,6 +223,10 @@ class TreeAttention:
             InputError: a tensor does not fit the spec or the plan, or requires grad.
         """
         step = self._planned("run")
+        # Most calls, and next to layers that empty the caches a cold check costs what a token does.
+        usual = step.watch is None and sinks is None and not self.spec.sinks
+        if usual and not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
+            return attend(self._loaded, step.packed, q, kv, out, lse)
         check_types(self.spec, q, kv, sinks)
         layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():

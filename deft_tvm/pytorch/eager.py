@@ -23,7 +23,7 @@ except ImportError:
     TELLING = False
 """Whether this torch tells what is on: both names are its own. Where not, no call is plain."""
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN, _LISTS = (Tensor, Parameter), (tuple, list)
 
 
 def _keys_without_modes() -> frozenset[int]:
@@ -41,12 +41,21 @@ _WITHOUT_MODES = _keys_without_modes()
 
 
 def is_plain(q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None) -> bool:
-    """Whether the dispatcher would hand these to the CPU's implementation just as they are."""
-    if not TELLING or _keys_of_thread().raw_repr() not in _WITHOUT_MODES or _profiling():
+    """Whether the dispatcher would hand these to the CPU's implementation just as they are. Never
+    where `q` is no tensor, or `kv` no list or tuple of tensors."""
+    if (
+        type(kv) not in _LISTS
+        or not TELLING
+        or _keys_of_thread().raw_repr() not in _WITHOUT_MODES
+        or _profiling()
+    ):
         return False
-    for tensor in (q, *kv, out, lse):
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg()
-        ):
+    given = (q, *kv)
+    if out is not None:
+        given = (*given, out)
+    if lse is not None:
+        given = (*given, lse)
+    for tensor in given:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
             return False
     return True

@@ -99,11 +99,10 @@ def outputs(
     q: Tensor, v_width: int, out: Tensor | None = None, lse: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`out` and `lse`, new tensors where they are not given."""
-    rows_and_heads = q.shape[:2]
     if out is None:
-        out = q.new_empty((*rows_and_heads, v_width))
+        out = q.new_empty((*q.shape[:2], v_width))
     if lse is None:
-        lse = q.new_empty(rows_and_heads, dtype=torch.float32)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     return out, lse
 
 
@@ -143,7 +142,7 @@ def arguments(
     """What `Loaded.run` takes after the stages."""
     if not step.paged:
         kv = [*_one_page(loaded, kv[: loaded.caches]), *kv[loaded.caches :]]
-    partials = workspace(q.device, max(1, step.partials), *loaded.partial_shape)
+    partials = workspace(q, max(1, step.partials), *loaded.partial_shape)
     operands = kernel_operands(loaded.spec, kv)
     return (step.plan, step.layout, *partials, out, lse, q, *operands)
 

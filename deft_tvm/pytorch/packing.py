@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +41,13 @@ class Packed(NamedTuple):
         return self.plan.device
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> Packed:
-        whole, numbers = in_one_piece(plan)
-        layout = torch.from_numpy(np.array(numbers, np.int64))
-        return cls._divided(torch.from_numpy(whole).to(device), layout, numbers)
+    def of(cls, plan: Plan, device: torch.device | None = None) -> Packed:
+        """`device`: where to copy it; None for a CPU, of which torch takes long to ask."""
+        whole, layout = in_one_piece(plan)
+        made = torch.from_numpy(whole)
+        if device is not None:
+            made = made.to(device)
+        return cls._divided(made, torch.from_numpy(layout), layout.tolist())
 
     @classmethod
     def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> Packed:

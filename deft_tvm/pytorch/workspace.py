@@ -20,19 +20,20 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def workspace(device: torch.device, slots: int, heads: int, width: int) -> Pair:
-    """Partial outputs ``[W, heads, width]`` and LSE ``[W, heads]``, float32, with ``W >= slots``.
+def workspace(beside: Tensor, slots: int, heads: int, width: int) -> Pair:
+    """Partial outputs ``[W, heads, width]`` and LSE ``[W, heads]``, float32, with ``W >= slots``,
+    on the device of a tensor.
 
     On a CPU fresh pages would be faulted in at every call, so a thread keeps the largest workspace
     that it has needed. On a GPU torch's allocator keeps them, by stream and for graphs.
     """
-    if device.type != "cpu":
-        return _allocate(device, slots, heads, width)
+    if not beside.is_cpu:
+        return _allocate(beside.device, slots, heads, width)
     room, pair = _kept.by_shape.get((heads, width), (0, None))
     if pair is None or room < slots:
         # Powers of two: partials that grow with every token are not moved with every token.
         room = 1 << (slots - 1).bit_length()
-        pair = _allocate(device, room, heads, width)
+        pair = _allocate(beside.device, room, heads, width)
         _kept.by_shape[heads, width] = (room, pair)
     return pair
 

@@ -19,7 +19,7 @@ typedef struct { /* Forest: one entry a node in the caller's order, row_order on
 } Forest;
 
 typedef struct { /* PageTable */
-  int64_t is_contiguous, page_shift, num_pages, max_page;
+  int64_t num_nodes, is_contiguous, page_shift, num_pages, max_page;
   const int32_t *page_indices, *page_indptr, *first_slot;
 } Pages;
 

@@ -63,6 +63,18 @@ static Choice cheaper(Arena *arena, const Walk *walk, const Prices *prices, int6
   return paths;
 }
 
+enum { OUT_OF_MEMORY = -1, UNCHECKED = -2 };
+
+/* Whether no node is longer than `limits`, to which pages were checked; where there are none,
+ * somebody else looks. */
+static int checked(const Forest *forest, const Pages *pages, const int64_t *limits) {
+  if (forest->num_nodes != pages->num_nodes) return 0;
+  int longer = 0;
+  for (int64_t i = 0; !pages->is_contiguous && i < forest->num_nodes; ++i)
+    longer |= forest->lengths[i] > limits[i];
+  return !longer;
+}
+
 static int64_t make_plan(Call *call) {
   Arena *arena = &call->arena;
   const Prices *prices = call->prices;
@@ -82,12 +94,12 @@ static int64_t make_plan(Call *call) {
 }
 
 static int64_t unless_out_of_memory(Call *call) {
-  return setjmp(call->arena.out_of_memory) ? -1 : make_plan(call);
+  return setjmp(call->arena.out_of_memory) ? OUT_OF_MEMORY : make_plan(call);
 }
 
-/* plan(forest, pages, prices, grouping, out, room, sizes): the addresses of three structures, of
- * int32[room] and of int64[12 + classes]. Returns 0, or the room that is needed, or -1 where memory
- * ran out. */
+/* plan(forest, pages, limits, prices, grouping, out, room, sizes): the addresses of a structure, a
+ * structure, int64[nodes], a structure, int32[room] and int64[12 + classes]. Returns 0, or the room
+ * that is needed, or what went wrong. */
 __attribute__((visibility("default"))) int __tvm_ffi_plan(void *self, const TVMFFIAny *args,
                                                           int32_t num_args, TVMFFIAny *result) {
   (void)self, (void)num_args;
@@ -95,14 +107,16 @@ __attribute__((visibility("default"))) int __tvm_ffi_plan(void *self, const TVMF
       .arena = {0},
       .forest = (const Forest *)args[0].v_int64,
       .pages = (const Pages *)args[1].v_int64,
-      .prices = (const Prices *)args[2].v_int64,
-      .grouping = args[3].v_int64,
-      .out = (int32_t *)args[4].v_int64,
-      .room = args[5].v_int64,
-      .sizes = (int64_t *)args[6].v_int64,
+      .prices = (const Prices *)args[3].v_int64,
+      .grouping = args[4].v_int64,
+      .out = (int32_t *)args[5].v_int64,
+      .room = args[6].v_int64,
+      .sizes = (int64_t *)args[7].v_int64,
   };
+  const int64_t *limits = (const int64_t *)args[2].v_int64;
   result->type_index = kTVMFFIInt;
-  result->v_int64 = unless_out_of_memory(&call);
+  result->v_int64 = UNCHECKED;
+  if (checked(call.forest, call.pages, limits)) result->v_int64 = unless_out_of_memory(&call);
   free_arena(&call.arena);
   return 0;
 }
