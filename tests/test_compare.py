@@ -98,11 +98,11 @@ def test_too_few_passes_have_no_p(one: int, other: int, tested: bool) -> None:
     assert found is None or found < 0.01
 
 
-def test_two_percent_are_no_change_however_sure() -> None:
+def test_one_percent_is_no_change_however_sure() -> None:
     """Another place of the code does as much, however often both were timed."""
     before = samples(noisy(100, 1, 0.001))
-    assert change(before, samples(noisy(101, 2, 0.001))).p == 1.0
-    tested = change(before, samples(noisy(103, 2, 0.001))).p
+    assert change(before, samples(noisy(100.5, 2, 0.001))).p == 1.0
+    tested = change(before, samples(noisy(102, 2, 0.001))).p
     assert tested is not None and tested < 1e-6
 
 
@@ -167,14 +167,14 @@ def test_holm_by_hand() -> None:
 
 
 def test_what_most_rows_share_by_hand() -> None:
-    """The median, beyond two percent; of few rows and of more than so much nothing."""
+    """The median, beyond one percent; of few rows and of more than so much nothing."""
     ratios = [Summary(r, r, r) for r in (0.97, 1.04, 1.05, 1.06, 1.3)]
-    assert shared(ratios, 1.06) == pytest.approx(np.log(1.05 / 1.02))
+    assert shared(ratios, 1.06) == pytest.approx(np.log(1.05 / 1.01))
     assert shared([Summary(1 / r.median, 0, 0) for r in ratios], 1.06) == pytest.approx(
-        -np.log(1.05 / 1.02)
+        -np.log(1.05 / 1.01)
     )
     assert shared(ratios[1:], 1.06) == shared(ratios, 1.04) == 0.0
-    assert shared([Summary(1.01, 1, 1)] * 9, 1.05) == 0.0
+    assert shared([Summary(1.009, 1, 1)] * 9, 1.05) == 0.0
 
 
 def test_the_mean_of_ratios_is_geometric() -> None:
@@ -488,7 +488,7 @@ def test_a_planted_change_is_found_among_rows_as_they_were_measured(tmp_path: Pa
         )
         rows = comparison(before, [*after[:place], slow, *after[place + 1 :]], tmp_path).rows
         found.append(rows[place].verdict is Verdict.SLOWER)
-    assert sum(found) >= 80
+    assert sum(found) >= 90
 
 
 def redrawn(times: int) -> Iterator[tuple[list[Trial], list[Trial], np.random.Generator]]:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft_tvm.artifact import Artifact
+from deft_tvm.errors import PageError
 from deft_tvm.native import PLANNER
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
@@ -115,6 +116,25 @@ def test_room_is_found_for_plans_of_any_size() -> None:
         plan = made(forest, pages)
         assert in_one_piece(plan) and (plan.laid.packed[0].size > 20000) == (forest is huge)
         assert_same(plan, in_python(made)(forest, pages))
+
+
+def test_pages_are_checked_before_any_plan() -> None:
+    """Nodes grow up to what was checked, and are looked at again beyond it."""
+    made = recipe(SPEC, WIDE, profile())
+    size = SPEC.page_size
+    forest = Forest.from_parents([-1, 0, 0], [size + 1, 3, 2])
+    pages = PageTable([5, 6, 6], [0, 2, 3, 3], [0, 1, 0], page_size=size)
+    with pytest.raises(PageError, match="node 2 has 2 tokens from slot 0 on"):
+        made(forest, pages)
+    pages = PageTable([5, 6, 6, 7], [0, 2, 3, 4], [0, 1, 0], page_size=size)
+    assert in_one_piece(made(forest, pages))
+    for lengths in ([size + 1, size - 1, size], [2, 3, 2]):
+        assert in_one_piece(made(forest.with_lengths(lengths), pages))
+    with pytest.raises(PageError, match="page 6 is shared by nodes 0 and 1"):
+        made(forest.with_lengths([size + 2, 3, 2]), pages)
+    for other in (forest.from_parents([-1], [3]), forest.from_parents([-1] * 4, [1] * 4)):
+        with pytest.raises(PageError, match="page_indptr has 4 entries"):
+            made(other, pages)
 
 
 def test_what_it_does_not_plan_is_planned_in_python() -> None:

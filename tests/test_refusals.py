@@ -80,6 +80,7 @@ INPUTS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
         lambda v: v.transpose(1, 2),
         "kv[1] (v) has shape [7, 2, 4, 16]; expected [pages, 4, 2, 16]",
     ),
+    "v missing": ("v", lambda v: None, "kv[1] is NoneType; expected a torch.Tensor"),
     "v without pages": (
         "v",
         lambda v: v.flatten(0, 1),
