@@ -223,7 +223,7 @@ class TreeAttention:
             InputError: a tensor does not fit the spec or the plan, or requires grad.
         """
         step = self._planned("run")
-        # Most calls, and next to layers that empty the caches a cold check costs what a token does.
+        # Most calls. Whatever else is asked takes microseconds where layers empty the caches.
         usual = step.watch is None and sinks is None and not self.spec.sinks
         if usual and not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
