@@ -224,10 +224,13 @@ class TreeAttention:
         """
         step = self._planned("run")
         # Most calls. Whatever else is asked takes microseconds where layers empty the caches.
-        usual = step.watch is None and sinks is None and not self.spec.sinks
+        alone = sinks is None and not self.spec.sinks
+        usual = alone and step.watch is None and type(kv) in (tuple, list)
         if usual and not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
         check_types(self.spec, q, kv, sinks)
+        if usual:
+            return self._dispatch(step, q, kv, out, lse)
         layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():
             return step.watch.run(lambda: self._run(step, q, layer, out, lse), q, layer)
@@ -238,6 +241,12 @@ class TreeAttention:
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
+        return self._dispatch(step, q, kv, out, lse)
+
+    def _dispatch(
+        self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """By the operators, which torch sees."""
         if out is None and lse is None:
             return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *step.operands))
         out, lse = outputs(q, self.spec.v_width, out, lse)

@@ -23,7 +23,7 @@ except ImportError:
     TELLING = False
 """Whether this torch tells what is on: both names are its own. Where not, no call is plain."""
 
-_PLAIN, _LISTS = (Tensor, Parameter), (tuple, list)
+_PLAIN = (Tensor, Parameter)
 
 
 def _keys_without_modes() -> frozenset[int]:
@@ -41,14 +41,9 @@ _WITHOUT_MODES = _keys_without_modes()
 
 
 def is_plain(q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None) -> bool:
-    """Whether the dispatcher would hand these to the CPU's implementation just as they are. Never
-    where `q` is no tensor, or `kv` no list or tuple of tensors."""
-    if (
-        type(kv) not in _LISTS
-        or not TELLING
-        or _keys_of_thread().raw_repr() not in _WITHOUT_MODES
-        or _profiling()
-    ):
+    """Whether the dispatcher would hand these to the CPU's implementation just as they are; not
+    where `q` or something in `kv` is no tensor."""
+    if not TELLING or _keys_of_thread().raw_repr() not in _WITHOUT_MODES or _profiling():
         return False
     given = (q, *kv)
     if out is not None:
