@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from deft_tvm.limit import product_dtype
 from deft_tvm.timing import walk
 from deft_tvm.workloads import Case
 
@@ -80,8 +81,8 @@ def between_products(case: Case, attention: TreeAttention, cold_bytes: int) -> C
     turn, `PROJECTION` and `OUTPUT` are products after a step, `PRODUCT` one after a product.
     """
     width = case.spec.num_q_heads * case.spec.v_width
-    x, w = torch.randn(case.q.shape[0], width), torch.randn(width, width)
-    x, w = x.to(case.q.dtype), w.to(case.q.dtype)
+    dtype = product_dtype(case.q.dtype)
+    x, w = torch.randn(case.q.shape[0], width).to(dtype), torch.randn(width, width).to(dtype)
     ours, product = step(case, attention), lambda: x @ w
     before = walk(cold_bytes) if cold_bytes else ours
     return {

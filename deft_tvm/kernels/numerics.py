@@ -92,7 +92,7 @@ def exp2_polynomial(x: Expr, operand: str) -> Expr:
 
     Exactly 0 below -126, and so for -inf: a masked score leaves nothing behind. NaN stays NaN.
     """
-    whole = tirx.nearbyint(x)
+    whole = tirx.round(x)  # to even; `nearbyint`, the same instruction, TVM does not vectorise
     part = x - whole
     coefficients = EXP2_DEGREE_6 if operand == "float32" else EXP2_DEGREE_5
     power = _polynomial(coefficients, part)

@@ -46,6 +46,8 @@ class Dots(NamedTuple):
         rows, tokens: whose products they are.
         lanes: elements, or pairs of them, that are multiplied at a time.
         referred: of tokens the tile keeps addresses, see `references`.
+        trip: vectors of each row that one trip of a loop takes, a divisor of all; all of them
+            without a loop.
     """
 
     width: int
@@ -54,6 +56,12 @@ class Dots(NamedTuple):
     tokens: int
     lanes: int
     referred: bool
+    trip: int
+
+    @property
+    def step(self) -> int:
+        """Elements of a vector."""
+        return 2 * self.lanes if self.operand == "bfloat16" else self.lanes
 
     @property
     def name(self) -> str:
@@ -101,25 +109,14 @@ def _element(made: Dots) -> str:
 
 def _step(made: Dots, first: int) -> Iterator[str]:
     """Products of the rows from `first` on that fill one vector."""
-    width, operand, _, tokens, lanes, _ = made
-    rows, paired = range(first, first + lanes // tokens), operand == "bfloat16"
+    tokens, lanes = made.tokens, made.lanes
+    rows = range(first, first + lanes // tokens)
     vector = f"<{lanes} x float>"
-    element, step = _element(made), 2 * lanes if paired else lanes
-    for n in range(width // step):
-        for name, numbers in (("a", rows), ("b", range(tokens))):
-            for r in numbers:
-                part = f"{name}{first}_{r}_{n}"
-                yield f"%{part}_ptr = getelementptr {element}, ptr %{name}{r}, i64 {n * step}"
-                yield f"%{part} = load <{step} x {element}>, ptr %{part}_ptr, align 2"
-        for i, j in product(rows, range(tokens)):
-            so_far = f"%s{i}_{j}_{n - 1}" if n else "zeroinitializer"
-            a, b = (f"<{step} x {element}> %{x}{first}_{r}_{n}" for x, r in (("a", i), ("b", j)))
-            yield f"%s{i}_{j}_{n} = call {vector} " + (
-                f"@llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}({vector} {so_far}, {a}, {b})"
-                if paired
-                else f"@llvm.fma.v{lanes}f32({a}, {b}, {vector} {so_far})"
-            )
-    sums = [f"%s{i}_{j}_{width // step - 1}" for i, j in product(rows, range(tokens))]
+    if made.step * made.trip == made.width:
+        yield from _trip(made, rows, "0", "zeroinitializer")
+    else:
+        yield from _loop(made, rows)
+    sums = [f"%s{i}_{j}_{made.trip - 1}" for i, j in product(rows, range(tokens))]
     total = yield from _sum_each(sums, f"%t{first}", vector)
     part = f"<{tokens} x float>"
     for i in rows:
@@ -130,6 +127,47 @@ def _step(made: Dots, first: int) -> Iterator[str]:
         yield f"%old{i} = load {part}, ptr %c{i}, align 4"
         yield f"%sum{i} = fadd {part} %old{i}, %new{i}"
         yield f"store {part} %sum{i}, ptr %c{i}, align 4"
+
+
+def _loop(made: Dots, rows: range) -> Iterator[str]:
+    """Trips over the width, with a product in each register."""
+    first, size, last = rows[0], made.step * made.trip, made.trip - 1
+    yield f"br label %before{first}"
+    yield f"before{first}:"
+    yield f"br label %trip{first}"
+    yield f"trip{first}:"
+    entered = f"%before{first}"
+    yield f"%d{first} = phi i64 [ 0, {entered} ], [ %d{first}_next, %trip{first} ]"
+    for i, j in product(rows, range(made.tokens)):
+        begun, gone_on = f"[ zeroinitializer, {entered} ]", f"[ %s{i}_{j}_{last}, %trip{first} ]"
+        yield f"%s{i}_{j} = phi <{made.lanes} x float> {begun}, {gone_on}"
+    yield from _trip(made, rows, f"%d{first}", None)
+    yield f"%d{first}_next = add i64 %d{first}, {size}"
+    yield f"%d{first}_on = icmp ult i64 %d{first}_next, {made.width}"
+    # Rolled out, LLVM would take one product after the other and keep all that is loaded.
+    yield f"br i1 %d{first}_on, label %trip{first}, label %after{first}, !llvm.loop !0"
+    yield f"after{first}:"
+
+
+def _trip(made: Dots, rows: range, begin: str, so_far: str | None) -> Iterator[str]:
+    """Products over some vectors from element `begin` on, added to `so_far` or those until now."""
+    first, step, element, lanes = rows[0], made.step, _element(made), made.lanes
+    tokens, vector = range(made.tokens), f"<{lanes} x float>"
+    for n in range(made.trip):
+        yield f"%at{first}_{n} = add i64 {begin}, {n * step}"
+        for name, numbers in (("a", rows), ("b", tokens)):
+            for r in numbers:
+                part = f"{name}{first}_{r}_{n}"
+                yield f"%{part}_ptr = getelementptr {element}, ptr %{name}{r}, i64 %at{first}_{n}"
+                yield f"%{part} = load <{step} x {element}>, ptr %{part}_ptr, align 2"
+        for i, j in product(rows, tokens):
+            before = f"%s{i}_{j}_{n - 1}" if n else so_far or f"%s{i}_{j}"
+            a, b = (f"<{step} x {element}> %{x}{first}_{r}_{n}" for x, r in (("a", i), ("b", j)))
+            yield f"%s{i}_{j}_{n} = call {vector} " + (
+                f"@llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}({vector} {before}, {a}, {b})"
+                if element == "bfloat"
+                else f"@llvm.fma.v{lanes}f32({a}, {b}, {vector} {before})"
+            )
 
 
 def _sum_each(sums: Sequence[str], name: str, vector: str) -> Generator[str, None, str]:
@@ -162,7 +200,8 @@ def declarations(operand: str, lanes: Sequence[int]) -> str:
             f"declare {v} @llvm.x86.avx512bf16.dpbf16ps.{32 * n}({v}, {pairs}, {pairs})\n"
             for n, v, pairs in narrow
         )
-    return "".join(f"declare {v} @llvm.fma.v{n}f32({v}, {v}, {v})\n" for n, v in vectors)
+    called = "".join(f"declare {v} @llvm.fma.v{n}f32({v}, {v}, {v})\n" for n, v in vectors)
+    return called + '!0 = distinct !{!0, !1}\n!1 = !{!"llvm.loop.unroll.disable"}\n'
 
 
 def _levels(lanes: int) -> list[tuple[list[int], list[int]]]:

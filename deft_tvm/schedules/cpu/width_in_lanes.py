@@ -11,6 +11,7 @@ natural layout:
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from tvm.s_tir import Schedule
@@ -46,6 +47,9 @@ from deft_tvm.spec import TileShape
 STRETCH = 8
 """Tokens between which V is asked for ahead."""
 
+FEW_REGISTERS, TRIP = 16, 2
+"""Where registers are few a product's width is a loop, of so many vectors a trip."""
+
 KEYS = {"scores": "load_k", "scores_rope": "load_rope"}
 """What loads the keys of each product."""
 
@@ -59,7 +63,7 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     loads = load_widths(spec)
     stay = [load for load in loads if stays(spec, load, tile.operand)]
     products = {
-        block: _dots(width, tile, lanes, KEYS[block] in stay)
+        block: _dots(width, tile, task.features, KEYS[block] in stay)
         for block, width in score_products(spec).items()
     }
     widest = max(made.tokens for made in products.values())
@@ -128,11 +132,14 @@ def _accepts(task: KernelTask) -> bool:
     return tile.operand == "float32" and even
 
 
-def _dots(width: int, tile: TileShape, float_lanes: int, referred: bool) -> Dots:
+def _dots(width: int, tile: TileShape, features: Set[str], referred: bool) -> Dots:
     """How many tokens of one product are multiplied with all rows at a time."""
-    lanes = lanes_of(width, tile.operand, min(float_lanes, tile.kv_tile))
+    lanes = lanes_of(width, tile.operand, min(float_lanes(features), tile.kv_tile))
     tokens = tokens_of(tile.lane_rows, lanes)
-    return Dots(width, tile.operand, tile.lane_rows, tokens, lanes, referred)
+    made = Dots(width, tile.operand, tile.lane_rows, tokens, lanes, referred, trip=1)
+    vectors = width // made.step
+    few = registers(features) <= FEW_REGISTERS
+    return made._replace(trip=power_of_two_in(vectors, TRIP) if few else vectors)
 
 
 def _dot_products(
