@@ -22,6 +22,7 @@ from deft_tvm.schedules.verbs import power_of_two_in
 
 LANES_OF_BLOCK = 4
 """Lanes of 128 bits, within which a shuffle is cheapest."""
+LLVM_TYPES = {"float32": "float", "bfloat16": "bfloat", "float16": "half"}
 
 
 def lanes_of(width: int, operand: str, float_lanes: int) -> int:
@@ -32,8 +33,9 @@ def lanes_of(width: int, operand: str, float_lanes: int) -> int:
 
 
 def tokens_of(lane_rows: int, lanes: int) -> int:
-    """Tokens of a step, as near to its rows as they may be: both are loaded for all products."""
-    squarish = 1 << (lanes.bit_length() - 1) // 2
+    """Tokens of a step, as near to its rows as they may be, and no more: both are loaded for all
+    products, but rows are at hand."""
+    squarish = 1 << lanes.bit_length() // 2
     return lanes // power_of_two_in(lane_rows, squarish)
 
 
@@ -45,7 +47,8 @@ class Dots(NamedTuple):
         operand: their type.
         rows, tokens: whose products they are.
         lanes: elements, or pairs of them, that are multiplied at a time.
-        referred: of tokens the tile keeps addresses, see `references`.
+        stored: element type of tokens of which the tile keeps addresses, see `references`;
+            empty where it keeps elements.
         trip: vectors of each row that one trip of a loop takes, a divisor of all; all of them
             without a loop.
     """
@@ -55,7 +58,7 @@ class Dots(NamedTuple):
     rows: int
     tokens: int
     lanes: int
-    referred: bool
+    stored: str
     trip: int
 
     @property
@@ -66,7 +69,7 @@ class Dots(NamedTuple):
     @property
     def name(self) -> str:
         """Of the function."""
-        where = "_in_place" if self.referred else ""
+        where = f"_of_{self.stored}_in_place" if self.stored else ""
         sizes = f"{self.width}_{self.operand}_{self.rows}x{self.tokens}_by_{self.lanes}"
         return f"deft_dots_{sizes}{where}"
 
@@ -91,20 +94,16 @@ define i32 @{made.name}(
 def _rows(made: Dots) -> Iterator[str]:
     """Where each row of both factors begins."""
     for name, count in (("a", made.rows), ("b", made.tokens)):
-        referred = made.referred and name == "b"
+        referred = made.stored and name == "b"
         for r in range(count):
             row = f"%{name}{r}"
             yield f"{row}_offset = mul i64 %{name}_row, {r}"
-            at = f"getelementptr {_element(made)}, ptr %{name}, i64 {row}_offset"
+            at = f"getelementptr {LLVM_TYPES[made.operand]}, ptr %{name}, i64 {row}_offset"
             if referred:
                 yield f"{row}_kept = {at}"
                 yield f"{row} = load ptr, ptr {row}_kept, align 2"
             else:
                 yield f"{row} = {at}"
-
-
-def _element(made: Dots) -> str:
-    return "bfloat" if made.operand == "bfloat16" else "float"
 
 
 def _step(made: Dots, first: int) -> Iterator[str]:
@@ -151,23 +150,40 @@ def _loop(made: Dots, rows: range) -> Iterator[str]:
 
 def _trip(made: Dots, rows: range, begin: str, so_far: str | None) -> Iterator[str]:
     """Products over some vectors from element `begin` on, added to `so_far` or those until now."""
-    first, step, element, lanes = rows[0], made.step, _element(made), made.lanes
-    tokens, vector = range(made.tokens), f"<{lanes} x float>"
+    first, step, lanes = rows[0], made.step, made.lanes
+    tokens, vector, factor = range(made.tokens), f"<{lanes} x float>", LLVM_TYPES[made.operand]
     for n in range(made.trip):
         yield f"%at{first}_{n} = add i64 {begin}, {n * step}"
-        for name, numbers in (("a", rows), ("b", tokens)):
+        factors = (("a", rows, made.operand), ("b", tokens, made.stored or made.operand))
+        for name, numbers, kept in factors:
             for r in numbers:
-                part = f"{name}{first}_{r}_{n}"
-                yield f"%{part}_ptr = getelementptr {element}, ptr %{name}{r}, i64 %at{first}_{n}"
-                yield f"%{part} = load <{step} x {element}>, ptr %{part}_ptr, align 2"
+                part = f"%{name}{first}_{r}_{n}"
+                at = f"ptr %{name}{r}, i64 %at{first}_{n}"
+                yield f"{part}_ptr = getelementptr {LLVM_TYPES[kept]}, {at}"
+                yield from _load(part, step, kept, made.operand)
         for i, j in product(rows, tokens):
             before = f"%s{i}_{j}_{n - 1}" if n else so_far or f"%s{i}_{j}"
-            a, b = (f"<{step} x {element}> %{x}{first}_{r}_{n}" for x, r in (("a", i), ("b", j)))
+            a, b = (f"<{step} x {factor}> %{x}{first}_{r}_{n}" for x, r in (("a", i), ("b", j)))
             yield f"%s{i}_{j}_{n} = call {vector} " + (
                 f"@llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}({vector} {before}, {a}, {b})"
-                if element == "bfloat"
+                if made.operand == "bfloat16"
                 else f"@llvm.fma.v{lanes}f32({a}, {b}, {vector} {before})"
             )
+
+
+def _load(name: str, count: int, stored: str, operand: str) -> Iterator[str]:
+    """So many elements at ``<name>_ptr``, from the type that is stored to that of the operand."""
+    if stored == operand:
+        yield f"{name} = load <{count} x {LLVM_TYPES[stored]}>, ptr {name}_ptr, align 2"
+    elif stored == "bfloat16":  # in whole numbers: what has no such instructions may round by calls
+        yield f"{name}_bits = load <{count} x i16>, ptr {name}_ptr, align 2"
+        yield f"{name}_low = zext <{count} x i16> {name}_bits to <{count} x i32>"
+        yield f"{name}_high = shl <{count} x i32> {name}_low, splat (i32 16)"
+        yield f"{name} = bitcast <{count} x i32> {name}_high to <{count} x float>"
+    else:
+        kept = f"<{count} x {LLVM_TYPES[stored]}>"
+        yield f"{name}_kept = load {kept}, ptr {name}_ptr, align 2"
+        yield f"{name} = fpext {kept} {name}_kept to <{count} x float>"
 
 
 def _sum_each(sums: Sequence[str], name: str, vector: str) -> Generator[str, None, str]:
@@ -205,23 +221,33 @@ def declarations(operand: str, lanes: Sequence[int]) -> str:
 
 
 def _levels(lanes: int) -> list[tuple[list[int], list[int]]]:
-    """For each level of the sum, the lanes of two vectors laid end to end that are added."""
+    """For each level of the sum, the lanes of two vectors laid end to end that are added.
+
+    Every other block to the next, then a block's first half to its second, of two vectors in turns:
+    neighbours of one vector added to each other would be ``vhaddps``, eight operations on AMD's
+    first Zen.
+    """
     block = min(LANES_OF_BLOCK, lanes)
-    across = (lanes // block).bit_length() - 1
-    within = block.bit_length() - 1
-    shapes = [(lanes, block)] * across + [(block, 1)] * within
-    return [(_every_other(lanes, *shape, 0), _every_other(lanes, *shape, 1)) for shape in shapes]
-
-
-def _every_other(lanes: int, group: int, unit: int, first: int) -> list[int]:
-    """Lanes of every other unit, of each group of the one vector and then of the other."""
-    return [
-        source + begin + u * unit + lane
-        for begin in range(0, lanes, group)
-        for source in (0, lanes)
-        for u in range(first, group // unit, 2)
-        for lane in range(unit)
+    across = [
+        [
+            x + n + lane
+            for x in (0, lanes)
+            for n in range(0, lanes, 2 * block)
+            for lane in range(block)
+        ]
+    ] * ((lanes // block).bit_length() - 1)
+    within = [
+        [
+            x + n + part + lane
+            for n in range(0, lanes, block)
+            for part in range(0, block // 2, unit)
+            for x in (0, lanes)
+            for lane in range(unit)
+        ]
+        for unit in (1, 2)[: block.bit_length() - 1]
     ]
+    levels = [(firsts, block) for firsts in across] + [(firsts, block // 2) for firsts in within]
+    return [(firsts, [lane + to for lane in firsts]) for firsts, to in levels]
 
 
 def _order(lanes: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 Rows lie scattered in pages. What reads each of them once gains nothing by a copy that puts one
 after another, which took 30 % of the instructions of a kernel of four rows (AMD EPYC Zen 4,
-2026-11-28). The tile is as large as before, and holds the address of a row in the row's first
-bytes; only functions that know of it read such a tile.
+2026-11-28), nor by one that converts them. The tile is as large as before, and holds the address of
+a row in the row's first bytes; only functions that know of it read such a tile.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ define i32 @deft_refer(ptr %tile, ptr %row) alwaysinline {
 """
 
 
-def stays(spec: AttentionSpec, load: str, operand: str) -> bool:
-    """Whether the rows that block `load` puts into a tile may stay where they are.
+def stored_where(spec: AttentionSpec, load: str) -> str:
+    """The type of the rows that block `load` puts into a tile, if they may stay where they are.
 
-    Those of V may not: the output's product is no such function. Others are of 8 bytes or more.
+    Those of V may not: the output's product is no such function. Nor may elements of 8 bits, which
+    have a scale. Others are of 8 bytes a row or more.
     """
     number = {"load_k": spec.k.buffer, "load_rope": spec.rope}.get(load)
-    if number is None:
-        return False
-    buffer = spec.buffers[number]
-    return buffer.dtype == operand and not buffer.scaled
+    if number is None or spec.buffers[number].scaled:
+        return ""
+    return spec.buffers[number].dtype
 
 
-def refer_to_rows(sch: Schedule, load: str, width: int, operand: str) -> None:
+def refer_to_rows(sch: Schedule, load: str, width: int, stored: str, operand: str) -> None:
     """Keep the address of each row instead of a copy."""
     block = sch.get_sblock(load)
     # The intrinsic's description is of one row, wherever the tables say that it lies.
     tables = [n for n, read in enumerate(sch.get(block).reads) if read.source.name in TABLES]
     sch.unsafe_hide_buffer_access(block, "read", tables)
-    sch.tensorize(sch.get_loops(block)[-1], _refer(width, operand))
+    sch.tensorize(sch.get_loops(block)[-1], _refer(width, stored, operand))
 
 
 @cache
-def _refer(width: int, operand: str) -> str:
+def _refer(width: int, stored: str, operand: str) -> str:
     """Intrinsic: a row of `width` elements, which becomes one of a tile of `operand`."""
     TILE = storage(operand)
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (width,), operand, offset_factor=1)
+        A = T.match_buffer(a, (width,), stored, offset_factor=1)
         B = T.match_buffer(b, (width,), TILE, offset_factor=1)
         with T.sblock("root"):
             T.reads(A[0:width])
@@ -68,11 +68,11 @@ def _refer(width: int, operand: str) -> str:
 
     @T.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (width,), operand, offset_factor=1)
+        A = T.match_buffer(a, (width,), stored, offset_factor=1)
         B = T.match_buffer(b, (width,), TILE, offset_factor=1)
         with T.sblock("root"):
             T.reads(A[0:width])
             T.writes(B[0:width])
             T.evaluate(T.call_extern("int32", "deft_refer", T.address_of(B[0]), T.address_of(A[0])))
 
-    return register(f"deft_refer_{width}_{operand}", description, implementation)
+    return register(f"deft_refer_{width}_{stored}_{operand}", description, implementation)

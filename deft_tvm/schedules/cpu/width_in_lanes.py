@@ -29,7 +29,7 @@ from deft_tvm.schedules.cpu.dot_products import (
 from deft_tvm.schedules.cpu.instructions import dot_pairs
 from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.reductions import reduce_rows, reductions_llvm
-from deft_tvm.schedules.cpu.references import REFERENCES_LLVM, refer_to_rows, stays
+from deft_tvm.schedules.cpu.references import REFERENCES_LLVM, refer_to_rows, stored_where
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import (
@@ -61,9 +61,9 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes, paired = power_of_two_in(spec.v_width, lanes), _paired(task)
     loads = load_widths(spec)
-    stay = [load for load in loads if stays(spec, load, tile.operand)]
+    stay = {load: stored for load in loads if (stored := _stored(task, load))}
     products = {
-        block: _dots(width, tile, task.features, KEYS[block] in stay)
+        block: _dots(width, tile, task.features, stay.get(KEYS[block], ""))
         for block, width in score_products(spec).items()
     }
     widest = max(made.tokens for made in products.values())
@@ -91,8 +91,8 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
     for block in ("init_out", "keep_out", "write_out"):
         vectorize_last(sch, block, v_lanes)
-    for load in stay:
-        refer_to_rows(sch, load, loads.pop(load), tile.operand)
+    for load, stored in stay.items():
+        refer_to_rows(sch, load, loads.pop(load), stored, tile.operand)
     for block, width in (query_widths(spec) | loads).items():
         vectorize_last(sch, block, power_of_two_in(width, lanes))
     token_lanes = power_of_two_in(tile.kv_tile, lanes)
@@ -132,11 +132,17 @@ def _accepts(task: KernelTask) -> bool:
     return tile.operand == "float32" and even
 
 
-def _dots(width: int, tile: TileShape, features: Set[str], referred: bool) -> Dots:
+def _stored(task: KernelTask, load: str) -> str:
+    """`stored_where`, of what products take from there: float32 is made of any type."""
+    stored, operand = stored_where(task.spec, load), task.tile.operand if task.tile else ""
+    return stored if operand in ("float32", stored) else ""
+
+
+def _dots(width: int, tile: TileShape, features: Set[str], stored: str) -> Dots:
     """How many tokens of one product are multiplied with all rows at a time."""
     lanes = lanes_of(width, tile.operand, min(float_lanes(features), tile.kv_tile))
     tokens = tokens_of(tile.lane_rows, lanes)
-    made = Dots(width, tile.operand, tile.lane_rows, tokens, lanes, referred, trip=1)
+    made = Dots(width, tile.operand, tile.lane_rows, tokens, lanes, stored, trip=1)
     vectors = width // made.step
     few = registers(features) <= FEW_REGISTERS
     return made._replace(trip=power_of_two_in(vectors, TRIP) if few else vectors)
