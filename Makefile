@@ -31,7 +31,7 @@ test: $(VENV)/installed-test $(VENV)/installed-weights
 	$(IN) ruff check .
 	$(IN) ruff format --check .
 	$(IN) mypy
-	$(IN) pytest --numprocesses 2 --dist loadfile
+	$(IN) pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The stamps are newer than what was asked for, so that nothing is installed twice.
 $(VENV)/installed-test: $(VENV)/installed-tune

@@ -183,7 +183,9 @@ def test_check_is_exact_and_counts_traffic(capsys: pytest.CaptureFixture[str]) -
     assert text.out.rstrip().endswith("\nexact")
     assert "KV bytes saved" in text.out
     assert found["exact"] is True
-    assert 0 < found["exactness"]["out_error"] <= found["exactness"]["out_bound"]
+    # Where bfloat16 is multiplied as float32 the output is the oracle's, rounded.
+    assert 0 <= found["exactness"]["out_error"] <= found["exactness"]["out_bound"]
+    assert 0 < found["exactness"]["out_bound"]
     assert 0 < found["kv_saved_percent"] < 100
 
 

@@ -82,7 +82,9 @@ def test_beams_under_generate_give_the_same_tokens(real: Real) -> None:
     ends = {"eos_token_id": real.eos, "pad_token_id": real.eos}
     found = ours.generated(real.net, real.prompt, max_new_tokens=TOKENS, **ends, **options)
     assert found.without_padding([real.eos]).texts == wanted.texts
-    assert found.kv_read < wanted.kv_read
+    assert found.kv_held < wanted.kv_held
+    # Of so short a prompt a plan may find that reading it again is as fast.
+    assert found.kv_read <= wanted.kv_read
 
 
 def test_a_draft_verified_by_a_dense_mask_has_the_logits_of_its_paths(real: Real) -> None:

@@ -33,9 +33,9 @@ def lanes_of(width: int, operand: str, float_lanes: int) -> int:
 
 
 def tokens_of(lane_rows: int, lanes: int) -> int:
-    """Tokens of a step, as near to its rows as they may be, and no more: both are loaded for all
-    products, but rows are at hand."""
-    squarish = 1 << lanes.bit_length() // 2
+    """Tokens of a step, two or more, as near to its rows as they may be and rather fewer: both are
+    loaded for all products, but rows are at hand."""
+    squarish = min(1 << lanes.bit_length() // 2, lanes // 2)
     return lanes // power_of_two_in(lane_rows, squarish)
 
 
