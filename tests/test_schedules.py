@@ -135,6 +135,22 @@ def test_compiles_to_the_instructions_of_each_cpu(cpu: str, dtype: str) -> None:
     assert many.tile is not None and many.tile.operand == ("bfloat16" if feature else "float32")
 
 
+def test_avx2_rounds_in_vectors_and_takes_keys_from_their_pages() -> None:
+    spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16")
+    profile = _profile("haswell")
+    tiles = default_tiles(spec, "llvm", frozenset(profile.features))
+    few, many, _ = tasks_for(spec, profile, [t for t in tiles if t.lane_rows in (4, 64)])
+    modules = {task.name: schedule(task)[0].mod for task in (few, many)}
+    assembly = {
+        task.name: compile_module(modules[task.name], task.target).mod.inspect_source("asm")
+        for task in (few, many)
+    }
+    assert "vroundps" in assembly[many.name]
+    assert "vroundss" not in assembly[many.name], "an exponential of one score at a time"
+    assert "_of_bfloat16_in_place" in modules[few.name].script()
+    assert "vhaddps" not in assembly[few.name]
+
+
 @pytest.mark.parametrize("name", ["gqa", "gta"])
 def test_register_tiles_stay_in_registers(name: str) -> None:
     """No product of pairs is followed by a store of its sum: that takes twice the time."""

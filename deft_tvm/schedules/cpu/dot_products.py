@@ -175,10 +175,11 @@ def _load(name: str, count: int, stored: str, operand: str) -> Iterator[str]:
     """So many elements at ``<name>_ptr``, from the type that is stored to that of the operand."""
     if stored == operand:
         yield f"{name} = load <{count} x {LLVM_TYPES[stored]}>, ptr {name}_ptr, align 2"
-    elif stored == "bfloat16":  # in whole numbers: what has no such instructions may round by calls
+    elif stored == "bfloat16":  # the upper half of a float32
         yield f"{name}_bits = load <{count} x i16>, ptr {name}_ptr, align 2"
         yield f"{name}_low = zext <{count} x i16> {name}_bits to <{count} x i32>"
-        yield f"{name}_high = shl <{count} x i32> {name}_low, splat (i32 16)"
+        halves = ", ".join(["i32 16"] * count)
+        yield f"{name}_high = shl <{count} x i32> {name}_low, <{halves}>"
         yield f"{name} = bitcast <{count} x i32> {name}_high to <{count} x float>"
     else:
         kept = f"<{count} x {LLVM_TYPES[stored]}>"

@@ -1,8 +1,8 @@
 """Few rows on a CPU: the head width in the vector lanes, so that a token is read once for all rows.
 
 With fewer lane rows than a vector has lanes the work is bound by reading the KV. Keys stay in their
-pages where they are of the products' type, and so does V where it is read once; tiles keep their
-natural layout:
+pages where products take their type, float32's any but 8 bits, and so does V where it is read once;
+tiles keep their natural layout:
 
     scores        products of a few rows and tokens at a time, see `dot_products`
     accumulate    rows × a part of the width in registers, walking down the tile's tokens, by two
@@ -48,7 +48,10 @@ STRETCH = 8
 """Tokens between which V is asked for ahead."""
 
 FEW_REGISTERS, TRIP = 16, 2
-"""Where registers are few a product's width is a loop, of so many vectors a trip."""
+"""Where registers are few a product's width is a loop, of so many vectors a trip. As one piece LLVM
+orders it product by product, and keeps in memory what it loads for the next: one sequence of 65,536
+in float32 takes 0.95 of its time as a loop, and 0.87 of that with two tokens a step for four (AMD
+EPYC Zen 1, 2026-11-28)."""
 
 KEYS = {"scores": "load_k", "scores_rope": "load_rope"}
 """What loads the keys of each product."""
