@@ -148,7 +148,7 @@ def test_avx2_rounds_in_vectors_and_takes_keys_from_their_pages() -> None:
     assert "vroundps" in assembly[many.name]
     assert "vroundss" not in assembly[many.name], "an exponential of one score at a time"
     assert "_of_bfloat16_in_place" in modules[few.name].script()
-    assert "vhaddps" not in assembly[few.name]
+    assert not re.search(r"vhaddps\t%ymm", assembly[few.name]), "of products, not of a row's sum"
 
 
 @pytest.mark.parametrize("name", ["gqa", "gta"])
