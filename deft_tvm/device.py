@@ -28,6 +28,8 @@ _ZEN4 = (*_BF16, *_BYTES)
 _AMX = (*_ZEN4, "avx512fp16", "avxvnni", "amx-tile", "amx-int8", "amx-bf16")
 _ARM = ("neon", "fullfp16", "dotprod", "bf16", "i8mm", "sve", "sve2")
 
+Kind = Literal["cpu", "cuda"]
+
 #: Names of instruction sets that a profile may hold, LLVM's spelling.
 FEATURES = (*_AMX, *_ARM)
 
@@ -87,7 +89,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     slug: str
     name: str
-    kind: Literal["cpu", "cuda"]
+    kind: Kind
     cores: int
     features: tuple[str, ...]
     l2_bytes: int
@@ -123,7 +125,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     @classmethod
-    def detect(cls, kind: Literal["cpu", "cuda"] = "cpu") -> DeviceProfile:
+    def detect(cls, kind: Kind = "cpu") -> DeviceProfile:
         """This machine's CPU (with as many cores as torch has threads) or current GPU.
 
         Rates are nominal until they are measured; reading takes milliseconds.
@@ -150,6 +152,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as indented JSON."""
         write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    def product_dtype(self, dtype: str) -> str:
+        """What matrices of `dtype` are multiplied in soonest: itself, or what it is converted to.
+
+        Where a CPU has no instructions for it torch takes bfloat16 element by element, at a
+        hundredth of float32's rate.
+        """
+        return max(("float32", dtype), key=lambda name: self.matrix_rate.get(name, 0.0))
 
     def target(self) -> dict[str, Any]:
         """TVM target attributes of the device."""

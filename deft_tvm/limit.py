@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import field
 
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.plan.cost import token_bytes
 from deft_tvm.plan.split import Walk
 from deft_tvm.plan.traffic import row_tokens, visible_flops
@@ -58,7 +58,7 @@ class Limit(msgspec.Struct, frozen=True):
 
     def on(self, device: DeviceProfile, dtype: str) -> float:
         """Seconds by the rates of a device, for operands of `dtype` or what it converts them to."""
-        rate = max(device.matrix_rate["float32"], device.matrix_rate.get(dtype, 0.0))
+        rate = device.matrix_rate[device.product_dtype(dtype)]
         return max(self.num_bytes / device.read_bandwidth, self.flops / rate)
 
     def rounds(self, timings: dict[str, Timing]) -> tuple[float, ...]:
@@ -72,21 +72,16 @@ class Limit(msgspec.Struct, frozen=True):
         return Summary.of(tuple(limit / own for limit, own in pairs))
 
 
-def product_dtype(dtype: torch.dtype, kind: str = "cpu") -> torch.dtype:
-    """What matrices of `dtype` are multiplied in soonest: float32 on a CPU without instructions.
-
-    There torch takes bfloat16 element by element, at a hundredth of float32's rate.
-    """
+def product_dtype(dtype: torch.dtype, kind: Kind = "cpu") -> torch.dtype:
+    """`DeviceProfile.product_dtype` of this machine's device, for torch."""
     import torch  # as below
 
-    if kind != "cpu":
-        return dtype
-    rate = DeviceProfile.detect().matrix_rate
-    name = str(dtype).removeprefix("torch.")
-    return dtype if rate.get(name, 0.0) > rate["float32"] else torch.float32
+    name = DeviceProfile.detect(kind).product_dtype(str(dtype).removeprefix("torch."))
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
-def probes(dtype: torch.dtype, kind: str = "cpu") -> dict[str, Callable[[], object]]:
+def probes(dtype: torch.dtype, kind: Kind = "cpu") -> dict[str, Callable[[], object]]:
     """Calls that read `READ_BYTES` and multiply two matrices, on all of a CPU or GPU."""
     import torch  # here: who compares logs needs the names of these probes alone
 

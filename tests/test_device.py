@@ -198,3 +198,19 @@ def test_a_damaged_profile_is_refused(tmp_path: Path, text: str | None, message:
         path.write_text(text)
     with pytest.raises(LogError, match=f"device profile {path}.*{message}"):
         DeviceProfile.read(path)
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "multiplied"),
+    [
+        (V3, "bfloat16", "float32"),
+        (V3, "float16", "float32"),
+        (ZEN4, "bfloat16", "bfloat16"),
+        (ZEN4, "float32", "float32"),
+        (ZEN4, "float64", "float32"),
+    ],
+)
+def test_a_product_is_of_the_type_that_is_multiplied_faster(
+    features: tuple[str, ...], dtype: str, multiplied: str
+) -> None:
+    assert DeviceProfile.nominal(features=features, vendor="amd").product_dtype(dtype) == multiplied

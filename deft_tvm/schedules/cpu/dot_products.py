@@ -22,7 +22,14 @@ from deft_tvm.schedules.verbs import power_of_two_in
 
 LANES_OF_BLOCK = 4
 """Lanes of 128 bits, within which a shuffle is cheapest."""
+VECTORS_OF_TRIP = 2
+"""Of a row, at the most, where the width is a loop."""
 LLVM_TYPES = {"float32": "float", "bfloat16": "bfloat", "float16": "half"}
+STAYS_A_LOOP = """
+!0 = distinct !{!0, !1}
+!1 = !{!"llvm.loop.unroll.disable"}
+"""
+"""What `_loop` says of its loops: unrolled, they would be the one piece again."""
 
 
 def lanes_of(width: int, operand: str, float_lanes: int) -> int:
@@ -49,8 +56,7 @@ class Dots(NamedTuple):
         lanes: elements, or pairs of them, that are multiplied at a time.
         stored: element type of tokens of which the tile keeps addresses, see `references`;
             empty where it keeps elements.
-        trip: vectors of each row that one trip of a loop takes, a divisor of all; all of them
-            without a loop.
+        looped: the width is a loop, instead of one piece.
     """
 
     width: int
@@ -59,12 +65,18 @@ class Dots(NamedTuple):
     tokens: int
     lanes: int
     stored: str
-    trip: int
+    looped: bool
 
     @property
     def step(self) -> int:
         """Elements of a vector."""
         return 2 * self.lanes if self.operand == "bfloat16" else self.lanes
+
+    @property
+    def trip(self) -> int:
+        """Vectors of each row that one trip takes; all of them without a loop."""
+        vectors = self.width // self.step
+        return power_of_two_in(vectors, VECTORS_OF_TRIP) if self.looped else vectors
 
     @property
     def name(self) -> str:
@@ -111,10 +123,10 @@ def _step(made: Dots, first: int) -> Iterator[str]:
     tokens, lanes = made.tokens, made.lanes
     rows = range(first, first + lanes // tokens)
     vector = f"<{lanes} x float>"
-    if made.step * made.trip == made.width:
-        yield from _trip(made, rows, "0", "zeroinitializer")
-    else:
+    if made.looped:
         yield from _loop(made, rows)
+    else:
+        yield from _trip(made, rows, "0", "zeroinitializer")
     sums = [f"%s{i}_{j}_{made.trip - 1}" for i, j in product(rows, range(tokens))]
     total = yield from _sum_each(sums, f"%t{first}", vector)
     part = f"<{tokens} x float>"
@@ -143,7 +155,6 @@ def _loop(made: Dots, rows: range) -> Iterator[str]:
     yield from _trip(made, rows, f"%d{first}", None)
     yield f"%d{first}_next = add i64 %d{first}, {size}"
     yield f"%d{first}_on = icmp ult i64 %d{first}_next, {made.width}"
-    # Rolled out, LLVM would take one product after the other and keep all that is loaded.
     yield f"br i1 %d{first}_on, label %trip{first}, label %after{first}, !llvm.loop !0"
     yield f"after{first}:"
 
@@ -218,7 +229,7 @@ def declarations(operand: str, lanes: Sequence[int]) -> str:
             for n, v, pairs in narrow
         )
     called = "".join(f"declare {v} @llvm.fma.v{n}f32({v}, {v}, {v})\n" for n, v in vectors)
-    return called + '!0 = distinct !{!0, !1}\n!1 = !{!"llvm.loop.unroll.disable"}\n'
+    return called + STAYS_A_LOOP
 
 
 def _levels(lanes: int) -> list[tuple[list[int], list[int]]]:
@@ -229,26 +240,22 @@ def _levels(lanes: int) -> list[tuple[list[int], list[int]]]:
     first Zen.
     """
     block = min(LANES_OF_BLOCK, lanes)
-    across = [
-        [
-            x + n + lane
-            for x in (0, lanes)
-            for n in range(0, lanes, 2 * block)
-            for lane in range(block)
-        ]
-    ] * ((lanes // block).bit_length() - 1)
-    within = [
-        [
-            x + n + part + lane
-            for n in range(0, lanes, block)
-            for part in range(0, block // 2, unit)
-            for x in (0, lanes)
-            for lane in range(unit)
-        ]
-        for unit in (1, 2)[: block.bit_length() - 1]
-    ]
-    levels = [(firsts, block) for firsts in across] + [(firsts, block // 2) for firsts in within]
-    return [(firsts, [lane + to for lane in firsts]) for firsts, to in levels]
+    halvings = (lanes // block).bit_length() - 1
+    levels = [(_every_other(lanes, block), block)] * halvings
+    levels += [(_first_halves(lanes, block, unit), block // 2) for unit in (1, 2) if unit < block]
+    return [(firsts, [lane + away for lane in firsts]) for firsts, away in levels]
+
+
+def _every_other(lanes: int, block: int) -> list[int]:
+    """Lanes of every other block, of the one vector and then of the other."""
+    blocks = (x + n for x in (0, lanes) for n in range(0, lanes, 2 * block))
+    return [first + lane for first in blocks for lane in range(block)]
+
+
+def _first_halves(lanes: int, block: int, unit: int) -> list[int]:
+    """Lanes of each block's first half, so many of the one vector and so many of the other."""
+    units = (n + u for n in range(0, lanes, block) for u in range(0, block // 2, unit))
+    return [x + first + lane for first in units for x in (0, lanes) for lane in range(unit)]
 
 
 def _order(lanes: int) -> list[int]:

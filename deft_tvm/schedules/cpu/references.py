@@ -29,16 +29,18 @@ define i32 @deft_refer(ptr %tile, ptr %row) alwaysinline {
 """
 
 
-def stored_where(spec: AttentionSpec, load: str) -> str:
+def stored_where(spec: AttentionSpec, load: str, operand: str) -> str:
     """The type of the rows that block `load` puts into a tile, if they may stay where they are.
 
-    Those of V may not: the output's product is no such function. Nor may elements of 8 bits, which
-    have a scale. Others are of 8 bytes a row or more.
+    Products of `operand` must take that type: float32's take any but 8 bits, which have a scale.
+    Rows of V may not stay: the output's product is no such function. Those of a tile are of 8
+    bytes or more. Otherwise empty.
     """
     number = {"load_k": spec.k.buffer, "load_rope": spec.rope}.get(load)
     if number is None or spec.buffers[number].scaled:
         return ""
-    return spec.buffers[number].dtype
+    stored = spec.buffers[number].dtype
+    return stored if operand in ("float32", stored) else ""
 
 
 def refer_to_rows(sch: Schedule, load: str, width: int, stored: str, operand: str) -> None:

@@ -47,11 +47,10 @@ from deft_tvm.spec import TileShape
 STRETCH = 8
 """Tokens between which V is asked for ahead."""
 
-FEW_REGISTERS, TRIP = 16, 2
-"""Where registers are few a product's width is a loop, of so many vectors a trip. As one piece LLVM
-orders it product by product, and keeps in memory what it loads for the next: one sequence of 65,536
-in float32 takes 0.95 of its time as a loop, and 0.87 of that with two tokens a step for four (AMD
-EPYC Zen 1, 2026-11-28)."""
+FEW_REGISTERS = 16
+"""Up to so many a product's width is a loop. As one piece LLVM orders it product by product, and
+keeps in memory what it loads for the next: one sequence of 65,536 in float32 takes 0.95 of its time
+as a loop, and 0.87 of that with two tokens a step for four (AMD EPYC Zen 1, 2026-11-28)."""
 
 KEYS = {"scores": "load_k", "scores_rope": "load_rope"}
 """What loads the keys of each product."""
@@ -64,7 +63,7 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes, paired = power_of_two_in(spec.v_width, lanes), _paired(task)
     loads = load_widths(spec)
-    stay = {load: stored for load in loads if (stored := _stored(task, load))}
+    stay = {load: stored for load in loads if (stored := stored_where(spec, load, tile.operand))}
     products = {
         block: _dots(width, tile, task.features, stay.get(KEYS[block], ""))
         for block, width in score_products(spec).items()
@@ -135,20 +134,12 @@ def _accepts(task: KernelTask) -> bool:
     return tile.operand == "float32" and even
 
 
-def _stored(task: KernelTask, load: str) -> str:
-    """`stored_where`, of what products take from there: float32 is made of any type."""
-    stored, operand = stored_where(task.spec, load), task.tile.operand if task.tile else ""
-    return stored if operand in ("float32", stored) else ""
-
-
 def _dots(width: int, tile: TileShape, features: Set[str], stored: str) -> Dots:
     """How many tokens of one product are multiplied with all rows at a time."""
     lanes = lanes_of(width, tile.operand, min(float_lanes(features), tile.kv_tile))
     tokens = tokens_of(tile.lane_rows, lanes)
-    made = Dots(width, tile.operand, tile.lane_rows, tokens, lanes, stored, trip=1)
-    vectors = width // made.step
-    few = registers(features) <= FEW_REGISTERS
-    return made._replace(trip=power_of_two_in(vectors, TRIP) if few else vectors)
+    looped = registers(features) <= FEW_REGISTERS
+    return Dots(width, tile.operand, tile.lane_rows, tokens, lanes, stored, looped)
 
 
 def _dot_products(
