@@ -3,13 +3,10 @@
     python tests/kills.py 50        # so many kills of real tunings, and what was left after each
 
 A process says what it has acknowledged through a pipe; nothing of that may be missing afterwards.
-It is forked from a server that has imported everything, so that a round takes no imports.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import sys
 import tempfile
@@ -21,23 +18,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import tuning_run
+from forked import processes
 
-from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.tuning import search, strategy
 from deft_tvm.tuning.log import TuningLog
 from deft_tvm.tuning.result import Progress
-
-for task in tasks_for(tuning_run.SPEC, DeviceProfile.detect()):
-    task.computation  # noqa: B018  (parsed once, in the server)
-
-# The server of Python 3.11 knows no other way to where these modules lie.
-_HERE = Path(__file__).parent
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, (str(_HERE), str(_HERE.parent), os.environ.get("PYTHONPATH")))
-)
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["kills", "deft_tvm.tuning.tune", "xgboost"])
 
 LONGEST = 300.0
 """Seconds until the first message, beyond which a round counts as hung."""

@@ -1,11 +1,10 @@
-"""One of several processes: ``python ranks.py job folder rank world``.
+"""One of several processes.
 
 Its part of the attention runs by modules in `folder`, and rank 0 leaves what came out there.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -82,21 +81,17 @@ def pages_of(
     return own, tuple(buffer[kept] for buffer in case.buffers)
 
 
-def main(job: str, folder: str, rank: str, world: str) -> None:
+def take_part(job: str, folder: Path, rank: int, world: int) -> None:
+    """What a process does, all of it."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{job}{world}", rank=int(rank), world_size=int(world)
-    )
-    spec = AttentionSpec.parse(Path(folder, "spec").read_text())
+    place = f"file://{folder}/{job}{world}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+    spec = AttentionSpec.parse((folder / "spec").read_text())
     jobs = {"tensor": tensor_parallel, "context": context_parallel}
-    found = jobs[job](spec, Path(folder), int(rank), int(world))
-    agreed = [torch.empty_like(found[0]) for _ in range(int(world))]
+    found = jobs[job](spec, folder, rank, world)
+    agreed = [torch.empty_like(found[0]) for _ in range(world)]
     dist.all_gather(agreed, found[0])
     assert all(torch.equal(other, found[0]) for other in agreed), "ranks disagree"
-    if rank == "0":
-        torch.save(found, Path(folder, f"{job}{world}.pt"))
+    if rank == 0:
+        torch.save(found, folder / f"{job}{world}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +10,10 @@ import pytest
 import torch
 from built import artifact
 from cases import TILES, forests, profile
+from forked import processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import FOREST, whole
+from ranks import FOREST, take_part, whole
 
 from deft_tvm.context import context_part, divide_context
 from deft_tvm.errors import PageError, PlanError, TreeError
@@ -40,23 +38,19 @@ def run_ranks(job: str, spec: AttentionSpec, world: int, folder: Path) -> None:
         assert all(spec.shard(rank, world) == spec.shard(0, world) for rank in range(world))
     else:
         (folder / "whole").symlink_to(artifact(spec))
-    script = Path(__file__).with_name("ranks.py")
-    paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
     ranks = [
-        subprocess.Popen(
-            [sys.executable, script, job, folder, str(rank), str(world)],
-            env={**os.environ, "PYTHONPATH": paths},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        processes.Process(target=take_part, args=(job, folder, rank, world))
         for rank in range(world)
     ]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(timeout=120)
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world, errors
+    assert [rank.exitcode for rank in ranks] == [0] * world
     out, lse = torch.load(folder / f"{job}{world}.pt")
     exact = whole(spec).reference()
     bound = exact.bound()

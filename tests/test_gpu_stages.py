@@ -27,6 +27,8 @@ from deft_tvm.limit import Limit
 from deft_tvm.pytorch import TreeAttention
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.tuning import final
+from deft_tvm.tuning.passes import ALONE, IN_TURN
 from deft_tvm.workloads import tensors
 
 FEW_SHOT = "few_shot:prompt=20,branches=3,tokens=5"
@@ -36,8 +38,8 @@ KNOWN = Rates(HERE, copy_bandwidth=1e10)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A module is there, and nothing is measured or kept outside."""
-    monkeypatch.setenv("DEFT_TVM_MODULE_PATH", str(artifact(SMALL).parent))
+    """One module is there, and nothing is measured or kept outside."""
+    monkeypatch.setenv("DEFT_TVM_MODULE_PATH", str(artifact(SMALL)))
     monkeypatch.setenv("DEFT_TVM_LOGS", str(tmp_path / "logs"))
     monkeypatch.setattr(Rates, "of", lambda device: KNOWN)
 
@@ -420,6 +422,10 @@ def test_what_never_ends_is_interrupted() -> None:
 def test_tune_searches_builds_and_goes_on(ask, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("deft_tvm.tuning.probe.probe", lambda device: device)
+    monkeypatch.setitem(final.APART, "cpu", 0.0)
+    for planned in (IN_TURN, ALONE):
+        monkeypatch.setitem(planned.passes, "cpu", 1)
+        monkeypatch.setitem(planned.most, "cpu", 1)
     options = ("--trials", "1", "--minutes", "5")
     code, printed = ask(tune.main, [str(SMALL)], [FEW_SHOT], options=options)
     assert code == 0, printed

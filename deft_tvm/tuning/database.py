@@ -7,9 +7,11 @@ the next time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from tvm.s_tir import meta_schedule as ms
 from tvm.target import Target
 
@@ -17,6 +19,7 @@ from deft_tvm.tuning.log import AnyPath
 from deft_tvm.tuning.space import Space
 
 FILES = ("database_workload.json", "database_tuning_record.json")
+NEW = ".database_new_record.json"
 
 FAILED_SECONDS = 1e10
 """What MetaSchedule stores for a candidate that failed."""
@@ -25,6 +28,9 @@ FAILED_SECONDS = 1e10
 class Database:
     """The database in a folder; a line that was cut off is dropped.
 
+    MetaSchedule replays the schedule of every record that it reads, a tenth of a second for each.
+    So it writes each new one to a file of its own, whose line is then added to the others.
+
     A database that TVM cannot read, of another version of it perhaps, is put aside.
     """
 
@@ -32,15 +38,20 @@ class Database:
         paths = [Path(directory, name) for name in FILES]
         for path in paths:
             _drop_cut_off_line(path)
+        self._workloads, self._records = paths
+        self._new = Path(directory, NEW)
+        self._new.unlink(missing_ok=True)
         try:
-            self._database = ms.database.JSONDatabase(*map(str, paths))
+            self._places = [_places_of(line) for line in _lines(self._records)]
+            self._database = ms.database.JSONDatabase(str(self._workloads), str(self._new))
         except Exception:
             for path in filter(Path.exists, paths):
                 os.replace(path, path.with_suffix(".unreadable.json"))
-            self._database = ms.database.JSONDatabase(*map(str, paths))
+            self._places = []
+            self._database = ms.database.JSONDatabase(str(self._workloads), str(self._new))
 
     def __len__(self) -> int:
-        return len(self._database)
+        return len(self._places)
 
     def add(self, space: Space, candidate: ms.MeasureCandidate, seconds: Sequence[float]) -> None:
         """One record; no seconds: the candidate failed."""
@@ -53,17 +64,35 @@ class Database:
                 candidate.args_info,
             )
         )
+        (line,) = self._new.read_bytes().splitlines(keepends=True)
+        self._new.unlink()
+        with self._records.open("ab") as file:
+            file.write(line)
+        self._places.append(_places_of(line))
 
     def missing(self, space: Space, numbers: Iterable[int]) -> list[int]:
         """Those of the decisions that have no record."""
-        own = self._database.commit_workload(space.module)  # the one that is there, if it is
-        traces = (
-            record.trace
-            for record in self._database.get_all_tuning_records()
-            if record.workload.same_as(own)
-        )
-        there = {space.number(space.decision_of(trace)) for trace in traces}
+        key = self._database.commit_workload(space.module).as_json()[0]
+        keys = [msgspec.json.decode(line)[0] for line in _lines(self._workloads)]
+        own = keys.index(key)
+        there = {space.number_at(places) for workload, places in self._places if workload == own}
         return [number for number in numbers if number not in there]
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _places_of(line: bytes) -> tuple[int, list[int]]:
+    """Of a record: the place of its workload, and those of what its trace took of each choice."""
+    workload, ((instructions, decisions), *_) = msgspec.json.decode(line)
+    return workload, list(_taken(instructions, dict(decisions)))
+
+
+def _taken(instructions: Sequence[Any], decisions: dict[int, int]) -> Iterator[int]:
+    for number, (name, *_) in enumerate(instructions):
+        if name == "SampleCategorical":
+            yield decisions[number]
 
 
 def _drop_cut_off_line(path: Path) -> None:

@@ -43,8 +43,8 @@ def default_for(task: KernelTask) -> dict[str, int]:
     Raises:
         LogError: the file of defaults cannot be read.
     """
-    table = schedule(task)[1].table
     found = default_decision(task.name, task.kind, task.features)
+    table = schedule(task)[1].table if found else {}
     return {name: value for name, value in found.items() if value in table.get(name, ())}
 
 

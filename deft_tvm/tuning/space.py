@@ -11,6 +11,7 @@ replays on the dynamic function.
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -83,7 +84,16 @@ class Space:
     def decision_of(self, trace: Trace) -> dict[str, int]:
         """The decision that a trace of this kernel took."""
         sampled = [inst for inst in trace.insts if inst.kind.name == "SampleCategorical"]
-        places = (int(trace.decisions[inst]) for inst in sampled)
+        return self._decision([int(trace.decisions[inst]) for inst in sampled])
+
+    def number_at(self, places: Sequence[int]) -> int | None:
+        """Number of the decision with these places among the candidates; None if there is none."""
+        sizes = map(len, self.table.values())
+        if len(places) != len(self.table) or any(map(operator.ge, places, sizes)):
+            return None
+        return self._number(self._decision(places))
+
+    def _decision(self, places: Sequence[int]) -> dict[str, int]:
         return {
             name: candidates[place]
             for (name, candidates), place in zip(self.table.items(), places, strict=True)
