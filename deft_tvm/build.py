@@ -11,6 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -139,18 +140,19 @@ def build(
     decisions = decisions or logged_decisions(spec, device)
     tasks = tasks_for(spec, device, tiles)
     decisions = _completed(tasks, decisions)
-    executable = compile_module(lower(tasks, decisions), device.target())
     on_cpu = device.kind == "cpu"
-    tell(
-        4,
-        "module-source",
-        lambda: executable.mod.inspect_source("asm") if on_cpu else cuda_source(executable),
-        "s" if on_cpu else "cu",
-    )
-    with tempfile.TemporaryDirectory() as scratch:
+    sources = (*PLANNER, *RUN, *(TORCH_POOL if on_cpu else ()))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as beside:
+        objects = beside.submit(compile_c, sources, scratch)
+        executable = compile_module(lower(tasks, decisions), device.target())
+        tell(
+            4,
+            "module-source",
+            lambda: executable.mod.inspect_source("asm") if on_cpu else cuda_source(executable),
+            "s" if on_cpu else "cu",
+        )
         module_file = os.path.join(scratch, "module.so")
-        sources = (*PLANNER, *RUN, *(TORCH_POOL if on_cpu else ()))
-        executable.export_library(module_file, addons=compile_c(sources, scratch))
+        executable.export_library(module_file, addons=objects.result())
         return write_artifact(directory, _manifest(spec, device, tasks, decisions), module_file)
 
 
