@@ -109,6 +109,10 @@ def test_the_database_is_mended_from_the_log(tmp_path) -> None:
     tuning_run.run(str(tmp_path), 6)
     assert len(Database(directory)) == 6
     assert workloads.with_suffix(".unreadable.json").exists()
+    workloads.unlink()
+    tuning_run.run(str(tmp_path), 7)
+    assert len(Database(directory)) == 7
+    assert len(ms.database.JSONDatabase(str(workloads), str(records))) == 7, "as TVM reads it"
 
 
 # What the log says of a run

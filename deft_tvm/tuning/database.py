@@ -43,6 +43,9 @@ class Database:
         self._new.unlink(missing_ok=True)
         try:
             self._places = [_places_of(line) for line in _lines(self._records)]
+            known = len(_lines(self._workloads))
+            if any(workload >= known for workload, _ in self._places):
+                raise ValueError(f"{self._workloads} lacks the workload of a record")
             self._database = ms.database.JSONDatabase(str(self._workloads), str(self._new))
         except Exception:
             for path in filter(Path.exists, paths):
