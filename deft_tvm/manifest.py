@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 import msgspec
 import platformdirs
 
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.errors import ArtifactError
 from deft_tvm.files import replace_folder
 from deft_tvm.spec import AttentionSpec, Dtype, TileShape
@@ -108,7 +108,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return any(kernel.tuned_from != DEFAULT for kernel in (*self.tiles, self.merge))
 
     @property
-    def device_kind(self) -> Literal["cpu", "cuda"]:
+    def device_kind(self) -> Kind:
         return "cpu" if self.kind == "cpu" else "cuda"
 
 

@@ -70,13 +70,12 @@ class FakeRunner:
 def run(root: str, trials: int | None, real: bool = False, **options) -> TuningResult:
     """Tune `SPEC` on its workload."""
     given = {"device": DeviceProfile.detect(), "listener": ignore, "apart": 0.0} | options
-    if real:
+    if not real:
+        given.setdefault("runner", FakeRunner())
+    # Numbers made from hashes teach no model anything, which takes most of the time.
+    new_cost_model = search.new_cost_model if real else lambda: None
+    with patch.object(search, "new_cost_model", new_cost_model):
         (found,) = tune([SPEC], [WORKLOAD], trials=trials, root=root, **given)
-    else:
-        # Numbers made from hashes teach no model anything, which takes most of the time.
-        with patch.object(search, "new_cost_model", lambda: None):
-            given.setdefault("runner", FakeRunner())
-            (found,) = tune([SPEC], [WORKLOAD], trials=trials, root=root, **given)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -24,6 +24,7 @@ from deft_tvm.commands.common import (
     table,
 )
 from deft_tvm.commands.progress import shown, told
+from deft_tvm.device import Kind
 from deft_tvm.errors import InputError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import parse as parse_workload
@@ -104,7 +105,7 @@ def tune(
     if device not in ("cpu", "cuda") or (rpc is not None and device != "cpu"):
         wanted = "cpu or cuda" if rpc is None else "none beside --rpc"
         raise InputError(f"--device is {device!r}; expected {wanted}")
-    kind = cast(Literal["cpu", "cuda"], device)
+    kind = cast(Kind, device)
     if rpc is None:
         for each in specs:
             check_place(cache_directory(each, DeviceProfile.detect(kind)))
@@ -150,7 +151,7 @@ def _tune(
     minutes: float | None,
     seed: int,
     apart: float | None,
-    kind: Literal["cpu", "cuda"],
+    kind: Kind,
     fleet: Fleet | None,
 ) -> Iterator[tuple[AttentionSpec, TuningResult, Path]]:
     """Tune all specs, then build their modules one by one."""

@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from deft_tvm import env
+from deft_tvm.device import Kind
 
 MINUTES = 9.0
 
@@ -29,9 +30,9 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def kind_of(asked: argparse.Namespace) -> Literal["cpu", "cuda"]:
+def kind_of(asked: argparse.Namespace) -> Kind:
     """Of the device."""
-    return cast(Literal["cpu", "cuda"], asked.device)
+    return cast(Kind, asked.device)
 
 
 def file_in(asked: argparse.Namespace, name: str) -> Path | None:

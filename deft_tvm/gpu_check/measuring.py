@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Literal
 
 import torch
 
@@ -16,7 +15,7 @@ from deft_tvm import workloads
 from deft_tvm.bench.core import Cell
 from deft_tvm.bench.step import running
 from deft_tvm.check import judge
-from deft_tvm.device import DeviceProfile, gpu_error
+from deft_tvm.device import DeviceProfile, Kind, gpu_error
 from deft_tvm.gpu_check.rotation import (
     Call,
     cold_seconds,
@@ -52,7 +51,7 @@ class Measuring:
         DeftError: there is no such workload or attention, or no module for it.
     """
 
-    def __init__(self, cell: Cell, kind: Literal["cpu", "cuda"]) -> None:
+    def __init__(self, cell: Cell, kind: Kind) -> None:
         self.cell, self.kind = cell, kind
         self.device = DeviceProfile.detect(kind)
         spec = AttentionSpec.parse(cell.spec)

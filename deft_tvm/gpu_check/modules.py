@@ -11,9 +11,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Literal
 
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.finding import candidates
 from deft_tvm.gpu_check.arguments import kind_of, parser_of
 from deft_tvm.gpu_check.cells import CELLS, SPEEDS
@@ -31,9 +30,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def build_missing(
-    specs: Iterable[str], kind: Literal["cpu", "cuda"], processes: int | None = None
-) -> dict[str, str]:
+def build_missing(specs: Iterable[str], kind: Kind, processes: int | None = None) -> dict[str, str]:
     """Build the modules that are not there yet into the user's cache; says so line by line.
 
     Args:

@@ -42,30 +42,26 @@ def compile_c(
     Raises:
         CompilerMissing: there is no C compiler, or it fails.
     """
-    folders = (f"-I{folder}" for folder in libinfo.include_paths())
-    command = (cc or _c_compiler(), *_FLAGS, *folders, "-c", *map(str, sources))
-    objects = []
-    for source, compiled in zip(sources, _compiled(command), strict=True):
-        objects.append(os.path.join(directory, f"{source.stem}.o"))
-        Path(objects[-1]).write_bytes(compiled)
-    return objects
+    objects = _objects(cc or _c_compiler(), tuple(sources))
+    for name, content in objects.items():
+        Path(directory, name).write_bytes(content)
+    return [os.path.join(directory, name) for name in objects]
 
 
 @cache
-def _compiled(command: tuple[str, ...]) -> tuple[bytes, ...]:
-    """The object files that `command` makes of the sources at its end, in their order.
-
-    Kept, as every module of a process has the same: they take a tenth of a build.
-    """
-    sources = command[command.index("-c") + 1 :]
+def _objects(cc: str, sources: tuple[Path, ...]) -> dict[str, bytes]:
+    """The object file of each source by its name: every module of a process has the same."""
+    folders = (f"-I{folder}" for folder in libinfo.include_paths())
+    command = [cc, *_FLAGS, *folders, "-c", *map(str, sources)]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, cwd=scratch)
         except FileNotFoundError:
-            raise CompilerMissing(f"cc is {command[0]!r}; expected a C compiler") from None
+            raise CompilerMissing(f"cc is {cc!r}; expected a C compiler") from None
         except subprocess.CalledProcessError as error:
             raise CompilerMissing(f"{' '.join(command)} failed: {error.stderr.strip()}") from None
-        return tuple(Path(scratch, f"{Path(source).stem}.o").read_bytes() for source in sources)
+        names = [f"{source.stem}.o" for source in sources]
+        return {name: Path(scratch, name).read_bytes() for name in names}
 
 
 def _c_compiler() -> str:

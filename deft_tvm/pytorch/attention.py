@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from deft_tvm.artifact import Artifact, find
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.errors import InputError, PlanError
 from deft_tvm.finding import check_fits
 from deft_tvm.manifest import AnyPath
@@ -75,7 +75,7 @@ class TreeAttention:
         self.spec = spec
         self.device = torch.device(device or _kind_of(module))
         kind = self.device.type
-        self.profile = measured(DeviceProfile.detect(cast(Literal["cpu", "cuda"], kind)))
+        self.profile = measured(DeviceProfile.detect(cast(Kind, kind)))
         self.artifact = _artifact(spec, module, self.profile)
         self._away = None if kind == "cpu" else self.device
         self.deterministic = deterministic

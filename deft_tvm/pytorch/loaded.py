@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import tvm_ffi
 from numpy.typing import NDArray
 
 from deft_tvm.artifact import Artifact, find
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.errors import ArtifactError
 from deft_tvm.spec import AttentionSpec, TileShape
 
@@ -131,7 +131,7 @@ _resolved: dict[tuple[str, str], Loaded] = {}
 
 def _load(key: str, kind: str) -> Artifact:
     tiles, _, directory = key.partition("#")[2].partition("@")
-    spec, device = spec_of(key), DeviceProfile.detect(cast(Literal["cpu", "cuda"], kind))
+    spec, device = spec_of(key), DeviceProfile.detect(cast(Kind, kind))
     artifact = Artifact.load(directory, device, spec) if directory else find(spec, device)
     names = "+".join(tile.name for tile in artifact.tiles)
     if names != tiles:

@@ -7,9 +7,8 @@ the next time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from tvm.s_tir import meta_schedule as ms
@@ -42,16 +41,18 @@ class Database:
         self._new = Path(directory, NEW)
         self._new.unlink(missing_ok=True)
         try:
-            self._places = [_places_of(line) for line in _lines(self._records)]
-            known = len(_lines(self._workloads))
-            if any(workload >= known for workload, _ in self._places):
-                raise ValueError(f"{self._workloads} lacks the workload of a record")
-            self._database = ms.database.JSONDatabase(str(self._workloads), str(self._new))
+            self._open()
         except Exception:
             for path in filter(Path.exists, paths):
                 os.replace(path, path.with_suffix(".unreadable.json"))
-            self._places = []
-            self._database = ms.database.JSONDatabase(str(self._workloads), str(self._new))
+            self._open()
+
+    def _open(self) -> None:
+        known = len(_lines(self._workloads))
+        self._places = [_places_of(line) for line in _lines(self._records)]
+        if any(workload >= known for workload, _ in self._places):
+            raise ValueError(f"{self._workloads} lacks the workload of a record")
+        self._database = ms.database.JSONDatabase(str(self._workloads), str(self._new))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -88,14 +89,8 @@ def _lines(path: Path) -> list[bytes]:
 
 def _places_of(line: bytes) -> tuple[int, list[int]]:
     """Of a record: the place of its workload, and those of what its trace took of each choice."""
-    workload, ((instructions, decisions), *_) = msgspec.json.decode(line)
-    return workload, list(_taken(instructions, dict(decisions)))
-
-
-def _taken(instructions: Sequence[Any], decisions: dict[int, int]) -> Iterator[int]:
-    for number, (name, *_) in enumerate(instructions):
-        if name == "SampleCategorical":
-            yield decisions[number]
+    workload, ((_, decisions), *_) = msgspec.json.decode(line)
+    return workload, [place for _, place in decisions]
 
 
 def _drop_cut_off_line(path: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Literal
 
 from tvm import IRModule
 
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.errors import TuningError
 from deft_tvm.manifest import installed_versions
 from deft_tvm.tuning.messages import PROFILE_SECONDS, Outcome, Profile, Profiled
@@ -45,7 +44,7 @@ class Place(WorkerRunner):
         self,
         tracker: Address,
         key: str,
-        kind: Literal["cpu", "cuda"],
+        kind: Kind,
         start_seconds: float,
         compile_limit: float,
         run_limit: float,
@@ -106,7 +105,7 @@ class Fleet:
         self,
         tracker: str,
         key: str,
-        kind: Literal["cpu", "cuda"] = "cpu",
+        kind: Kind = "cpu",
         start_seconds: float = START_SECONDS,
         compile_limit: float = COMPILE_LIMIT,
         run_limit: float = RUN_LIMIT,

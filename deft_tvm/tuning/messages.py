@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.tuning.lines import Status
 from deft_tvm.tuning.subject import Subject
 
@@ -50,7 +50,7 @@ class Time(msgspec.Struct, frozen=True, tag=True):
 class Profile(msgspec.Struct, frozen=True, tag=True):
     """Tell what this machine's CPU or GPU is and reaches, measured the first time and kept."""
 
-    kind: Literal["cpu", "cuda"] = "cpu"
+    kind: Kind = "cpu"
 
 
 PROFILE_SECONDS = 120.0

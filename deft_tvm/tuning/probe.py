@@ -12,12 +12,11 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
 
-from deft_tvm.device import DeviceProfile
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.timing import Events, captured
 from deft_tvm.tuning.log import DEVICE, AnyPath, writable_root
 from deft_tvm.tuning.result import Listener, Progress, ignore
@@ -74,7 +73,7 @@ def kept(device: DeviceProfile, root: AnyPath | None = None) -> DeviceProfile:
 
 
 def known_device(
-    root: AnyPath | None = None, listener: Listener = ignore, kind: Literal["cpu", "cuda"] = "cpu"
+    root: AnyPath | None = None, listener: Listener = ignore, kind: Kind = "cpu"
 ) -> DeviceProfile:
     """This machine's CPU or GPU with its rates, which are measured the first time and kept."""
     device = DeviceProfile.detect(kind)
