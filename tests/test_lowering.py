@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import tvm_ffi
-from tvm import IRModule, tirx
+from tvm import IRModule, tirx, transform
+from tvm.s_tir import SBlockRealize
 from tvm.script import tirx as T
 
-from deft_tvm.build import tasks_for
-from deft_tvm.device import DeviceProfile
-from deft_tvm.schedules import schedule
+from deft_tvm.build import lower, tasks_for
+from deft_tvm.device import _V3, _V4, _ZEN4, DeviceProfile
 from deft_tvm.schedules.cpu.in_place import write_in_place
-from deft_tvm.schedules.cpu.lowering import LANE_ROWS, settle_registers, trim_rows
+from deft_tvm.schedules.cpu.lowering import _pipeline, settle_registers
+from deft_tvm.schedules.cpu.trimmed import BLOCK, LANE_ROWS, LANES, trim_rows
 from deft_tvm.schedules.cpu.vector import REGISTERS
 from deft_tvm.spec import AttentionSpec
 
 LARGEST = 128
+KV_TILE = 64
 SPECS = {
     "gqa": AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64),
     "mqa-bf16": AttentionSpec.gqa(num_q_heads=16, num_kv_heads=1, head_dim=64, dtype="bfloat16"),
@@ -31,22 +33,43 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_loops_over_lane_rows_end_with_the_item(name: str) -> None:
-    tasks = tasks_for(SPECS[name], DeviceProfile.detect())
-    (task,) = (t for t in tasks if t.tile is not None and t.tile.lane_rows == LARGEST)
-    module = schedule(task)[0].mod
-    extents = [int(loop.extent) for loop in _loops(module) if LANE_ROWS in loop.annotations]
-    assert len(extents) > 15
-    block = LARGEST // min(extents)
+    module = _before_trimming(SPECS[name], DeviceProfile.detect())
+    loops = [loop for loop in _loops(module) if LANE_ROWS in loop.annotations]
+    steps = [LARGEST // int(loop.extent) for loop in loops]
+    assert len(steps) > 15
     trimmed = trim_rows(module)
-    assert not any(LANE_ROWS in loop.annotations for loop in _loops(trimmed))
-    ended = [str(loop.extent) for loop in _loops(trimmed) if "lanes" in str(loop.extent)]
-    assert len(ended) == len(extents)
-    for extent, text in zip(extents, ended, strict=True):
-        # All cover the blocks that hold rows: the whole tile, where an item fills it.
-        steps = extent * block // LARGEST
-        assert steps * (LARGEST // block) == extent
-        assert f"(lanes + {block - 1}) // {block}" in text
-        assert steps == 1 or text.endswith(f"* {steps}")
+    assert not any(_is_told(loop) for loop in _loops(trimmed))
+    ended = [loop for loop in _loops(trimmed) if "lanes" in str(loop.extent)]
+    halves = [loop for loop in ended if not isinstance(loop.min, tirx.IntImm)]
+    whole = [loop for loop in ended if isinstance(loop.min, tirx.IntImm)]
+    block = max(steps)
+    granule = block // 2 if halves else block
+    for rows in range(1, LARGEST + 1):
+        last = -(-rows // granule) * granule
+        for step, loop in zip(steps, whole, strict=True):
+            covered = step * _extent(loop, rows)
+            assert covered >= last - (granule if halves and step == block else 0)
+            assert covered < last + step
+        for loop in halves:
+            assert _extent(loop, rows) == last // granule % 2
+
+
+@pytest.mark.parametrize(
+    ("features", "name", "taken"),
+    [(_V3, "gqa", 40), (_V4, "gqa", 40), (_ZEN4, "gqa", 40), (_ZEN4, "mla-bf16", 48)],
+    ids=["avx2", "avx512", "zen4", "zen4-bf16"],
+)
+def test_a_products_last_block_may_be_half_of_one(
+    features: tuple[str, ...], name: str, taken: int
+) -> None:
+    """33 rows take 40 in float32, whose blocks have 16, and 48 in bfloat16, whose have 32."""
+    profile = DeviceProfile.nominal(features=features, vendor="amd")
+    trimmed = trim_rows(_before_trimming(SPECS[name], profile))
+    loops = [loop for loop in _loops(trimmed) if "lanes" in str(loop.extent)]
+    for tile in ("S", "A_new"):
+        stored = [_extent(loop, 33) * _elements(loop.body, tile) for loop in loops]
+        deep = KV_TILE if tile == "S" else SPECS[name].v_width
+        assert sum(stored) == taken * deep
 
 
 @pytest.mark.parametrize("scope", ["global", REGISTERS])
@@ -132,6 +155,37 @@ def _passed(kernel: tirx.PrimFunc, by) -> tirx.PrimFunc:
 
 def _buffers(kernel: tirx.PrimFunc) -> set[str]:
     return {allocation.buffer.name for allocation in _found(kernel, tirx.AllocBuffer)}
+
+
+def _before_trimming(spec: AttentionSpec, device: DeviceProfile) -> IRModule:
+    """The kernel of the class with `LARGEST` lane rows, as it comes to `trim_rows`."""
+    tasks = tasks_for(spec, device)
+    module = lower([t for t in tasks if t.tile is not None and t.tile.lane_rows == LARGEST])
+    passes = list(_pipeline()[0].passes)
+    names = [each.info.name for each in passes]
+    return transform.Sequential(passes[: names.index(trim_rows.info.name)])(module)
+
+
+def _is_told(loop: tirx.For) -> bool:
+    return LANE_ROWS in loop.annotations or BLOCK in loop.annotations
+
+
+def _extent(loop: tirx.For, rows: int) -> int:
+    """How many times a loop goes round for an item of so many lane rows."""
+    return eval(str(loop.extent), {LANES: rows})
+
+
+def _elements(body: tirx.Stmt, tile: str) -> int:
+    """How many elements of a tile are stored out of registers."""
+    if isinstance(body, tirx.For):
+        return int(body.extent) * _elements(body.body, tile)
+    if isinstance(body, tirx.SeqStmt):
+        return sum(_elements(stage, tile) for stage in body.seq)
+    if isinstance(body, SBlockRealize):
+        return _elements(body.block.body, tile)
+    if not isinstance(body, tirx.BufferStore) or body.buffer.name != tile:
+        return 0
+    return int("registers" in str(body.value))
 
 
 def _loops(module: IRModule) -> list[tirx.For]:

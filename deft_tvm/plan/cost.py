@@ -37,8 +37,12 @@ Rates = tuple[tuple[str, float], ...]
 
 FEW_LANE_ROWS = 16
 """Tile classes below this many lane rows have lanes over the head dimension, not over rows."""
-GRANULES: dict[str, tuple[int, ...]] = {"float32": (16,), "bfloat16": (48, 32, 16)}
-"""Lane rows of a CPU's register tiles by default: the widest of these that divides the class."""
+GRANULES: dict[str, dict[int, int]] = {
+    "float32": {16: 8},
+    "bfloat16": {48: 48, 32: 16, 16: 16},
+}
+"""Lane rows of a CPU's register tiles by default, the widest of these that divides the class; and
+what the last of several takes at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,10 @@ class CostModel:
         """Lane rows that the kernel of `tile` computes at a time."""
         if not self.trimmed or tile.lane_rows <= FEW_LANE_ROWS:
             return tile.lane_rows
-        widths = GRANULES.get(tile.operand, GRANULES["float32"])
-        return next((width for width in widths if tile.lane_rows % width == 0), tile.lane_rows)
+        for block, least in GRANULES.get(tile.operand, GRANULES["float32"]).items():
+            if tile.lane_rows % block == 0:
+                return least if tile.lane_rows > block else block
+        return tile.lane_rows
 
     def loading(self, spec: AttentionSpec, tile: TileShape) -> float:
         """Seconds in which one core locates and copies a token under all KV heads."""

@@ -14,8 +14,6 @@ import tvm_ffi
 from tvm import IRModule, s_tir, tirx, transform
 from tvm import compile as tvm_compile
 from tvm.runtime import Executable
-from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 from tvm.tirx import Var
 from tvm.tirx.buffer import is_buffer_var
@@ -26,18 +24,11 @@ from tvm.tirx.compilation_pipeline import (
 )
 
 from deft_tvm.schedules.cpu.in_place import write_in_place
+from deft_tvm.schedules.cpu.trimmed import trim_rows
 from deft_tvm.schedules.cpu.vector import REGISTERS
 from deft_tvm.schedules.passes import tidy
 
 PIPELINE = "deft_tvm_cpu"
-LANE_ROWS = "deft_tvm.lane_rows"
-LANES = "lanes"
-"""What the computation calls the number of lane rows that an item has."""
-
-
-def over_rows(sch: Schedule, loop: LoopRV, lane_rows: int) -> None:
-    """Say that a loop goes over the `lane_rows` of a tile, in equal parts and in their order."""
-    sch.annotate(loop, LANE_ROWS, lane_rows)
 
 
 def compile_cpu(module: IRModule, target: Mapping[str, object]) -> Executable:
@@ -80,45 +71,6 @@ def _pipeline() -> tuple[transform.Pass, Any, Any]:
     return transform.Sequential(passes), finalize_host_passes, finalize_device_passes
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.TrimRows")
-def trim_rows(
-    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
-) -> tirx.PrimFunc:
-    """End every loop over a tile's lane rows with the block that has the item's last.
-
-    A block is what the loop in the largest steps takes at a time, a register tile: so every loop
-    covers the same rows, and none reads what another left out. Lanes without a row cost nothing
-    then, but for those of the last block.
-    """
-    steps, lanes = [], []
-
-    def look(loop: tirx.For) -> None:
-        if LANE_ROWS in loop.annotations:
-            steps.append(_rows_a_step(loop))
-
-    def bound(bind: tirx.Bind) -> None:
-        if bind.var.name == LANES:
-            lanes.append(bind.var)
-
-    tvm_ffi.structural_walk(func.body, [(tirx.For, look), (tirx.Bind, bound)])
-    if not steps:
-        return func
-    block, (last,) = max(steps), lanes
-
-    def trim(loop: tirx.For) -> tirx.For:
-        if LANE_ROWS not in loop.annotations:
-            return loop
-        blocks = tirx.floordiv(last + (block - 1), block)
-        extent = blocks * (block // _rows_a_step(loop))
-        return tirx.For(
-            loop.loop_var, loop.min, extent, loop.kind, loop.body, loop.thread_binding,
-            {key: value for key, value in loop.annotations.items() if key != LANE_ROWS},
-        )  # fmt: skip
-
-    body = tvm_ffi.structural_map(func.body, [(tirx.For, trim)], order="post")
-    return func.with_body(body)
-
-
 @tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.SettleRegisters")
 def settle_registers(
     func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
@@ -134,7 +86,3 @@ def settle_registers(
         return settled[var]
 
     return func.with_body(tvm_ffi.structural_map(func.body, [(Var, settle)], order="post"))
-
-
-def _rows_a_step(loop: tirx.For) -> int:
-    return int(loop.annotations[LANE_ROWS]) // int(loop.extent)

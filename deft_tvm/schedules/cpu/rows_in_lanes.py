@@ -22,9 +22,16 @@ from deft_tvm.schedules.cpu.instructions import (
     BFLOAT16_LLVM,
     dot_pairs,
 )
-from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
+from deft_tvm.schedules.cpu.trimmed import (
+    DEPTH,
+    ELEMENTS,
+    PARTS,
+    VECTORS,
+    over_rows,
+    within_block,
+)
 from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
@@ -117,8 +124,10 @@ def _product(
         sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes, pair)
     else:
         sch.reorder(i_outer, j_outer, k, j_tile, i_across, i_lanes)
+    steps_ahead = []
     if ahead is not None:
         i_outer, j_outer = spread(sch, ahead, (i_outer, j_outer), (row_parts, deep_parts))
+        steps_ahead = [sch.get_loops(sch.get_sblock(ahead))[-1]]
     result = sch.cache_write(block, 0, REGISTERS)
     sch.reverse_compute_at(result, j_outer)
     if fold is not None:
@@ -130,6 +139,13 @@ def _product(
         sch.vectorize(sch.get_loops(zero)[-1])
     else:
         sch.vectorize(i_lanes)
-        sch.decompose_reduction(block, k)
+        zero = sch.decompose_reduction(block, k)
     store_tile(sch, result, lanes)
+    others = [sch.get_loops(stage)[-3:] for stage in (zero, result)]
+    deep, across, elements = zip((j_tile, i_across, i_lanes), *others, strict=True)
+    within_block(sch, PARTS, [j_outer])
+    within_block(sch, DEPTH, [*deep, *steps_ahead])
+    within_block(sch, VECTORS, across)
+    if not paired:
+        within_block(sch, ELEMENTS, elements)
     over_rows(sch, i_outer, lane_rows)

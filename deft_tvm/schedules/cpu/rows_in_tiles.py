@@ -15,7 +15,6 @@ from deft_tvm.schedules.blocks import score_products
 from deft_tvm.schedules.cpu.amx import AMX_LLVM, DEPTH, EDGE
 from deft_tvm.schedules.cpu.blocks import asked_beside
 from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM
-from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.tile_intrinsics import (
     enter_tiles,
     leave_tiles,
@@ -25,6 +24,7 @@ from deft_tvm.schedules.cpu.tile_intrinsics import (
     transpose_tokens,
 )
 from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, transpose
+from deft_tvm.schedules.cpu.trimmed import over_rows
 from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import float_lanes
 from deft_tvm.schedules.rule import KernelTask, Knobs

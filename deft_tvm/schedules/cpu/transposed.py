@@ -13,8 +13,8 @@ from tvm.s_tir.schedule import LoopRV
 from deft_tvm.schedules.blocks import matrices_of_softmax
 from deft_tvm.schedules.cpu.blocks import load_widths, query_widths
 from deft_tvm.schedules.cpu.instructions import narrow_pairs
-from deft_tvm.schedules.cpu.lowering import over_rows
 from deft_tvm.schedules.cpu.pairs import pairs_of_second
+from deft_tvm.schedules.cpu.trimmed import over_rows
 from deft_tvm.schedules.cpu.turns import turn_lanes, turn_rows, whole_blocks
 from deft_tvm.schedules.cpu.vector import REGISTERS
 from deft_tvm.schedules.verbs import (

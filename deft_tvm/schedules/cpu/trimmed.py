@@ -1,0 +1,173 @@
+"""Loops over a tile's lane rows that end where an item's rows do.
+
+A tile class has room for so many lane rows, and an item fills some of it. What takes rows a block
+at a time, a register tile, ends with the block that has the item's last row; of that block it takes
+half, where the rows lie in its first half: 33 rows cost 40, in blocks of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tvm_ffi
+from tvm import IRModule, s_tir, tirx, transform
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
+from tvm.tirx import Var
+from tvm.tirx.buffer import is_buffer_var
+
+from deft_tvm.schedules.cpu.vector import REGISTERS
+
+LANE_ROWS = "deft_tvm.lane_rows"
+BLOCK = "deft_tvm.block"
+"""Says of a loop what it goes over, inside one over blocks:"""
+PARTS, DEPTH, VECTORS, ELEMENTS = "parts", "depth", "vectors", "elements"
+LANES = "lanes"
+"""What the computation calls the number of lane rows that an item has."""
+FEWEST = 8
+"""Elements of a vector that are left undivided: half of AVX-512's are AVX2's."""
+
+
+def over_rows(sch: Schedule, loop: LoopRV, lane_rows: int) -> None:
+    """Say that a loop goes over the `lane_rows` of a tile, in equal parts and in their order."""
+    sch.annotate(loop, LANE_ROWS, lane_rows)
+
+
+def within_block(sch: Schedule, what: str, loops: Sequence[LoopRV]) -> None:
+    """Say what loops of a body that takes one block go over.
+
+    Half a block has half of its vectors, or half of the elements of its only one. With half of the
+    vectors it is twice as deep: the accumulators are as many, and so are the products under way.
+
+    Args:
+        sch: the schedule.
+        what: `VECTORS` of rows, their `ELEMENTS`, `PARTS` of the other dimension, their `DEPTH`.
+        loops: all that do so, of every stage of the body.
+    """
+    for loop in loops:
+        sch.annotate(loop, BLOCK, what)
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.TrimRows")
+def trim_rows(
+    func: tirx.PrimFunc, _module: IRModule, _context: transform.PassContext
+) -> tirx.PrimFunc:
+    """End every loop over a tile's lane rows with the item's last.
+
+    A block is what the loop in the largest steps takes at a time. All loops end with the same half
+    or whole block, so that none goes over rows which another left out by more than its own step;
+    lanes without a row cost nothing but beside the last rows.
+    """
+    loops: list[tirx.For] = []
+    lanes: list[Any] = []
+
+    def look(loop: tirx.For) -> None:
+        if LANE_ROWS in loop.annotations:
+            loops.append(loop)
+
+    def bound(bind: tirx.Bind) -> None:
+        if bind.var.name == LANES:
+            lanes.append(bind.var)
+
+    tvm_ffi.structural_walk(func.body, [(tirx.For, look), (tirx.Bind, bound)])
+    if not loops:
+        return func
+    block, (last,) = max(map(_step, loops)), lanes
+    halved = any(_step(loop) == block and _half(loop) is not None for loop in loops)
+    granule = block // 2 if halved else block
+    granules = tirx.floordiv(last + (granule - 1), granule)
+
+    def trim(loop: tirx.For) -> tirx.Stmt:
+        if LANE_ROWS not in loop.annotations:
+            return _plain(loop, loop.min, loop.extent)
+        step = _step(loop)
+        if step <= granule:
+            return _plain(loop, loop.min, granules * (granule // step))
+        half = _half(loop)
+        if half is None:
+            return _plain(loop, loop.min, tirx.floordiv(granules + 1, 2))
+        blocks = tirx.floordiv(granules, 2)
+        last_half = _plain(half, blocks, tirx.floormod(granules, 2))
+        return tirx.SeqStmt([_plain(loop, loop.min, blocks), _renewed(last_half)])
+
+    return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.For, trim)], order="pre"))
+
+
+def _half(loop: tirx.For) -> tirx.For | None:
+    """The loop, with a body that takes the first half of each block, if blocks have halves.
+
+    A single block has none: items of so few rows are of a smaller class.
+    """
+    extents: dict[str, set[int]] = {what: set() for what in (PARTS, DEPTH, VECTORS, ELEMENTS)}
+
+    def look(inner: tirx.For) -> None:
+        if BLOCK in inner.annotations:
+            extents[inner.annotations[BLOCK]].add(int(inner.extent))
+
+    tvm_ffi.structural_walk(loop.body, [(tirx.For, look)])
+    if int(loop.extent) == 1 or not extents[VECTORS]:
+        return None
+    if extents[VECTORS] == {1}:
+        fine = min(extents[ELEMENTS], default=0) > FEWEST
+        return _scaled(loop, {ELEMENTS: 0.5}) if fine else None
+    if any(extent % 2 for extent in extents[VECTORS] | extents[PARTS]):
+        return None
+    return _turned(_scaled(loop, {VECTORS: 0.5, DEPTH: 2, PARTS: 0.5}))
+
+
+def _scaled(loop: tirx.For, factors: Mapping[str, float]) -> tirx.For:
+    """Let loops inside another go round so many times as often; fewer parts are larger ones."""
+
+    def scale(inner: tirx.For) -> tirx.For:
+        what = inner.annotations.get(BLOCK)
+        if what not in factors:
+            return inner
+        body = inner.body
+        if what == PARTS:
+            begin = {inner.loop_var: inner.loop_var * int(1 / factors[PARTS])}
+            body = tvm_ffi.structural_map(body, [(Var, lambda v: begin.get(v, v))], order="post")
+        return _with(inner, inner.min, int(int(inner.extent) * factors[what]), body)
+
+    body = tvm_ffi.structural_map(loop.body, [(tirx.For, scale)], order="post")
+    return _with(loop, loop.min, loop.extent, body)
+
+
+def _turned(loop: tirx.For) -> tirx.For:
+    """Register tiles inside a loop are twice as deep and half as wide."""
+    turned: dict[Any, Any] = {}
+
+    def turn(var: Any) -> Any:
+        if not is_buffer_var(var) or var.scope() != REGISTERS:
+            return var
+        if var not in turned:
+            deep, wide = map(int, var.ty.shape)
+            shape = (2 * deep, wide // 2)
+            turned[var] = tirx.decl_buffer(shape, var.ty.dtype, var.name, scope=REGISTERS)
+        return turned[var]
+
+    body = tvm_ffi.structural_map(loop.body, [(Var, turn)], order="post")
+    return _with(loop, loop.min, loop.extent, body)
+
+
+def _plain(loop: tirx.For, begin: Any, extent: Any) -> tirx.For:
+    """The loop over another range, without what this pass is told by."""
+    told = (LANE_ROWS, BLOCK)
+    kept = {key: value for key, value in loop.annotations.items() if key not in told}
+    return tirx.For(loop.loop_var, begin, extent, loop.kind, loop.body, loop.thread_binding, kept)
+
+
+def _with(loop: tirx.For, begin: Any, extent: Any, body: Any) -> tirx.For:
+    return tirx.For(
+        loop.loop_var, begin, extent, loop.kind, body, loop.thread_binding, loop.annotations
+    )
+
+
+def _renewed(loop: tirx.For) -> tirx.Stmt:
+    """A second copy of the same loop, which defines variables of its own."""
+    return s_tir.renew_defs(tirx.PrimFunc([], loop)).body
+
+
+def _step(loop: tirx.For) -> int:
+    """Lane rows that a turn of the loop takes."""
+    return int(loop.annotations[LANE_ROWS]) // int(loop.extent)
