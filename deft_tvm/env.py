@@ -1,6 +1,7 @@
 """Every environment variable that deft_tvm reads, as one table.
 
-A variable is read when it is asked for, so that a test or a notebook may set it at any time.
+A variable is read when it is asked for, so that a test or a notebook may set it at any time before
+what it is about is made.
 """
 
 from __future__ import annotations

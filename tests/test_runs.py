@@ -173,10 +173,11 @@ def test_a_packed_plan_that_was_changed(small: TreeAttention, name: str) -> None
 
 
 def test_check_and_debug_watch_each_run(
-    small: TreeAttention, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(env.CHECK.name, "1")
     monkeypatch.setenv(env.DEBUG.name, "2")
+    small = TreeAttention(SMALL, artifact(SMALL))
     case = tensors(parse("few_shot:prompt=30,branches=3,tokens=5").forest, SMALL)
     expected = case.reference()
     out, _ = run(small, case)

@@ -22,7 +22,7 @@ from deft_tvm.pytorch.eager import is_plain
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend, outputs
 from deft_tvm.pytorch.packing import Packed
-from deft_tvm.pytorch.watch import Watch
+from deft_tvm.pytorch.watch import Asked, Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.tuning.log import measured
@@ -34,7 +34,6 @@ class _Step(NamedTuple):
     plan: Plan
     pages: PageTable
     packed: Packed
-    operands: Operands
     watch: Watch | None
 
 
@@ -80,6 +79,7 @@ class TreeAttention:
         self._away = None if kind == "cpu" else self.device
         self.deterministic = deterministic
         self.grouping = grouping
+        self._asked = Asked.now()
         self._step: _Step | None = None
         self._recipes: dict[tuple[str, bool], Recipe] = {}
         directory = None if module is None else self.artifact.directory
@@ -182,10 +182,8 @@ class TreeAttention:
         return self._follow(plan, pages)
 
     def _follow(self, plan: Plan, pages: PageTable) -> Plan:
-        packed = Packed.of(plan, self._away)
-        operands = Operands(packed.plan, packed.layout, self._key)
-        watch = Watch.wanted(self.spec, plan, pages)
-        self._step = _Step(plan, pages, packed, operands, watch)
+        watch = self._asked and self._asked.watch(self.spec, plan, pages)
+        self._step = _Step(plan, pages, Packed.of(plan, self._away), watch)
         return plan
 
     def run(
@@ -226,7 +224,7 @@ class TreeAttention:
         # Most calls. Whatever else is asked takes microseconds where layers empty the caches.
         alone = sinks is None and not self.spec.sinks
         usual = alone and step.watch is None and type(kv) in (tuple, list)
-        if usual and not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
+        if usual and not torch.compiler.is_dynamo_compiling() and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
         check_types(self.spec, q, kv, sinks)
         if usual:
@@ -239,7 +237,7 @@ class TreeAttention:
     def _run(
         self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if not torch.compiler.is_compiling() and is_plain(q, kv, out, lse):
+        if not torch.compiler.is_dynamo_compiling() and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
         return self._dispatch(step, q, kv, out, lse)
 
@@ -248,9 +246,9 @@ class TreeAttention:
     ) -> tuple[Tensor, Tensor]:
         """By the operators, which torch sees."""
         if out is None and lse is None:
-            return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *step.operands))
+            return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *self._operands(step)))
         out, lse = outputs(q, self.spec.v_width, out, lse)
-        TREE_ATTENTION_OUT(q, kv, *step.operands, out, lse)
+        TREE_ATTENTION_OUT(q, kv, *self._operands(step), out, lse)
         return out, lse
 
     @property
@@ -265,7 +263,10 @@ class TreeAttention:
         Raises:
             PlanError: nothing was planned yet.
         """
-        return self._planned("operands").operands
+        return self._operands(self._planned("operands"))
+
+    def _operands(self, step: _Step) -> Operands:
+        return Operands(step.packed.plan, step.packed.layout, self._key)
 
     @property
     def traffic(self) -> Traffic:
