@@ -1,6 +1,6 @@
 """Number formats and exponentials of the kernels, as expressions that TVMScript takes in.
 
-Scores live in base 2: ``exp(x) = exp2(x · log₂e)``, and the factor is folded into the scale.
+Exponents live in base 2: ``exp(x) = exp2(x · log₂e)``, and the factor is folded into the scale.
 """
 
 from __future__ import annotations
@@ -126,16 +126,16 @@ def base2_logit(
 
 
 def logits_of(
-    scale: float, soft_cap: float | None, exp2: Callable[[Expr], Expr], later: bool
+    scale: float, soft_cap: float | None, exp2: Callable[[Expr], Expr]
 ) -> tuple[Callable[[Expr], Expr], Callable[[Expr], Expr]]:
     """What makes a logit of a score, and what brings a logit to base 2.
 
-    A maximum is the same before and after a factor. So with `later` and no cap the logit is the
-    score itself, and its factor is met beside the subtraction of the maximum: where the two are one
-    instruction that saves one for each score.
+    A maximum is the same before and after a factor. So without a cap the logit is the score itself,
+    and its factor is met beside the subtraction of the maximum, where the two are one instruction:
+    that saves a pass over the scores.
     """
     in_base_2 = bind(base2_logit, scale=scale, soft_cap=soft_cap, exp2=exp2)
-    return (_same, in_base_2) if later and soft_cap is None else (in_base_2, _same)
+    return (_same, in_base_2) if soft_cap is None else (in_base_2, _same)
 
 
 def _same(x: Expr) -> Expr:

@@ -122,7 +122,7 @@ def partial_attention(
     exp2 = bind(exp2_polynomial, operand=operand) if ON_CPU else tirx.exp2
     precise = bind(exp2_polynomial, operand="float32") if ON_CPU else tirx.exp2
     grown, *conditions = tirx.max if ON_CPU else lazy_max, *within(ON_CPU)
-    logit, *powers = *logits_of(spec.scale, spec.soft_cap, precise, later=not ON_CPU), exp2
+    logit, *powers = *logits_of(spec.scale, spec.soft_cap, precise), exp2
     at, shape = index_of(spec.layout), shape_of(spec.layout)
 
     def nth(head: Any, n: Any) -> Any:

@@ -4,7 +4,7 @@
     find_dest   where each row's result goes
     gather      query rows of the item, permuted and folded, into a tile
     product     scores of all rows and tokens
-    logits      scores scaled to base 2; -inf where the row does not see the token
+    logits      scores, under a cap if there is one; -inf where the row does not see the token
     softmax     online: new maximum, probabilities, sums, and the factor that rescales the past
     weigh       probabilities times V, folded into the rescaled output
     keep        the new state becomes the state
