@@ -133,6 +133,29 @@ def test_a_copy_back_is_dropped() -> None:
     assert len(_found(merged, tirx.BufferStore)) == 3
 
 
+@pytest.mark.parametrize("head", [0, 1], ids=["its own", "another"])
+def test_a_part_takes_the_place_of_what_it_is_made_of(head: int) -> None:
+    """One head's output of all heads', if it is made of the old output of that head."""
+
+    @T.prim_func
+    def kernel(data: T.Buffer((48,), "float32")) -> None:
+        A = T.alloc_buffer((48,), "float32")
+        for i in range(48):
+            A[i] = data[i]
+        for h in range(2):
+            A_new = T.alloc_buffer((16,), "float32")
+            for i in range(16):
+                A_new[i] = A[(h + head) * 16 + i] * T.float32(3)
+            for i in range(16):
+                A[h * 16 + i] = A_new[i]
+        for i in range(48):
+            data[i] = A[i]
+
+    merged = _passed(kernel, write_in_place)
+    assert _buffers(merged) == ({"A", "A_new"} if head else {"A"})
+    assert len(_found(merged, tirx.BufferStore)) == (4 if head else 3)
+
+
 def test_register_tiles_get_the_scope_of_the_stack() -> None:
     @T.prim_func
     def kernel(data: T.Buffer((16,), "float32")) -> None:

@@ -30,9 +30,10 @@ from deft_tvm.kernels.tokens import in_window
 UNIT_STATE_BYTES = 64
 """State of the processor that a schedule may keep for as long as a unit of work."""
 
-SUCCESSORS = {"X": "S", "E": "X", "W": "E", "A_new": "A"}
+SUCCESSORS = (("X", "S"), ("E", "X"), ("W", "E"), ("P", "W"), ("P", "E"), ("A_new", "A"))
 """Buffers each of which is made element by element of another that is not read again: logits of
-scores, exponentials of logits, weights of exponentials, and the new output of the old."""
+scores, exponentials of logits, weights of exponentials, what is rounded of either, and the new
+output of the old. All but the last names that of an earlier pair."""
 
 
 def position_of(
