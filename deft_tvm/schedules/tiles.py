@@ -17,7 +17,7 @@ CPU_MANY: dict[Dtype, tuple[int, ...]] = {
     "bfloat16": (16, 32, 48, 64, 128),
 }
 """Lane rows of the classes with rows in the lanes. What an item leaves of a class is not computed,
-in steps of 16 in float32; register tiles of bfloat16 want to be wider, so that 48 has a class."""
+in steps of 8 in float32; register tiles of bfloat16 want to be wider, so that 48 has a class."""
 CPU_WITHOUT_ROPE = 48
 """A class for keys in one piece: with a rope beside them LLVM stores its register tiles at every
 step, which halves the rate (AMD EPYC Zen 4, 2026-11-21)."""

@@ -55,9 +55,10 @@ def trim_rows(
 ) -> tirx.PrimFunc:
     """End every loop over a tile's lane rows with the item's last.
 
-    A block is what the loop in the largest steps takes at a time. All loops end with the same half
-    or whole block, so that none goes over rows which another left out by more than its own step;
-    lanes without a row cost nothing but beside the last rows.
+    A block is what the loop in the largest steps takes at a time, and all loops end with the same
+    half or whole one. Lanes without a row cost nothing, but for those beside the last rows. A pass
+    of whole vectors may go over lanes beside half a block that no product has written, which hold
+    anything: no lane reads another's, and nothing is stored of one without a row.
     """
     loops: list[tirx.For] = []
     lanes: list[Any] = []
