@@ -88,13 +88,8 @@ def _offset(body: tirx.Stmt, new: Any, old: Any) -> Any | None:
     offsets = []
 
     def look(store: tirx.BufferStore) -> None:
-        value = store.value
-        if (
-            store.buffer.same_as(old)
-            and isinstance(value, TensorLoad)
-            and value.source.same_as(new)
-        ):
-            offsets.append(Analyzer().simplify(store.indices[0] - value.indices[0]))
+        if store.buffer.same_as(old) and _is_of(store.value, new):
+            offsets.append(Analyzer().simplify(store.indices[0] - store.value.indices[0]))
 
     tvm_ffi.structural_walk(body, [(tirx.BufferStore, look)])
     return offsets[0] if len(offsets) == 1 else None
