@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import tvm_ffi
 from tvm import IRModule, tirx, transform
@@ -9,11 +11,13 @@ from tvm.s_tir import SBlockRealize
 from tvm.script import tirx as T
 
 from deft_tvm.build import lower, tasks_for
-from deft_tvm.device import _V3, _V4, _ZEN4, DeviceProfile
+from deft_tvm.device import _AMX, _V3, _V4, _ZEN4, DeviceProfile
+from deft_tvm.plan import CostModel
 from deft_tvm.schedules.cpu.in_place import write_in_place
 from deft_tvm.schedules.cpu.lowering import _pipeline, settle_registers
 from deft_tvm.schedules.cpu.trimmed import BLOCK, LANE_ROWS, LANES, trim_rows
 from deft_tvm.schedules.cpu.vector import REGISTERS
+from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec
 
 LARGEST = 128
@@ -29,11 +33,24 @@ SPECS = {
         dtype="bfloat16",
     ),
 }
+DEVICES = {
+    name: DeviceProfile.nominal(features=features, vendor="amd")
+    for name, features in {"avx2": _V3, "avx512": _V4, "zen4": _ZEN4, "amx": _AMX}.items()
+}
+KERNELS = [
+    ("avx2", "gqa"),
+    ("avx2", "mla-bf16"),
+    ("avx512", "gqa"),
+    ("zen4", "gqa"),
+    ("zen4", "mqa-bf16"),
+    ("zen4", "mla-bf16"),
+    ("amx", "mqa-bf16"),
+]
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_loops_over_lane_rows_end_with_the_item(name: str) -> None:
-    module = _before_trimming(SPECS[name], DeviceProfile.detect())
+@pytest.mark.parametrize(("device", "name"), KERNELS)
+def test_loops_over_lane_rows_end_with_the_item(device: str, name: str) -> None:
+    module = _before_trimming(device, name)
     loops = [loop for loop in _loops(module) if LANE_ROWS in loop.annotations]
     steps = [LARGEST // int(loop.extent) for loop in loops]
     assert len(steps) > 15
@@ -42,34 +59,30 @@ def test_loops_over_lane_rows_end_with_the_item(name: str) -> None:
     ended = [loop for loop in _loops(trimmed) if "lanes" in str(loop.extent)]
     halves = [loop for loop in ended if not isinstance(loop.min, tirx.IntImm)]
     whole = [loop for loop in ended if isinstance(loop.min, tirx.IntImm)]
-    block = max(steps)
-    granule = block // 2 if halves else block
+    granule = _granule(device, name)
+    assert granule == max(steps) // (2 if halves else 1)
     for rows in range(1, LARGEST + 1):
         last = -(-rows // granule) * granule
         for step, loop in zip(steps, whole, strict=True):
             covered = step * _extent(loop, rows)
-            assert covered >= last - (granule if halves and step == block else 0)
+            assert covered >= last - (granule if halves and step > granule else 0)
             assert covered < last + step
         for loop in halves:
             assert _extent(loop, rows) == last // granule % 2
 
 
-@pytest.mark.parametrize(
-    ("features", "name", "taken"),
-    [(_V3, "gqa", 40), (_V4, "gqa", 40), (_ZEN4, "gqa", 40), (_ZEN4, "mla-bf16", 48)],
-    ids=["avx2", "avx512", "zen4", "zen4-bf16"],
-)
-def test_a_products_last_block_may_be_half_of_one(
-    features: tuple[str, ...], name: str, taken: int
-) -> None:
+@pytest.mark.parametrize(("device", "name"), KERNELS[:-1])
+def test_products_take_what_plans_count_on(device: str, name: str) -> None:
     """33 rows take 40 in float32, whose blocks have 16, and 48 in bfloat16, whose have 32."""
-    profile = DeviceProfile.nominal(features=features, vendor="amd")
-    trimmed = trim_rows(_before_trimming(SPECS[name], profile))
+    trimmed = trim_rows(_before_trimming(device, name))
     loops = [loop for loop in _loops(trimmed) if "lanes" in str(loop.extent)]
-    for tile in ("S", "A_new"):
-        stored = [_extent(loop, 33) * _elements(loop.body, tile) for loop in loops]
-        deep = KV_TILE if tile == "S" else SPECS[name].v_width
-        assert sum(stored) == taken * deep
+    granule = _granule(device, name)
+    assert granule == (16 if device == "zen4" and "bf16" in name else 8)
+    for tile, deep in (("S", KV_TILE), ("A_new", SPECS[name].v_width)):
+        elements = [_elements(loop.body, tile) for loop in loops]
+        for rows in range(1, LARGEST + 1):
+            taken = sum(_extent(loop, rows) * n for loop, n in zip(loops, elements, strict=True))
+            assert taken == -(-rows // granule) * granule * deep
 
 
 @pytest.mark.parametrize("scope", ["global", REGISTERS])
@@ -180,13 +193,22 @@ def _buffers(kernel: tirx.PrimFunc) -> set[str]:
     return {allocation.buffer.name for allocation in _found(kernel, tirx.AllocBuffer)}
 
 
-def _before_trimming(spec: AttentionSpec, device: DeviceProfile) -> IRModule:
+@cache
+def _before_trimming(device: str, name: str) -> IRModule:
     """The kernel of the class with `LARGEST` lane rows, as it comes to `trim_rows`."""
-    tasks = tasks_for(spec, device)
+    tasks = tasks_for(SPECS[name], DEVICES[device])
     module = lower([t for t in tasks if t.tile is not None and t.tile.lane_rows == LARGEST])
     passes = list(_pipeline()[0].passes)
     names = [each.info.name for each in passes]
     return transform.Sequential(passes[: names.index(trim_rows.info.name)])(module)
+
+
+def _granule(device: str, name: str) -> int:
+    """What plans count on for that class."""
+    profile = DEVICES[device]
+    tiles = default_tiles(SPECS[name], "llvm", frozenset(profile.features))
+    (tile,) = (tile for tile in tiles if tile.lane_rows == LARGEST)
+    return CostModel.from_profile(profile).granule(tile)
 
 
 def _is_told(loop: tirx.For) -> bool:

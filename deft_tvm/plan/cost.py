@@ -37,12 +37,12 @@ Rates = tuple[tuple[str, float], ...]
 
 FEW_LANE_ROWS = 16
 """Tile classes below this many lane rows have lanes over the head dimension, not over rows."""
-GRANULES: dict[str, dict[int, int]] = {
-    "float32": {16: 8},
-    "bfloat16": {48: 48, 32: 16, 16: 16},
+GRANULES: dict[str, dict[str, dict[int, int]]] = {
+    "vectors": {"float32": {16: 8}, "bfloat16": {48: 48, 32: 16, 16: 16}},
+    "amx": {"float32": {16: 8}, "bfloat16": {32: 32, 16: 16}},
 }
-"""Lane rows of a CPU's register tiles by default, the widest of these that divides the class; and
-what the last of several takes at the least."""
+"""By what multiplies, and by operand: lane rows of a CPU's register tiles by default, the widest of
+these that divides the class; and what the last of several takes at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ class CostModel:
         blocks_at_a_time: units that a multiprocessor works on at a time, each of which counts as a
             core; a unit of a class that leaves no room for a second one takes two.
         shared_bytes: memory of a multiprocessor, where that is so.
-        trimmed: kernels end where an item's rows do, in steps of `GRANULES`, as on a CPU.
+        trimmed: kernels end where an item's rows do, as on a CPU, in steps of these `GRANULES`;
+            empty: they do not.
     """
 
     cores: int
@@ -90,7 +91,7 @@ class CostModel:
     bandwidth_share: float = 0.8
     unit_seconds: float = 1e-6
     reach_bytes: int = 0
-    trimmed: bool = False
+    trimmed: str = ""
     few_rows: int = FEW_LANE_ROWS
     group_share: Rates = ()
     archs: tuple[str, ...] = ()
@@ -107,7 +108,8 @@ class CostModel:
             launch_seconds=profile.launch_seconds,
         )
         if profile.kind == "cpu":
-            return replace(rates, **ON_CPU)
+            tiles = "amx" if "amx-bf16" in profile.features else "vectors"
+            return replace(rates, **ON_CPU, trimmed=tiles)
         return replace(
             rates,
             **ON_CUDA,
@@ -121,7 +123,8 @@ class CostModel:
         """Lane rows that the kernel of `tile` computes at a time."""
         if not self.trimmed or tile.lane_rows <= FEW_LANE_ROWS:
             return tile.lane_rows
-        for block, least in GRANULES.get(tile.operand, GRANULES["float32"]).items():
+        granules = GRANULES[self.trimmed]
+        for block, least in granules.get(tile.operand, granules["float32"]).items():
             if tile.lane_rows % block == 0:
                 return least if tile.lane_rows > block else block
         return tile.lane_rows
@@ -157,7 +160,6 @@ ON_CPU: dict[str, Any] = {
     "few_loading_seconds": 5e-9,
     "copy_rate": 50e9,
     "reach_bytes": 8 << 20,
-    "trimmed": True,
 }
 """Fitted to GQA-32/8 of width 128 with 4 to 128 lane rows over 4,000 tokens, where a token and head
 take 45 ns + 5.3 ns a lane row in float32, and 35 ns + 2.9 ns in bfloat16 (AMD EPYC Zen 4 with
