@@ -9,8 +9,7 @@ TRIALS ?=
 
 VENV := .venv
 IN := $(VENV)/bin/python -m
-# What is imported is compiled then; of torch and transformers that is a tenth.
-PIP := $(IN) pip install --no-compile --constraint constraints.txt
+PIP := $(IN) pip install --constraint constraints.txt
 NEEDS := pyproject.toml constraints.txt
 
 # A plain torch for Linux brings gigabytes of CUDA, whatever its version; TORCH_INDEX names an index

@@ -72,7 +72,7 @@ def test_loops_over_lane_rows_end_with_the_item(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("device", "name"), KERNELS[:-1])
-def test_products_take_what_plans_count_on(device: str, name: str) -> None:
+def test_products_take_what_traffic_counts(device: str, name: str) -> None:
     """33 rows take 40 in float32, whose blocks have 16, and 48 in bfloat16, whose have 32."""
     trimmed = trim_rows(_before_trimming(device, name))
     loops = [loop for loop in _loops(trimmed) if "lanes" in str(loop.extent)]
@@ -204,11 +204,11 @@ def _before_trimming(device: str, name: str) -> IRModule:
 
 
 def _granule(device: str, name: str) -> int:
-    """What plans count on for that class."""
+    """What traffic counts of that class."""
     profile = DEVICES[device]
     tiles = default_tiles(SPECS[name], "llvm", frozenset(profile.features))
     (tile,) = (tile for tile in tiles if tile.lane_rows == LARGEST)
-    return CostModel.from_profile(profile).granule(tile)
+    return CostModel.from_profile(profile).block(tile)[1]
 
 
 def _is_told(loop: tirx.For) -> bool:

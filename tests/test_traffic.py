@@ -119,5 +119,5 @@ def test_table() -> None:
         "indices          0.019         0.001",
         "total           26.414       508.505",
         "KV bytes saved: 95.3 %",
-        "GFLOP: 2.131, 95% of what the tiles compute",
+        "GFLOP: 2.131, 98% of what the tiles compute",
     ]
