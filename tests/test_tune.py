@@ -373,9 +373,10 @@ def tuned(tmp_path_factory) -> TuningLog:
 @pytest.mark.parametrize("name", HABITS)
 def test_a_replayed_search_finds_the_best_that_was_recorded(tuned, name) -> None:
     kernels = logged_kernels(tuned, logged_device(tuned))
-    kernel = max(kernels, key=lambda kernel: len(kernel.space))
+    # Two kernels share 16 trials, as the times say that are made of their modules.
+    kernel = max(kernels, key=lambda kernel: len(kernel.tried))
     found = replay(kernel, name, HABITS[name], seeds=(1,))
-    assert len(found.best) == len(kernel.tried) > 8
+    assert len(found.best) == len(kernel.tried) >= 8
     assert list(found.best) == sorted(found.best, reverse=True) and found.best[-1] == 1
     for place in found.to_near:
         assert 1 <= place <= len(found.best)
