@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 import tvm
@@ -11,7 +12,7 @@ from deft_tvm.build import compile_module, lower, tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.layer import kernel_operands
 from deft_tvm.plan import Plan, make_plan
-from deft_tvm.schedules import KernelTask
+from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.workloads import Case
@@ -48,6 +49,24 @@ class Compiled:
             indptr, rows = torch.tensor(plan.merge_indptr), torch.tensor(plan.merge_rows)
             self.functions[-1](partial_out, partial_lse, *sinks, indptr, rows, out, lse)
         return out, lse
+
+
+def tasks_with(
+    features: Iterable[str], spec: AttentionSpec, tiles: Sequence[TileShape]
+) -> tuple[KernelTask, ...]:
+    """Kernels scheduled for a machine with these instructions, compiled for this one."""
+    return tuple(
+        replace(task, features=frozenset(features))
+        for task in tasks_for(spec, DeviceProfile.detect(), tiles)
+    )
+
+
+def scheduled(tasks: Sequence[KernelTask], decisions: Sequence[dict[str, int]]) -> tvm.IRModule:
+    """One module of all kernels, each by its decision."""
+    module = tvm.IRModule()
+    for task, decision in zip(tasks, decisions, strict=True):
+        module.update(schedule(task, decision)[0].mod)
+    return module
 
 
 def few_and_many(spec: AttentionSpec) -> Compiled:

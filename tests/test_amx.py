@@ -14,11 +14,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import tvm
-from compiled import Compiled, worst
+from compiled import Compiled, scheduled, tasks_with, worst
 from tvm.runtime import load_module
 
-from deft_tvm.build import compile_module, tasks_for
+from deft_tvm.build import compile_module
 from deft_tvm.device import DeviceProfile
 from deft_tvm.native import TORCH_POOL, compile_c
 from deft_tvm.schedules import KernelTask, schedule
@@ -55,11 +54,8 @@ class Emulated(Compiled):
     """Kernels whose tile instructions are calls of C functions."""
 
     def __init__(self, tasks: tuple[KernelTask, ...], decisions: list[dict[str, int]], path: Path):
-        module = tvm.IRModule()
-        for task, decision in zip(tasks, decisions, strict=True):
-            module.update(schedule(task, decision)[0].mod)
         self.tiles = tuple(task.tile for task in tasks if task.tile is not None)
-        executable = compile_module(module, HERE.target())
+        executable = compile_module(scheduled(tasks, decisions), HERE.target())
         emulation = str(path / "amx.o")
         source = str(Path(__file__).with_name("amx.c"))
         subprocess.run(["gcc", "-O2", "-fPIC", "-c", source, "-o", emulation], check=True)
@@ -79,12 +75,7 @@ def emulated_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tasks_with_amx(spec: AttentionSpec, tiles: list[TileShape]) -> tuple[KernelTask, ...]:
-    """Kernels scheduled for a machine with AMX, compiled for this one."""
-    features = frozenset(HERE.features) | {"amx-tile", "amx-bf16"}
-    return tuple(
-        KernelTask(t.kernel, t.spec, t.tile, t.target, features, t.symbol)
-        for t in tasks_for(spec, HERE, tiles)
-    )
+    return tasks_with((*HERE.features, "amx-tile", "amx-bf16"), spec, tiles)
 
 
 @needs_bfloat16
@@ -96,8 +87,8 @@ def test_products_in_tiles_are_right(
 ) -> None:
     spec = SPECS[spec_name]
     tasks = tasks_with_amx(spec, [TileShape(lane_rows, kv_tile, "bfloat16")])
-    scheduled, knobs = schedule(tasks[0])
-    assert "deft_tile_products" in str(scheduled.mod)
+    by_default, knobs = schedule(tasks[0])
+    assert "deft_tile_products" in str(by_default.mod)
     smallest = {choice: min(candidates) for choice, candidates in knobs.table.items()}
     for name, decision in (("default", {}), ("smallest", smallest)):
         (folder := tmp_path / name).mkdir()  # the linker knows a library by its name

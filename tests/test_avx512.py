@@ -12,12 +12,10 @@ import re
 import pytest
 import tvm
 import tvm_ffi
-from compiled import Compiled, worst
+from compiled import Compiled, scheduled, tasks_with, worst
 from tvm import tirx
 
-from deft_tvm.build import tasks_for
 from deft_tvm.device import _ZEN4, DeviceProfile
-from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.workloads import parse, tensors
 
@@ -58,26 +56,15 @@ ONE_VECTOR = {"score_rows": 16, "score_tokens": 16, "out_rows": 16, "out_dims": 
 def test_wider_vectors_are_right(name: str, lane_rows: int, decision: dict[str, int]) -> None:
     spec = SPECS[name]
     operand = "bfloat16" if name.endswith("bf16") else "float32"
-    kernels = _compiled(spec, TileShape(lane_rows, 32, operand), decision)
+    tasks = tasks_with(_ZEN4, spec, [TileShape(lane_rows, 32, operand)])
+    module = scheduled(tasks, [decision, {}])
+    if "avx512bf16" not in HERE.features:
+        module = _without_bfloat16(module)
+    kernels = Compiled(tasks, module)
     for rows in ROWS:
         forest = parse(f"few_shot:prompt=100,branches={rows},tokens=5").forest
         assert worst(kernels, tensors(forest, spec)) <= 1, rows
     assert worst(kernels, tensors(parse("speculative:nodes=26,context=90").forest, spec)) <= 1
-
-
-def _compiled(spec: AttentionSpec, tile: TileShape, decision: dict[str, int]) -> Compiled:
-    """Kernels scheduled for a machine with all of it, compiled for this one."""
-    tasks = tuple(
-        KernelTask(t.kernel, t.spec, t.tile, t.target, frozenset(_ZEN4), t.symbol)
-        for t in tasks_for(spec, HERE, [tile])
-    )
-    module = tvm.IRModule()
-    for task, chosen in zip(tasks, (decision, {}), strict=True):
-        scheduled = schedule(task, chosen)[0].mod
-        if "avx512bf16" not in HERE.features:
-            scheduled = _without_bfloat16(scheduled)
-        module.update(scheduled)
-    return Compiled(tasks, module)
 
 
 def _without_bfloat16(module: tvm.IRModule) -> tvm.IRModule:
@@ -126,13 +113,9 @@ def _dpbf16ps(lanes: int) -> str:
         f"%sum = call {f} @llvm.fma.v{lanes}f32({f} %a_even, {f} %b_even, {f} %odd)",
         f"ret {f} %sum",
     ]
-    body = "\n  ".join(lines)
-    return f"""
-declare {f} @llvm.fma.v{lanes}f32({f}, {f}, {f})
-define {f} @emulated_dpbf16ps.{32 * lanes}({f} %c, {pairs} %a, {pairs} %b) alwaysinline {{
-  {body}
-}}
-"""
+    fma = f"declare {f} @llvm.fma.v{lanes}f32({f}, {f}, {f})\n"
+    name = f"emulated_dpbf16ps.{32 * lanes}"
+    return fma + _function(f"{f} @{name}({f} %c, {pairs} %a, {pairs} %b)", lines)
 
 
 def _cvtne2ps2bf16(lanes: int) -> str:
@@ -156,12 +139,12 @@ def _cvtne2ps2bf16(lanes: int) -> str:
         f"%made = bitcast <{2 * lanes} x i16> %halves to {both}",
         f"ret {both} %made",
     ]
+    return _function(f"{both} @emulated_cvtne2ps2bf16.{32 * lanes}({f} %a, {f} %b)", lines)
+
+
+def _function(signature: str, lines: list[str]) -> str:
     body = "\n  ".join(lines)
-    return f"""
-define {both} @emulated_cvtne2ps2bf16.{32 * lanes}({f} %a, {f} %b) alwaysinline {{
-  {body}
-}}
-"""
+    return f"define {signature} alwaysinline {{\n  {body}\n}}\n"
 
 
 def _splat(lanes: int, value: int) -> str:

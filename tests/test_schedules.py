@@ -9,7 +9,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 import tvm
-from compiled import Compiled, worst
+from compiled import Compiled, scheduled, worst
 from tvm import s_tir
 
 from deft_tvm.build import compile_module, tasks_for
@@ -46,10 +46,7 @@ SPECS = {
 
 
 def compiled(tasks: tuple[KernelTask, ...], decisions: list[dict[str, int]]) -> Compiled:
-    module = tvm.IRModule()
-    for task, decision in zip(tasks, decisions, strict=True):
-        module.update(schedule(task, decision)[0].mod)
-    return Compiled(tasks, module)
+    return Compiled(tasks, scheduled(tasks, decisions))
 
 
 def errors(kernels: Compiled, spec: AttentionSpec) -> list[float]:

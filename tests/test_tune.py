@@ -365,7 +365,7 @@ def test_what_loses_its_machine_twice_is_to_blame(tmp_path, largest) -> None:
 def tuned(tmp_path_factory) -> TuningLog:
     """A log with a result of some decisions."""
     root = tmp_path_factory.mktemp("tuned")
-    log = tuning_run.run(str(root), 16).log
+    log = tuning_run.run(str(root), 18).log
     write_profile(DEVICE, root)
     return log
 
@@ -373,10 +373,10 @@ def tuned(tmp_path_factory) -> TuningLog:
 @pytest.mark.parametrize("name", HABITS)
 def test_a_replayed_search_finds_the_best_that_was_recorded(tuned, name) -> None:
     kernels = logged_kernels(tuned, logged_device(tuned))
-    # Two kernels share 16 trials, as the times say that are made of their modules.
+    # Two kernels share 18 trials, as the times say that are made of their modules.
     kernel = max(kernels, key=lambda kernel: len(kernel.tried))
     found = replay(kernel, name, HABITS[name], seeds=(1,))
-    assert len(found.best) == len(kernel.tried) >= 8
+    assert len(found.best) == len(kernel.tried) > 8
     assert list(found.best) == sorted(found.best, reverse=True) and found.best[-1] == 1
     for place in found.to_near:
         assert 1 <= place <= len(found.best)

@@ -52,10 +52,8 @@ def write_in_place(
             return tirx.Evaluate(0)
         return tirx.BufferStore(buffer, value, [index])
 
-    body = func.body
-    for kind, change in ((tirx.AllocBuffer, forget), (TensorLoad, load), (tirx.BufferStore, store)):
-        body = tvm_ffi.structural_map(body, [(kind, change)], order="post")
-    return func.with_body(body)
+    changes = [(tirx.AllocBuffer, forget), (TensorLoad, load), (tirx.BufferStore, store)]
+    return func.with_body(tvm_ffi.structural_map(func.body, changes, order="post"))
 
 
 def _places(body: tirx.Stmt) -> dict[Any, _Place]:

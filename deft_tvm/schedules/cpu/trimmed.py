@@ -7,6 +7,7 @@ half, where the rows lie in its first half: 33 rows cost 40, in blocks of 16.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ LANE_ROWS = "deft_tvm.lane_rows"
 BLOCK = "deft_tvm.block"
 """Says of a loop what it goes over, inside one over blocks:"""
 PARTS, DEPTH, VECTORS, ELEMENTS = "parts", "depth", "vectors", "elements"
+HALF_OF_A_VECTOR = {ELEMENTS: 0.5}
+HALF_OF_THE_VECTORS = {VECTORS: 0.5, DEPTH: 2, PARTS: 0.5}
+"""How often, for half a block, such loops go round."""
 LANES = "lanes"
 """What the computation calls the number of lane rows that an item has."""
 FEWEST = 8
@@ -75,7 +79,7 @@ def trim_rows(
     if not loops:
         return func
     block, (last,) = max(map(_step, loops)), lanes
-    halved = any(_step(loop) == block and _half(loop) is not None for loop in loops)
+    halved = any(_step(loop) == block and _halving(loop) for loop in loops)
     granule = block // 2 if halved else block
     granules = tirx.floordiv(last + (granule - 1), granule)
 
@@ -85,22 +89,22 @@ def trim_rows(
         step = _step(loop)
         if step <= granule:
             return _plain(loop, loop.min, granules * (granule // step))
-        half = _half(loop)
-        if half is None:
+        factors = _halving(loop)
+        if not factors:
             return _plain(loop, loop.min, tirx.floordiv(granules + 1, 2))
         blocks = tirx.floordiv(granules, 2)
-        last_half = _plain(half, blocks, tirx.floormod(granules, 2))
-        return tirx.SeqStmt([_plain(loop, loop.min, blocks), _renewed(last_half)])
+        half = _plain(_scaled(loop, factors), blocks, tirx.floormod(granules, 2))
+        return tirx.SeqStmt([_plain(loop, loop.min, blocks), _renewed(half)])
 
     return func.with_body(tvm_ffi.structural_map(func.body, [(tirx.For, trim)], order="pre"))
 
 
-def _half(loop: tirx.For) -> tirx.For | None:
-    """The loop, with a body that takes the first half of each block, if blocks have halves.
+def _halving(loop: tirx.For) -> Mapping[str, float]:
+    """How often loops inside one over blocks go round for half a block, if blocks have halves.
 
     A single block has none: items of so few rows are of a smaller class.
     """
-    extents: dict[str, set[int]] = {what: set() for what in (PARTS, DEPTH, VECTORS, ELEMENTS)}
+    extents = defaultdict[str, set[int]](set)
 
     def look(inner: tirx.For) -> None:
         if BLOCK in inner.annotations:
@@ -108,17 +112,20 @@ def _half(loop: tirx.For) -> tirx.For | None:
 
     tvm_ffi.structural_walk(loop.body, [(tirx.For, look)])
     if int(loop.extent) == 1 or not extents[VECTORS]:
-        return None
+        return {}
     if extents[VECTORS] == {1}:
-        fine = min(extents[ELEMENTS], default=0) > FEWEST
-        return _scaled(loop, {ELEMENTS: 0.5}) if fine else None
-    if any(extent % 2 for extent in extents[VECTORS] | extents[PARTS]):
-        return None
-    return _turned(_scaled(loop, {VECTORS: 0.5, DEPTH: 2, PARTS: 0.5}))
+        return HALF_OF_A_VECTOR if min(extents[ELEMENTS], default=0) > FEWEST else {}
+    even = all(extent % 2 == 0 for extent in extents[VECTORS] | extents[PARTS])
+    return HALF_OF_THE_VECTORS if even else {}
 
 
 def _scaled(loop: tirx.For, factors: Mapping[str, float]) -> tirx.For:
-    """Let loops inside another go round so many times as often; fewer parts are larger ones."""
+    """Let loops inside another go round so many times as often.
+
+    Half as many parts are twice as large, so that each begins where every other one did, and
+    register tiles are twice as deep and half as wide.
+    """
+    turned: dict[Any, Any] = {}
 
     def scale(inner: tirx.For) -> tirx.For:
         what = inner.annotations.get(BLOCK)
@@ -126,17 +133,9 @@ def _scaled(loop: tirx.For, factors: Mapping[str, float]) -> tirx.For:
             return inner
         body = inner.body
         if what == PARTS:
-            begin = {inner.loop_var: inner.loop_var * int(1 / factors[PARTS])}
+            begin = {inner.loop_var: inner.loop_var * 2}
             body = tvm_ffi.structural_map(body, [(Var, lambda v: begin.get(v, v))], order="post")
-        return _with(inner, inner.min, int(int(inner.extent) * factors[what]), body)
-
-    body = tvm_ffi.structural_map(loop.body, [(tirx.For, scale)], order="post")
-    return _with(loop, loop.min, loop.extent, body)
-
-
-def _turned(loop: tirx.For) -> tirx.For:
-    """Register tiles inside a loop are twice as deep and half as wide."""
-    turned: dict[Any, Any] = {}
+        return _with(inner, int(int(inner.extent) * factors[what]), body)
 
     def turn(var: Any) -> Any:
         if not is_buffer_var(var) or var.scope() != REGISTERS:
@@ -147,8 +146,10 @@ def _turned(loop: tirx.For) -> tirx.For:
             turned[var] = tirx.decl_buffer(shape, var.ty.dtype, var.name, scope=REGISTERS)
         return turned[var]
 
-    body = tvm_ffi.structural_map(loop.body, [(Var, turn)], order="post")
-    return _with(loop, loop.min, loop.extent, body)
+    body = tvm_ffi.structural_map(loop.body, [(tirx.For, scale)], order="post")
+    if PARTS in factors:
+        body = tvm_ffi.structural_map(body, [(Var, turn)], order="post")
+    return _with(loop, loop.extent, body)
 
 
 def _plain(loop: tirx.For, begin: Any, extent: Any) -> tirx.For:
@@ -158,9 +159,9 @@ def _plain(loop: tirx.For, begin: Any, extent: Any) -> tirx.For:
     return tirx.For(loop.loop_var, begin, extent, loop.kind, loop.body, loop.thread_binding, kept)
 
 
-def _with(loop: tirx.For, begin: Any, extent: Any, body: Any) -> tirx.For:
+def _with(loop: tirx.For, extent: Any, body: Any) -> tirx.For:
     return tirx.For(
-        loop.loop_var, begin, extent, loop.kind, body, loop.thread_binding, loop.annotations
+        loop.loop_var, loop.min, extent, loop.kind, body, loop.thread_binding, loop.annotations
     )
 
 
