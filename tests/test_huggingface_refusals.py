@@ -45,7 +45,8 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a kernel would run")
 
     monkeypatch.setattr(Step, "attend", attend)
-    monkeypatch.setattr("deft_tvm.integrations.huggingface.model.TreeAttention", Unused)
+    for user in ("integrations.huggingface.model", "pytorch.cache"):
+        monkeypatch.setattr(f"deft_tvm.{user}.TreeAttention", Unused)
 
 
 def _cache(model: Any, **options: Any) -> TreeCache:

@@ -7,10 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import tvm
+import tvm_ffi
 from compiled import Compiled, worst
+from tvm.script import tirx as T
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
+from deft_tvm.kernels import script
+from deft_tvm.kernels.partial import partial_attention
 from deft_tvm.plan import make_plan
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
@@ -102,3 +106,22 @@ def test_nan_of_a_seen_token_is_not_hidden(kernels: tuple[AttentionSpec, Compile
     first_tree = FOREST.row_order[: FOREST.row_end[0]]
     assert out[torch.tensor(first_tree).long()].isnan().all()
     assert not out[torch.tensor(FOREST.row_order[FOREST.row_end[0] :]).long()].isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["llvm", "cuda"])
+def test_text_is_read_as_tvm_reads_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = TileShape(4, 16, "float32")
+    ours = partial_attention(SHARED_STATE, tile, kind)
+    monkeypatch.setattr(script, "prim_func", T.prim_func)
+    by_tvm = partial_attention.__wrapped__(SHARED_STATE, tile, kind)
+    assert ours is not by_tvm and tvm_ffi.structural_equal(ours, by_tvm)
+
+
+def test_a_mistake_in_a_kernel_is_shown_where_it_stands() -> None:
+    told = r"Undefined variable: B[\s\S]*test_kernels.py:\d+[\s\S]*A\[0\] = B\[0\]"
+    with pytest.raises(tvm.error.DiagnosticError, match=told):
+
+        @script.prim_func(s_tir=True)
+        def kernel(a: T.handle):
+            A = T.match_buffer(a, (4,), "float32")
+            A[0] = B[0]  # noqa: F821

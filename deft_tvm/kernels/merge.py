@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import LOG2_E, exp2_polynomial, finite, natural_lse
 from deft_tvm.kernels.work import OF_PLAN, used_parameters, work_loop
 from deft_tvm.spec import AttentionSpec
@@ -46,7 +47,7 @@ def merge_partials(spec: AttentionSpec, kind: str = "llvm", name: str = "merge")
     weighed = bind(_weighed, exp2=exp2)
     work = work_loop(kind)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def kernel(
         partial_out_handle: T.handle,
         partial_lse_handle: T.handle,

@@ -38,6 +38,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.caches import element_of, index_of, shape_of
 from deft_tvm.kernels.numerics import exp2_polynomial, lazy_max, logits_of, storage, within
 from deft_tvm.kernels.stage import stage
@@ -150,7 +151,7 @@ def partial_attention(
     def load_rope(rope, rope_cache, page, slot, begin, head):
         load(rope, rope_cache, at, page, slot, begin, rope_head(head), 0, operand, "load_rope")
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def kernel(
         q_handle: T.handle,
         k_handle: T.handle,

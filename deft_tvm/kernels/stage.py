@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, cached_property, wraps
+from functools import cache, wraps
 from types import FrameType
 from typing import Any
 
-from tvm.script.parser._core import scan_macro, utils
+from tvm.script.parser._core import utils
 from tvm.tirx.script.parser.entry import TIRInline
+
+from deft_tvm.kernels.script import text_of
 
 
 def stage(function: Callable[..., None]) -> Callable[..., None]:
@@ -25,8 +27,7 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
     @cache
     def piece() -> _Stage:
         # At the first call, when all that it names is defined.
-        source, closure = scan_macro(function, utils.inspect_function_capture(function))
-        return _Stage(source, closure, function)
+        return _Stage(text_of(function), utils.inspect_function_capture(function), function)
 
     @wraps(function)
     def placed(*args: Any) -> None:
@@ -40,15 +41,8 @@ class _Stage(TIRInline):
     """TVM's inline function without what takes longer than all other parsing.
 
     TVM looks up the source lines of every caller, imports and tests included, to find its parser
-    among their globals, and reads the function's text at each call.
+    among their globals.
     """
-
-    @cached_property
-    def _definition(self) -> Any:
-        return super().get_macro_def()
-
-    def get_macro_def(self) -> Any:
-        return self._definition
 
     def _find_parser_def(self) -> Any:
         caller: FrameType | None = sys._getframe()

@@ -58,12 +58,14 @@ class Compiled:
 
     Attributes:
         tasks: by symbol.
+        taken: what each one's schedule decided.
         shared: bytes of shared memory that a block of each takes.
         source: their CUDA.
         cubin: what nvcc made of it.
     """
 
     tasks: dict[str, KernelTask]
+    taken: dict[str, dict[str, int]]
     shared: dict[str, int]
     source: str
     cubin: Cubin
@@ -71,6 +73,13 @@ class Compiled:
     @property
     def partial(self) -> dict[str, KernelTask]:
         return {name: task for name, task in self.tasks.items() if task.kernel == "partial"}
+
+    def in_groups(self, name: str) -> bool:
+        """Whether the kernel's warps multiply in groups of four."""
+        return bool(self.taken[name].get("groups", 0))
+
+    def copies_ahead(self, name: str) -> bool:
+        return self.taken[name]["stages"] > 1
 
 
 @pytest.fixture
@@ -83,16 +92,17 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @cache
 def _compiled(text: str, arch: str, folder: Path) -> Compiled:
     spec, target = AttentionSpec.parse(text), {"kind": "cuda", "arch": arch}
-    tasks, shared, kernels = {}, {}, IRModule()
+    tasks, taken, shared, kernels = {}, {}, {}, IRModule()
     for tile in (*default_tiles(spec, "cuda", frozenset({arch})), None):
         symbol = "merge" if tile is None else f"partial_{tile.name}"
         kind = "merge" if tile is None else "partial"
         tasks[symbol] = KernelTask(kind, spec, tile, target, frozenset(), symbol)
-        kernel = schedule(tasks[symbol])[0].mod
-        shared[symbol] = shared_bytes(kernel, arch)
-        kernels.update(kernel)
+        scheduled, knobs = schedule(tasks[symbol])
+        taken[symbol] = dict(knobs.taken)
+        shared[symbol] = shared_bytes(scheduled.mod, arch)
+        kernels.update(scheduled.mod)
     source = cuda_source(compile_cuda(kernels, arch))
-    return Compiled(tasks, shared, source, compiled(source, arch, folder))
+    return Compiled(tasks, taken, shared, source, compiled(source, arch, folder))
 
 
 each_case = pytest.mark.parametrize("module", CASES, indirect=True, ids=" ".join)
@@ -128,11 +138,12 @@ def test_kernels_are_made_of_the_instructions_they_are_for(module: Compiled) -> 
         pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
     for name, task in module.partial.items():
         found = module.cubin.instructions[name]
-        groups, warps = _in_groups(task), _on_tensor_cores(task) and not _in_groups(task)
+        groups = module.in_groups(name)
+        warps = _on_tensor_cores(task) and not groups
         assert _any(found, "HGMMA.64x") == groups, name
         assert _any(found, "HMMA.16816.F32") == warps, name
         assert _any(found, "LDSM.16") == warps, name
-        asynchronous = _copies_ahead(task)
+        asynchronous = module.copies_ahead(name)
         assert _any(found, "LDGSTS") == asynchronous, name
         wide = "LDGSTS.E.BYPASS.128" if asynchronous else "LDG.E.128"
         assert _any(found, wide), name
@@ -145,12 +156,14 @@ def test_ptx_has_them_too(module: Compiled) -> None:
     """What is left to look at where nvdisasm is missing."""
     for name, task in module.partial.items():
         text = module.cubin.ptx[name]
-        groups, warps = _in_groups(task), _on_tensor_cores(task) and not _in_groups(task)
+        groups = module.in_groups(name)
+        warps = _on_tensor_cores(task) and not groups
         assert ("wgmma.mma_async.sync.aligned.m64" in text) == groups, name
         assert ("mma.sync.aligned.m16n8k16" in text) == warps, name
         assert ("ldmatrix.sync.aligned.m8n8.x4" in text) == warps, name
-        assert ("cp.async.cg.shared.global" in text) == _copies_ahead(task), name
-        assert "ld.global.nc.v4" in text or "ld.global.v4" in text or _copies_ahead(task), name
+        asynchronous = module.copies_ahead(name)
+        assert ("cp.async.cg.shared.global" in text) == asynchronous, name
+        assert "ld.global.nc.v4" in text or "ld.global.v4" in text or asynchronous, name
         assert not re.search(r"\b(div|rem)\.[us](32|64)", text), name
 
 
@@ -182,15 +195,6 @@ def _fills_the_registers(task: KernelTask) -> bool:
 def _on_tensor_cores(task: KernelTask) -> bool:
     assert task.tile is not None
     return task.tile.operand != "float32"
-
-
-def _in_groups(task: KernelTask) -> bool:
-    """Whether its warps multiply in groups of four."""
-    return bool(schedule(task)[1].taken.get("groups", 0))
-
-
-def _copies_ahead(task: KernelTask) -> bool:
-    return schedule(task)[1].taken["stages"] > 1
 
 
 def _allocated(registers: int) -> int:

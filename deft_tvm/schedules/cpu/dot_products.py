@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM, LANES, register
 from deft_tvm.schedules.verbs import power_of_two_in
@@ -273,7 +274,7 @@ def dots(made: Dots) -> str:
     width, operand, rows, tokens = made.width, made.operand, made.rows, made.tokens
     function, TILE = made.name, storage(operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (rows, width), TILE, offset_factor=1)
         B = T.match_buffer(b, (tokens, width), TILE, offset_factor=1)
@@ -294,7 +295,7 @@ def dots(made: Dots) -> str:
                             B[vj, vd], operand
                         )
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
         a_row, b_row, c_row = T.int32(), T.int32(), T.int32()
         A = T.match_buffer(a, (rows, width), TILE, offset_factor=1, strides=[a_row, 1])

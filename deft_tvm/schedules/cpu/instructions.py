@@ -15,6 +15,7 @@ from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, widen
 from deft_tvm.schedules.cpu.vector import REGISTERS
 
@@ -69,7 +70,7 @@ def dot_pairs(pair_first: bool = False) -> str:
         one, other = widen(one, "bfloat16"), widen(other, "bfloat16")
         return other * one if pair_first else one * other
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (16, 2), "uint16", offset_factor=1)
         B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
@@ -85,7 +86,7 @@ def dot_pairs(pair_first: bool = False) -> str:
                     vi, vr = T.axis.remap("SR", [i, r])
                     C[vi] = C[vi] + times(A[vi, vr], B[vr])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (16, 2), "uint16", offset_factor=1)
         B = T.match_buffer(b, (2,), "uint16", offset_factor=1)
@@ -131,7 +132,7 @@ def _two_rows_to_pairs(
     `rows_first` is the order of the axes of the block that is replaced: it must be met.
     """
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (2, 16), source, offset_factor=1)
         B = T.match_buffer(b, (1, 16, 2), "uint16", offset_factor=1)
@@ -147,7 +148,7 @@ def _two_rows_to_pairs(
                         vi, vr = T.axis.remap("SS", [i, r])
                         B[0, vi, vr] = element(A[vr, vi])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
         s0 = T.int32()
         A = T.match_buffer(a, (2, 16), source, offset_factor=1, strides=[s0, 1])

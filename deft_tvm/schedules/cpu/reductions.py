@@ -11,6 +11,7 @@ from functools import cache
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.schedules.cpu.instructions import register
 
 
@@ -71,7 +72,7 @@ def _reduction(name: str, length: int) -> str:
     function = f"deft_{name}_{length}"
     combine = T.max if name == "max" else lambda one, other: one + other
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (length,), "float32", offset_factor=1)
         C = T.match_buffer(c, (1,), "float32", offset_factor=1)
@@ -83,7 +84,7 @@ def _reduction(name: str, length: int) -> str:
                     vj = T.axis.reduce(length, j)
                     C[0] = combine(C[0], A[vj])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (length,), "float32", offset_factor=1)
         C = T.match_buffer(c, (1,), "float32", offset_factor=1)

@@ -14,6 +14,7 @@ from functools import cache
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, storage
 from deft_tvm.schedules.cpu.instructions import register
 from deft_tvm.spec import AttentionSpec
@@ -57,7 +58,7 @@ def _refer(width: int, stored: str, operand: str) -> str:
     """Intrinsic: a row of `width` elements, which becomes one of a tile of `operand`."""
     TILE = storage(operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (width,), stored, offset_factor=1)
         B = T.match_buffer(b, (width,), TILE, offset_factor=1)
@@ -69,7 +70,7 @@ def _refer(width: int, stored: str, operand: str) -> str:
                     vd = T.axis.spatial(width, d)
                     B[vd] = narrow(A[vd], operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (width,), stored, offset_factor=1)
         B = T.match_buffer(b, (width,), TILE, offset_factor=1)

@@ -17,6 +17,7 @@ from functools import cache
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import widen
 from deft_tvm.kernels.stages import UNIT_STATE_BYTES
 from deft_tvm.schedules.cpu.amx import DEPTH, EDGE
@@ -38,7 +39,7 @@ def leave_tiles() -> str:
 def _at_state(function: str, changed: Callable[[Expr], Expr], reads: bool) -> str:
     """In place of a block of the computation that only marks a unit's beginning or end."""
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(s: T.handle) -> None:
         S = T.match_buffer(s, (UNIT_STATE_BYTES,), "uint8", offset_factor=1)
         with T.sblock("root"):
@@ -52,7 +53,7 @@ def _at_state(function: str, changed: Callable[[Expr], Expr], reads: bool) -> st
                     vn = T.axis.spatial(UNIT_STATE_BYTES, n)
                     S[vn] = changed(S[vn])
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(s: T.handle) -> None:
         S = T.match_buffer(s, (UNIT_STATE_BYTES,), "uint8", offset_factor=1)
         with T.sblock("root"):
@@ -71,7 +72,7 @@ def tile_zeros(deep: int, rows: int) -> str:
     """Intrinsic: zeros in the accumulators of `deep` × `rows`."""
     function = _named("deft_tile_zeros", deep, rows)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(c: T.handle) -> None:
         C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
         with T.sblock("root"):
@@ -82,7 +83,7 @@ def tile_zeros(deep: int, rows: int) -> str:
                     vi, vj = T.axis.remap("SS", [i, j])
                     C[vj, vi] = T.float32(0)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(c: T.handle) -> None:
         C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
         with T.sblock("root"):
@@ -98,7 +99,7 @@ def tile_products(deep: int, rows: int) -> str:
     """Intrinsic: 32 factors of each of `deep` × `rows` sums."""
     function = _named("deft_tile_products", deep, rows)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle, c: T.handle) -> None:
         A = T.match_buffer(a, (deep, DEPTH), "uint16", offset_factor=1)
         B = T.match_buffer(b, (DEPTH // 2, rows, 2), "uint16", offset_factor=1)
@@ -113,7 +114,7 @@ def tile_products(deep: int, rows: int) -> str:
                         A[vj, vk], "bfloat16"
                     )
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
         stride_a, stride_b = T.int32(), T.int32()
         A = T.match_buffer(a, (deep, DEPTH), "uint16", offset_factor=1, strides=[stride_a, 1])
@@ -143,7 +144,7 @@ def tile_sums(deep: int, rows: int) -> str:
     """Intrinsic: the accumulators of `deep` × `rows` written to memory."""
     function = _named("deft_tile_sums", deep, rows)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(c: T.handle, d: T.handle) -> None:
         C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
         D = T.match_buffer(d, (deep, rows), "float32", offset_factor=1)
@@ -155,7 +156,7 @@ def tile_sums(deep: int, rows: int) -> str:
                     vj, vi = T.axis.remap("SS", [j, i])
                     D[vj, vi] = C[vj, vi]
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(c: T.handle, d: T.handle) -> None:
         stride = T.int32()
         C = T.match_buffer(c, (deep, rows), "float32", offset_factor=1)
@@ -174,7 +175,7 @@ def tile_sums(deep: int, rows: int) -> str:
 def transpose_tokens() -> str:
     """Intrinsic: 32 tokens of 16 sixteen-bit elements to 16 rows of 32 tokens."""
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (DEPTH, EDGE), "uint16", offset_factor=1)
         B = T.match_buffer(b, (EDGE, DEPTH), "uint16", offset_factor=1)
@@ -186,7 +187,7 @@ def transpose_tokens() -> str:
                     vj, vd = T.axis.remap("SS", [j, d])
                     B[vd, vj] = A[vj, vd]
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
         stride_a, stride_b = T.int32(), T.int32()
         A = T.match_buffer(a, (DEPTH, EDGE), "uint16", offset_factor=1, strides=[stride_a, 1])

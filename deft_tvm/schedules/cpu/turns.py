@@ -15,6 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.schedules.cpu.instructions import register
 from deft_tvm.schedules.cpu.pairs import pairs_of_second
 from deft_tvm.schedules.verbs import swap, vectorize_last
@@ -131,7 +132,7 @@ def _place(sch: Schedule, block: SBlockRV, matrix: str) -> int:
 def _turned(lanes: int) -> str:
     """Intrinsic: ``lanes`` rows of as many float32, transposed."""
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (lanes, lanes), "float32", offset_factor=1)
         B = T.match_buffer(b, (lanes, lanes), "float32", offset_factor=1)
@@ -143,7 +144,7 @@ def _turned(lanes: int) -> str:
                     vi, vj = T.axis.remap("SS", [i, j])
                     B[vj, vi] = A[vi, vj]
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
         stride_a, stride_b = T.int32(), T.int32()
         A = T.match_buffer(a, (lanes, lanes), "float32", offset_factor=1, strides=[stride_a, 1])
@@ -164,7 +165,7 @@ def _turned(lanes: int) -> str:
 def _turned_pairs(lanes: int) -> str:
     """Intrinsic: ``lanes`` rows of as many pairs of 16 bits, transposed."""
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (lanes, 2 * lanes), "uint16", offset_factor=1)
         B = T.match_buffer(b, (lanes, lanes, 2), "uint16", offset_factor=1)
@@ -176,7 +177,7 @@ def _turned_pairs(lanes: int) -> str:
                     vi, vj = T.axis.remap("SS", [i, j])
                     B[vj // 2, vi, vj % 2] = A[vi, vj]
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
         stride_a, stride_b = T.int32(), T.int32()
         A = T.match_buffer(a, (lanes, 2 * lanes), "uint16", offset_factor=1, strides=[stride_a, 1])

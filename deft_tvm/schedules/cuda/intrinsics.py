@@ -14,6 +14,7 @@ from typing import Any
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
@@ -95,7 +96,7 @@ def rows_first(width: int, shares: int) -> Callable[[Any, Any], tuple[Any, ...]]
 def fill_zero() -> str:
     """The intrinsic that clears an accumulator."""
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(tile_handle: T.handle) -> None:
         tile = T.match_buffer(
             tile_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
@@ -111,7 +112,7 @@ def fill_zero() -> str:
                     T.writes(tile[lane, register])
                     tile[lane, register] = T.float32(0)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(tile_handle: T.handle) -> None:
         tile = T.match_buffer(
             tile_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
@@ -133,7 +134,7 @@ def load_left(operand: str) -> str:
     kind = SHORT_DTYPE[operand]
     text = TENSOR_CORES % {"type": kind}
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(tile_handle: T.handle, fragment_handle: T.handle) -> None:
         tile = T.match_buffer(tile_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1)
         fragment = T.match_buffer(
@@ -150,7 +151,7 @@ def load_left(operand: str) -> str:
                     T.writes(fragment[lane, register])
                     fragment[lane, register] = tile[vi, vj]
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(tile_handle: T.handle, fragment_handle: T.handle) -> None:
         pitch = T.int32()
         tile = T.match_buffer(
@@ -186,7 +187,7 @@ def multiply_transposed(operand: str) -> str:
     element, kind = storage(operand), SHORT_DTYPE[operand]
     text = TENSOR_CORES % {"type": kind}
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a = T.match_buffer(a_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
         b = T.match_buffer(b_handle, (SIDE, SIDE), element, scope=TILE_SCOPE, offset_factor=1)
@@ -205,7 +206,7 @@ def multiply_transposed(operand: str) -> str:
                         a[lane_a, register_a], operand
                     ) * widen(b[vn, vk], operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         pitch = T.int32()
         a = T.match_buffer(a_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
@@ -247,7 +248,7 @@ def multiply_on(operand: str) -> str:
     element, kind = storage(operand), SHORT_DTYPE[operand]
     text = TENSOR_CORES % {"type": kind}
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(
         old_handle: T.handle,
         factor_handle: T.handle,
@@ -286,7 +287,7 @@ def multiply_on(operand: str) -> str:
                         a[lane_a, register_a], operand
                     ) * widen(b[vk, vn], operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(
         old_handle: T.handle,
         factor_handle: T.handle,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, storage
 from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
 from deft_tvm.schedules.cuda.shares import FRAGMENT
@@ -46,7 +47,7 @@ def round_fragment(operand: str) -> str:
     """The intrinsic that rounds an accumulator to a left factor, both in fragments."""
     element, kind, text = storage(operand), SHORT_DTYPE[operand], _text(operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(x_handle: T.handle, p_handle: T.handle) -> None:
         x = T.match_buffer(x_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
         p = T.match_buffer(p_handle, (LANES, HELD), element, scope=FRAGMENT, offset_factor=1)
@@ -72,7 +73,7 @@ def round_to_tile(operand: str) -> str:
     """The intrinsic that rounds an accumulator into a tile in shared memory."""
     element, kind, text = storage(operand), SHORT_DTYPE[operand], _text(operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(x_handle: T.handle, p_handle: T.handle) -> None:
         pitch = T.int32()
         x = T.match_buffer(x_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
@@ -113,7 +114,7 @@ def _description(
     element = storage(operand)
     rows, columns = shape
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(x_handle: T.handle, p_handle: T.handle) -> None:
         x = T.match_buffer(x_handle, (LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1)
         p = T.match_buffer(p_handle, (rows, columns), element, scope=scope, offset_factor=1)

@@ -6,6 +6,7 @@ from functools import cache
 
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES
@@ -40,7 +41,7 @@ def reduce_rows(name: str, columns: int) -> str:
     function = f"deft_row_{name}_{tiles}"
     text = ROW_REDUCTION % {"name": name, "tiles": tiles, **_steps(maximum)}
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(x_handle: T.handle, result_handle: T.handle) -> None:
         x = T.match_buffer(
             x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1
@@ -60,7 +61,7 @@ def reduce_rows(name: str, columns: int) -> str:
                     else:
                         result[vi] = result[vi] + x[vj // SIDE, lane, register]
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(x_handle: T.handle, result_handle: T.handle) -> None:
         x = T.match_buffer(
             x_handle, (tiles, LANES, HELD), "float32", scope=FRAGMENT, offset_factor=1

@@ -16,6 +16,7 @@ from functools import cache
 
 from tvm.script import tirx as T
 
+from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.plan.residency import GROUP_ROWS, PANEL
 from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
@@ -107,7 +108,7 @@ def group_scores(operand: str, width: int, columns: int) -> str:
     text = DESCRIPTORS + instruction + SCORES % values
     function = f"deft_group_scores_{kind}_{columns}_{width}"
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a = T.match_buffer(
             a_handle, (panels, SIDE, PANEL), element, scope=TILE_SCOPE, offset_factor=1
@@ -139,7 +140,7 @@ def group_scores(operand: str, width: int, columns: int) -> str:
                         a[vk // PANEL, vi, vk % PANEL], operand
                     ) * widen(b[vk // PANEL, vn, vk % PANEL], operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(a_handle: T.handle, b_handle: T.handle, c_handle: T.handle) -> None:
         a_panel, b_panel = T.int32(), T.int32()
         a = T.match_buffer(
@@ -201,7 +202,7 @@ def group_sums(operand: str, columns: int, depth: int) -> str:
     text = DESCRIPTORS + instruction + SUMS % values
     function = f"deft_group_sums_{kind}_{columns}_{depth}"
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def description(
         old_handle: T.handle,
         factor_handle: T.handle,
@@ -246,7 +247,7 @@ def group_sums(operand: str, columns: int, depth: int) -> str:
                         a[vk // SIDE, lane_a, register_a], operand
                     ) * widen(b[vn // PANEL, vk, vn % PANEL], operand)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def implementation(
         old_handle: T.handle,
         factor_handle: T.handle,
