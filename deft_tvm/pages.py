@@ -54,6 +54,7 @@ class PageTable:
         page_indptr: int32[nodes + 1], where in `page_indices` the pages of each node begin.
         first_slot: int32[nodes], slot of the node's first token in its first page.
         page_size: tokens a page, a power of two.
+        is_contiguous: made by `contiguous`, so that the cache has tokens where others have pages.
         max_page: the highest page number, -1 if there is none; the cache must have it.
         room: for what lengths `check` has nothing to look at.
     """
@@ -75,6 +76,7 @@ class PageTable:
         if page_size < 1 or page_size & (page_size - 1):
             raise PageError(f"page_size is {page_size}; expected a power of two")
         self.page_size = page_size
+        self.is_contiguous = page_size == CONTIGUOUS_SIZE
         self.page_indices = int32_array("page_indices", page_indices, None, PageError)
         self.page_indptr = int32_array("page_indptr", page_indptr, None, PageError)
         num_nodes = max(len(self.page_indptr) - 1, 0)
@@ -112,11 +114,6 @@ class PageTable:
     def page_shift(self) -> int:
         """log2 of the page size."""
         return self.page_size.bit_length() - 1
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Made by `contiguous`, so that the cache has tokens where others have pages."""
-        return self.page_size == CONTIGUOUS_SIZE
 
     def __repr__(self) -> str:
         if self.is_contiguous:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from deft_tvm.plan.cost import Prices
-from deft_tvm.plan.piece import FIXED, Piece
+from deft_tvm.plan.piece import FIXED, INT32, INT64, Piece
 
 if TYPE_CHECKING:
     import tvm_ffi
@@ -115,9 +114,9 @@ class Compiled:
                 scratch.address_of_sizes,
             )
             if not needed:
-                grouping, size, total = scratch.sizes[:_BEFORE_LAYOUT].tolist()
-                layout = scratch.sizes[_BEFORE_LAYOUT:].copy()
-                return Piece(scratch.out[:total].copy(), size, layout, GROUPINGS[grouping])
+                grouping, size, total = scratch.sizes[:_BEFORE_LAYOUT]
+                layout = scratch.sizes[_BEFORE_LAYOUT:]
+                return Piece(scratch.out[:total], size, layout, GROUPINGS[grouping])
             if needed == _UNCHECKED:
                 pages.check(forest)
             elif needed < 0:
@@ -127,17 +126,24 @@ class Compiled:
 
 
 class _Scratch(threading.local):
-    """What the planner writes to, kept since finding an address takes longer than a copy; each
-    thread its own, since two may plan at once."""
+    """What the planner writes to, each thread its own, since two may plan at once.
+
+    Arrays of Python's own: where a model has run in between, numpy's code for a slice comes out of
+    memory, which takes longer than all that is planned.
+    """
 
     def __init__(self, classes: int) -> None:
-        self.sizes = np.zeros(_BEFORE_LAYOUT + FIXED + classes, np.int64)
-        self.address_of_sizes = self.sizes.ctypes.data
+        self.sizes = _zeros(INT64, _BEFORE_LAYOUT + FIXED + classes)
+        self.address_of_sizes, _ = self.sizes.buffer_info()
         self.grow(1 << 12)
 
     def grow(self, room: int) -> None:
-        self.room, self.out = room, np.empty(room, np.int32)
-        self.address = self.out.ctypes.data
+        self.room, self.out = room, _zeros(INT32, room)
+        self.address, _ = self.out.buffer_info()
+
+
+def _zeros(typecode: str, length: int) -> array[int]:
+    return array(typecode, bytes(array(typecode).itemsize * length))
 
 
 _structs: WeakKeyDictionary[object, tuple[_Struct, int]] = WeakKeyDictionary()

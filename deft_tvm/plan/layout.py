@@ -13,7 +13,6 @@ order of a sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from deft_tvm.spec import TileShape
 if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
     from deft_tvm.plan.piece import Piece
+    from deft_tvm.plan.planner import Recipe
     from deft_tvm.tree import Forest
 
 Int32 = NDArray[np.int32]
@@ -89,21 +89,17 @@ class Plan:
         group: query heads a KV head, by which `tiles` were taken to hold so many rows.
         grouping: how the forest was divided; never ``auto``.
         max_page: the highest page that the page table names.
-        forest: what was planned.
         groups: the items before they were ordered, in `Walk` places, for `update`.
-        remake: makes the plan of another forest by the same recipe.
         laid: the arrays, or what they are cut out of when they are asked for.
+        forest: what was planned.
+        pages: where its tokens lie.
+        recipe: what was asked for, with the grouping that came of it.
     """
 
     laid: Laid | Piece
-    page_indices: Int32
-    tiles: tuple[TileShape, ...]
-    granules: tuple[int, ...]
-    group: int
-    window: int | None
-    max_page: int
     forest: Forest
-    remake: Callable[[Forest, PageTable, Plan], Plan]
+    pages: PageTable
+    recipe: Recipe
 
     @property
     def arrays(self) -> Laid:
@@ -116,6 +112,30 @@ class Plan:
     @property
     def grouping(self) -> str:
         return self.laid.grouping
+
+    @property
+    def page_indices(self) -> Int32:
+        return self.pages.page_indices
+
+    @property
+    def max_page(self) -> int:
+        return self.pages.max_page
+
+    @property
+    def tiles(self) -> tuple[TileShape, ...]:
+        return self.recipe.tiles
+
+    @property
+    def granules(self) -> tuple[int, ...]:
+        return self.recipe.prices.granules
+
+    @property
+    def group(self) -> int:
+        return self.recipe.group
+
+    @property
+    def window(self) -> int | None:
+        return self.recipe.window
 
     @property
     def row_order(self) -> Int32:
@@ -158,7 +178,7 @@ class Plan:
         laid = isinstance(self.laid, Laid)
         if laid and np.array_equal(self.forest.lengths, forest.lengths):
             return self._moved(forest, pages)
-        return self.remake(forest, pages, self)
+        return self.recipe(forest, pages, self)
 
     def _moved(self, forest: Forest, pages: PageTable) -> Plan:
         pages.check(forest)
@@ -167,9 +187,8 @@ class Plan:
         return replace(
             self,
             laid=self.arrays._replace(header=lay_out_header(self.groups, pages), runs=runs),
-            page_indices=pages.page_indices,
-            max_page=pages.max_page,
             forest=forest,
+            pages=pages,
         )
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ dests and merge_rows; the items of each tile class. `deft_tvm/native/piece.h` ha
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -21,6 +22,9 @@ from deft_tvm.plan.split import Groups
 
 if TYPE_CHECKING:
     from deft_tvm.plan.layout import Plan
+
+INT32, INT64 = "i", "q"
+"""Type codes of Python's arrays."""
 
 SCALARS = 3
 FIXED = SCALARS + 6
@@ -55,25 +59,32 @@ class Piece:
     out when they are asked for, which decoding never does.
 
     Attributes:
+        whole: all that was written, 32 bits an element.
+        size: how much of it is what kernels read.
+        layout: see above, 64 bits an element.
         grouping: as in `Plan`.
-        packed: what kernels read, and the layout.
     """
 
-    def __init__(self, whole: Int32, size: int, layout: NDArray[np.int64], grouping: str) -> None:
-        """Takes all that was written, and how much of it is what kernels read."""
+    def __init__(self, whole: array[int], size: int, layout: array[int], grouping: str) -> None:
+        self.whole = whole
+        self.size = size
+        self.layout = layout
         self.grouping = grouping
-        self.packed = whole[:size], layout
-        self._whole = whole
+
+    @property
+    def packed(self) -> tuple[Int32, NDArray[np.int64]]:
+        """What kernels read, and the layout, as views."""
+        return np.frombuffer(self.whole, np.int32, self.size), np.frombuffer(self.layout, np.int64)
 
     @cached_property
     def cut(self) -> Laid:
         """The arrays, as views."""
-        layout = self.packed[1].tolist()
+        layout, whole = self.layout.tolist(), np.frombuffer(self.whole, np.int32)
         items_of, runs = layout[FIXED:], layout[SCALARS + 3]
         items = sum(items_of)
         of_groups = (runs, runs, runs, items + 1, items, items)
         ends = accumulate((*part_sizes(layout), *of_groups), initial=0)
-        parts = [self._whole[begin:end] for begin, end in pairwise(ends)]
+        parts = [whole[begin:end] for begin, end in pairwise(ends)]
         bounds = pairwise(accumulate(items_of, initial=0))
         return Laid(
             grouping=self.grouping,

@@ -165,17 +165,8 @@ class Recipe:
             laid = self._compiled(forest, pages)
         else:
             laid = self._in_python(forest, pages, previous)
-        return Plan(
-            laid=laid,
-            page_indices=pages.page_indices,
-            tiles=self.tiles,
-            granules=self.prices.granules,
-            group=self.group,
-            window=self.window,
-            max_page=pages.max_page,
-            forest=forest,
-            remake=self if laid.grouping == self.grouping else self._settled[laid.grouping],
-        )
+        settled = self if laid.grouping == self.grouping else self._settled[laid.grouping]
+        return Plan(laid, forest, pages, settled)
 
     @cached_property
     def _compiled(self) -> Compiled | None:

@@ -119,22 +119,24 @@ class TreeAttention:
             PageError: the pages do not hold the forest's tokens.
             PlanError: the grouping does not fit.
         """
-        pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        return self._follow(self._recipe()(forest, pages), pages)
+        # Most calls: where layers empty the caches, a call of Python's takes microseconds.
+        pages = page_indices
+        if not isinstance(pages, PageTable):
+            pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
+        recipe = self._recipes.get((self.grouping, self.deterministic)) or self._new_recipe()
+        return self._follow(recipe(forest, pages), pages)
 
-    def _recipe(self) -> Recipe:
+    def _new_recipe(self) -> Recipe:
         """Of plans as the attributes say now."""
-        asked = (self.grouping, self.deterministic)
-        if asked not in self._recipes:
-            self._recipes[asked] = make_recipe(
-                self.spec,
-                self.artifact.tiles,
-                self.profile,
-                grouping=self.grouping,
-                deterministic=self.deterministic,
-                planner=self.artifact.planner,
-            )
-        return self._recipes[asked]
+        made = self._recipes[self.grouping, self.deterministic] = make_recipe(
+            self.spec,
+            self.artifact.tiles,
+            self.profile,
+            grouping=self.grouping,
+            deterministic=self.deterministic,
+            planner=self.artifact.planner,
+        )
+        return made
 
     def update(
         self,

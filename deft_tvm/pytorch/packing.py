@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan
-from deft_tvm.plan.piece import FIXED, in_one_piece, part_sizes
+from deft_tvm.plan.piece import FIXED, Piece, in_one_piece, part_sizes
 
 
 class Packed(NamedTuple):
@@ -43,11 +43,17 @@ class Packed(NamedTuple):
     @classmethod
     def of(cls, plan: Plan, device: torch.device | None = None) -> Packed:
         """`device`: where to copy it; None for a CPU, of which torch takes long to ask."""
-        whole, layout = in_one_piece(plan)
-        made = torch.from_numpy(whole)
-        if device is not None:
-            made = made.to(device)
-        return cls._divided(made, torch.from_numpy(layout), layout.tolist())
+        laid = plan.laid
+        if isinstance(laid, Piece):
+            paged, needed, partials, _, rows = laid.layout[:5]
+            made = torch.frombuffer(laid.whole, dtype=torch.int32, count=laid.size)
+            layout = torch.frombuffer(laid.layout, dtype=torch.int64)
+            packed = cls(made, layout, bool(paged), needed, partials, rows)
+        else:
+            whole, numbers = in_one_piece(plan)
+            made, layout = torch.from_numpy(whole), torch.from_numpy(numbers)
+            packed = cls._divided(made, layout, numbers.tolist())
+        return packed if device is None else packed._replace(plan=made.to(device))
 
     @classmethod
     def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> Packed:
