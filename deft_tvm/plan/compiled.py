@@ -133,17 +133,13 @@ class _Scratch(threading.local):
     """
 
     def __init__(self, classes: int) -> None:
-        self.sizes = _zeros(INT64, _BEFORE_LAYOUT + FIXED + classes)
+        self.sizes = array(INT64, [0]) * (_BEFORE_LAYOUT + FIXED + classes)
         self.address_of_sizes, _ = self.sizes.buffer_info()
         self.grow(1 << 12)
 
     def grow(self, room: int) -> None:
-        self.room, self.out = room, _zeros(INT32, room)
+        self.room, self.out = room, array(INT32, [0]) * room
         self.address, _ = self.out.buffer_info()
-
-
-def _zeros(typecode: str, length: int) -> array[int]:
-    return array(typecode, bytes(array(typecode).itemsize * length))
 
 
 _structs: WeakKeyDictionary[object, tuple[_Struct, int]] = WeakKeyDictionary()

@@ -14,10 +14,9 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deft_tvm.pages import CONTIGUOUS_SIZE
-from deft_tvm.plan.layout import COLUMNS, HEADER, Int32, Laid
+from deft_tvm.plan.layout import COLUMNS, HEADER, Laid
 from deft_tvm.plan.split import Groups
 
 if TYPE_CHECKING:
@@ -38,10 +37,11 @@ def part_sizes(layout: Sequence[int]) -> list[int]:
     return [*sizes, sum(items) * COLUMNS]
 
 
-def in_one_piece(plan: Plan) -> tuple[Int32, NDArray[np.int64]]:
-    """All that kernels read of `plan`, and its layout."""
-    if isinstance(plan.laid, Piece):
-        return plan.laid.packed
+def in_one_piece(plan: Plan) -> tuple[array[int], int, array[int]]:
+    """`whole`, `size` and `layout` of a `Piece` that has all that kernels read of `plan`."""
+    laid = plan.laid
+    if isinstance(laid, Piece):
+        return laid.whole, laid.size, laid.layout
     rows = (plan.row_order, plan.row_positions)
     arrays = (plan.page_indices, *rows, plan.runs, plan.dests, plan.merge_rows)
     parts = (plan.header, *arrays, plan.merge_indptr, plan.items)
@@ -50,8 +50,8 @@ def in_one_piece(plan: Plan) -> tuple[Int32, NDArray[np.int64]]:
     needed = plan.max_page + 1 if paged else plan.forest.num_tokens
     layout = [int(paged), needed, plan.num_partials, *map(len, arrays)]
     layout += [counts.get(tile, 0) for tile in range(len(plan.tiles))]
-    whole = np.concatenate([array.reshape(-1) for array in parts])
-    return whole, np.array(layout, np.int64)
+    whole = array(INT32, np.concatenate([part.reshape(-1) for part in parts]).tobytes())
+    return whole, len(whole), array(INT64, layout)
 
 
 class Piece:
@@ -70,11 +70,6 @@ class Piece:
         self.size = size
         self.layout = layout
         self.grouping = grouping
-
-    @property
-    def packed(self) -> tuple[Int32, NDArray[np.int64]]:
-        """What kernels read, and the layout, as views."""
-        return np.frombuffer(self.whole, np.int32, self.size), np.frombuffer(self.layout, np.int64)
 
     @cached_property
     def cut(self) -> Laid:

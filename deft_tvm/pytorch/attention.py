@@ -32,7 +32,6 @@ class _Step(NamedTuple):
     """A plan and what its runs need of it."""
 
     plan: Plan
-    pages: PageTable
     packed: Packed
     watch: Watch | None
 
@@ -119,12 +118,9 @@ class TreeAttention:
             PageError: the pages do not hold the forest's tokens.
             PlanError: the grouping does not fit.
         """
-        # Most calls: where layers empty the caches, a call of Python's takes microseconds.
-        pages = page_indices
-        if not isinstance(pages, PageTable):
-            pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
+        pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
         recipe = self._recipes.get((self.grouping, self.deterministic)) or self._new_recipe()
-        return self._follow(recipe(forest, pages), pages)
+        return self._follow(recipe(forest, pages))
 
     def _new_recipe(self) -> Recipe:
         """Of plans as the attributes say now."""
@@ -160,7 +156,7 @@ class TreeAttention:
             PageError: the pages do not hold the tokens.
         """
         step = self._planned("update")
-        forest, pages = step.plan.forest, step.pages
+        forest, pages = step.plan.forest, step.plan.pages
         if isinstance(lengths, Forest):
             forest = lengths
         elif lengths is not None:
@@ -168,7 +164,7 @@ class TreeAttention:
         same = page_indices is None and page_indptr is None and first_slot is None
         if not same or pages.is_contiguous:
             pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
-        return self._follow(step.plan.update(forest, pages), pages)
+        return self._follow(step.plan.update(forest, pages))
 
     def use(self, plan: Plan, pages: PageTable) -> Plan:
         """Follow a plan that was made elsewhere, as for another spec of the same group and tiles.
@@ -181,11 +177,11 @@ class TreeAttention:
             PlanError: the plan or the pages are others.
         """
         check_plan(self.spec, self.artifact.tiles, plan, pages)
-        return self._follow(plan, pages)
+        return self._follow(plan)
 
-    def _follow(self, plan: Plan, pages: PageTable) -> Plan:
-        watch = self._asked and self._asked.watch(self.spec, plan, pages)
-        self._step = _Step(plan, pages, Packed.of(plan, self._away), watch)
+    def _follow(self, plan: Plan) -> Plan:
+        watch = self._asked and self._asked.watch(self.spec, plan)
+        self._step = _Step(plan, Packed.of(plan, self._away), watch)
         return plan
 
     def run(

@@ -7,6 +7,7 @@ stays on the CPU, where reading it waits for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan
-from deft_tvm.plan.piece import FIXED, Piece, in_one_piece, part_sizes
+from deft_tvm.plan.piece import FIXED, in_one_piece, part_sizes
 
 
 class Packed(NamedTuple):
@@ -43,17 +44,11 @@ class Packed(NamedTuple):
     @classmethod
     def of(cls, plan: Plan, device: torch.device | None = None) -> Packed:
         """`device`: where to copy it; None for a CPU, of which torch takes long to ask."""
-        laid = plan.laid
-        if isinstance(laid, Piece):
-            paged, needed, partials, _, rows = laid.layout[:5]
-            made = torch.frombuffer(laid.whole, dtype=torch.int32, count=laid.size)
-            layout = torch.frombuffer(laid.layout, dtype=torch.int64)
-            packed = cls(made, layout, bool(paged), needed, partials, rows)
-        else:
-            whole, numbers = in_one_piece(plan)
-            made, layout = torch.from_numpy(whole), torch.from_numpy(numbers)
-            packed = cls._divided(made, layout, numbers.tolist())
-        return packed if device is None else packed._replace(plan=made.to(device))
+        whole, size, numbers = in_one_piece(plan)
+        made = torch.frombuffer(whole, dtype=torch.int32, count=size)
+        if device is not None:
+            made = made.to(device)
+        return cls._divided(made, torch.frombuffer(numbers, dtype=torch.int64), numbers)
 
     @classmethod
     def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> Packed:
@@ -73,9 +68,9 @@ class Packed(NamedTuple):
         return cls._divided(plan, layout, numbers)
 
     @classmethod
-    def _divided(cls, plan: Tensor, layout: Tensor, numbers: list[int]) -> Packed:
+    def _divided(cls, plan: Tensor, layout: Tensor, numbers: Sequence[int]) -> Packed:
         """As `layout` says, whose `numbers` are given."""
-        paged, needed, partials, _, rows, *_ = numbers
+        paged, needed, partials, _, rows = numbers[:5]
         return cls(plan, layout, bool(paged), needed, partials, rows)
 
 

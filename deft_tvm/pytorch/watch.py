@@ -16,7 +16,6 @@ from torch import Tensor
 from deft_tvm import env
 from deft_tvm.debug import tell
 from deft_tvm.errors import ExactnessError
-from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, traffic
 from deft_tvm.spec import AttentionSpec
 
@@ -35,11 +34,11 @@ class Asked(NamedTuple):
         asked = cls(env.CHECK.get(), timed, timed or env.DUMP.get() is not None)
         return asked if any(asked) else None
 
-    def watch(self, spec: AttentionSpec, plan: Plan, pages: PageTable) -> Watch | None:
+    def watch(self, spec: AttentionSpec, plan: Plan) -> Watch | None:
         """What to do beside each run of a plan, if anything. Prints what was planned."""
         if self.told:
             tell(2, "plan", lambda: f"{plan}\n{traffic(plan, spec)}")
-        return Watch(spec, plan, pages, self) if self.check or self.timed else None
+        return Watch(spec, plan, self) if self.check or self.timed else None
 
 
 class Watch(NamedTuple):
@@ -47,7 +46,6 @@ class Watch(NamedTuple):
 
     spec: AttentionSpec
     plan: Plan
-    pages: PageTable
     asked: Asked
 
     def run(
@@ -80,7 +78,7 @@ class Watch(NamedTuple):
         from deft_tvm.check import bound_of, largest_error
         from deft_tvm.workloads import Case
 
-        exact = Case.of_layer(self.spec, self.plan.forest, self.pages, q, kv).reference()
+        exact = Case.of_layer(self.spec, self.plan.forest, self.plan.pages, q, kv).reference()
         bound = bound_of(self.plan, exact, self.spec.dtype)
         _hold("out", largest_error(out, exact.out), bound.out)
         _hold("lse", largest_error(lse, exact.lse), bound.lse)

@@ -78,6 +78,10 @@ class Compiled:
         """Whether the kernel's warps multiply in groups of four."""
         return bool(self.taken[name].get("groups", 0))
 
+    def in_warps(self, name: str) -> bool:
+        """Whether each of its warps multiplies by itself, on tensor cores."""
+        return _on_tensor_cores(self.tasks[name]) and not self.in_groups(name)
+
     def copies_ahead(self, name: str) -> bool:
         return self.taken[name]["stages"] > 1
 
@@ -98,7 +102,7 @@ def _compiled(text: str, arch: str, folder: Path) -> Compiled:
         kind = "merge" if tile is None else "partial"
         tasks[symbol] = KernelTask(kind, spec, tile, target, frozenset(), symbol)
         scheduled, knobs = schedule(tasks[symbol])
-        taken[symbol] = dict(knobs.taken)
+        taken[symbol] = knobs.taken
         shared[symbol] = shared_bytes(scheduled.mod, arch)
         kernels.update(scheduled.mod)
     source = cuda_source(compile_cuda(kernels, arch))
@@ -136,10 +140,9 @@ def test_nothing_of_a_tile_is_in_local_memory(module: Compiled) -> None:
 def test_kernels_are_made_of_the_instructions_they_are_for(module: Compiled) -> None:
     if disassembler() is None:
         pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
-    for name, task in module.partial.items():
+    for name in module.partial:
         found = module.cubin.instructions[name]
-        groups = module.in_groups(name)
-        warps = _on_tensor_cores(task) and not groups
+        groups, warps = module.in_groups(name), module.in_warps(name)
         assert _any(found, "HGMMA.64x") == groups, name
         assert _any(found, "HMMA.16816.F32") == warps, name
         assert _any(found, "LDSM.16") == warps, name
@@ -154,10 +157,9 @@ def test_kernels_are_made_of_the_instructions_they_are_for(module: Compiled) -> 
 @each_case
 def test_ptx_has_them_too(module: Compiled) -> None:
     """What is left to look at where nvdisasm is missing."""
-    for name, task in module.partial.items():
+    for name in module.partial:
         text = module.cubin.ptx[name]
-        groups = module.in_groups(name)
-        warps = _on_tensor_cores(task) and not groups
+        groups, warps = module.in_groups(name), module.in_warps(name)
         assert ("wgmma.mma_async.sync.aligned.m64" in text) == groups, name
         assert ("mma.sync.aligned.m16n8k16" in text) == warps, name
         assert ("ldmatrix.sync.aligned.m8n8.x4" in text) == warps, name
