@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from deft_tvm.cli import main
 
 SPEC = "gqa:hq=32,hkv=8,d=128,dtype={},page=16,layout=nhd"
@@ -13,5 +11,8 @@ SPEC = "gqa:hq=32,hkv=8,d=128,dtype={},page=16,layout=nhd"
 def compare(workload: str, *options: str) -> None:
     """Print the table of one workload for each dtype."""
     for dtype in ("f32", "bf16"):
-        with contextlib.suppress(SystemExit):
+        try:
             main(("bench", workload, "--spec", SPEC.format(dtype), *options))
+        except SystemExit as done:
+            if done.code:
+                raise

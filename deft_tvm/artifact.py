@@ -23,10 +23,10 @@ from deft_tvm import env, threads
 from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, CompilerMissing, installing
+from deft_tvm.files import AnyPath
 from deft_tvm.finding import Candidate, candidates, check_fits, search_path
 from deft_tvm.manifest import (
     MODULE,
-    AnyPath,
     Manifest,
     cache_directory,
     check_whole,

@@ -44,8 +44,6 @@ from deft_tvm.tuning.defaults import default_for
 from deft_tvm.tuning.lines import Trial
 from deft_tvm.tuning.log import TRIALS, TuningLog, best, find_log
 
-MERGE = "merge"
-
 
 @dataclass(frozen=True)
 class Decisions:
@@ -75,7 +73,7 @@ def tasks_for(
         KernelTask("partial", spec, tile, target, features, f"partial_{tile.name}", threads)
         for tile in tiles
     )
-    return (*partials, KernelTask("merge", spec, None, target, features, MERGE))
+    return (*partials, KernelTask("merge", spec, None, target, features, "merge"))
 
 
 def lower(tasks: Sequence[KernelTask], decisions: Decisions | None = None) -> IRModule:

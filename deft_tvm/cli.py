@@ -16,6 +16,7 @@ from deft_tvm.errors import DeftError, installing
 WRONG_USE = 2
 FAULT = 70
 INTERRUPTED = 130
+"""As shells have it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

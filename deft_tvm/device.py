@@ -60,10 +60,22 @@ _LEVELS = (
 # These two processors have GFNI, which torch does not report: no module may come to need it.
 _UNREPORTED = {"sapphirerapids": ("-gfni",), "znver4": ("-gfni",)}
 
-# Bytes of shared memory that one block may ask for, by compute capability (CUDA C programming
-# guide, table of technical specifications).
-_SHARED_BYTES = {"80": 166912, "86": 101376, "87": 166912, "89": 101376, "120": 101376}
-_SHARED_BYTES_DEFAULT = 232448
+# KiB of shared memory that one block may ask for, by compute capability, and what every GPU gives
+# without being asked (CUDA C++ programming guide, technical specifications).
+_SHARED_KIB = {
+    "75": 64,
+    "80": 163,
+    "86": 99,
+    "87": 163,
+    "89": 99,
+    "90": 227,
+    "100": 227,
+    "103": 227,
+    "110": 227,
+    "120": 99,
+    "121": 99,
+}
+LEAST_SHARED_BYTES = 48 * 1024
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -153,6 +165,10 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Write the profile as indented JSON."""
         write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
+    def product_rate(self, dtype: str) -> float:
+        """FLOP per second of products of `dtype`, or of what it is converted to."""
+        return self.matrix_rate[self.product_dtype(dtype)]
+
     def product_dtype(self, dtype: str) -> str:
         """What matrices of `dtype` are multiplied in soonest: itself, or what it is converted to.
 
@@ -200,14 +216,19 @@ def _arm_triple() -> str:
     return "arm64-apple-darwin" if native else "aarch64-linux-gnu"
 
 
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that one block may ask for; of an unknown GPU, the least of any."""
+    kib = _SHARED_KIB.get(re.sub(r"\D", "", arch))
+    return LEAST_SHARED_BYTES if kib is None else kib * 1024
+
+
 def _cuda_target(arch: str) -> dict[str, Any]:
-    capability = re.sub(r"\D", "", arch)
     return {
         "kind": "cuda",
         "arch": arch,
         "max_num_threads": 1024,
         "thread_warp_size": 32,
-        "max_shared_memory_per_block": _SHARED_BYTES.get(capability, _SHARED_BYTES_DEFAULT),
+        "max_shared_memory_per_block": shared_limit(arch),
     }
 
 

@@ -8,6 +8,7 @@ DeftError
 ├── PlanError       a plan that cannot be made from what was given (also ValueError)
 ├── InputError      tensors that do not fit the spec or the plan (also ValueError)
 ├── WorkloadError   a workload string or a recorded tree that cannot be read (also ValueError)
+├── ExactnessError  a result is further from the oracle than correct rounding explains
 ├── LogError        a tuning log that cannot be read or does not fit
 ├── TuningError     tuning cannot start or go on: another one writes the same log, a worker died
 ├── ArtifactError   a module that is damaged, from another version, for another device, or that

@@ -9,8 +9,7 @@ from typing import Any
 import matplotlib
 
 from deft_tvm.errors import InputError
-from deft_tvm.files import write_whole
-from deft_tvm.manifest import AnyPath
+from deft_tvm.files import AnyPath, write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

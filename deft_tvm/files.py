@@ -10,8 +10,10 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+AnyPath = str | os.PathLike[str]
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+
+def write_whole(path: AnyPath, content: bytes) -> None:
     """Write a new file under another name, onto the disk, then give it its own.
 
     Raises:
@@ -32,7 +34,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def append_line(path: str | os.PathLike[str], line: bytes) -> None:
+def append_line(path: AnyPath, line: bytes) -> None:
     """Add a line, which ends in a newline, onto the disk; all of it, or nothing and an error.
 
     Raises:

@@ -14,9 +14,9 @@ from pathlib import Path
 from deft_tvm import env
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError
+from deft_tvm.files import AnyPath
 from deft_tvm.manifest import (
     MANIFEST,
-    AnyPath,
     Manifest,
     cache_root,
     check_whole,

@@ -58,8 +58,7 @@ class Limit(msgspec.Struct, frozen=True):
 
     def on(self, device: DeviceProfile, dtype: str) -> float:
         """Seconds by the rates of a device, for operands of `dtype` or what it converts them to."""
-        rate = device.matrix_rate[device.product_dtype(dtype)]
-        return max(self.num_bytes / device.read_bandwidth, self.flops / rate)
+        return max(self.num_bytes / device.read_bandwidth, self.flops / device.product_rate(dtype))
 
     def rounds(self, timings: dict[str, Timing]) -> tuple[float, ...]:
         """The limit in each round of a measurement that has the probes."""

@@ -1,7 +1,6 @@
 """What an exported module says of itself, and how both are written so that no reader sees a half.
 
-An artifact is a folder: ``module.so``, ``manifest.json``, and perhaps ``trials.jsonl``, the lines
-of the tuning log that its decisions come from.
+An artifact is a folder: ``module.so`` and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import platformdirs
 
 from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.errors import ArtifactError
-from deft_tvm.files import replace_folder
+from deft_tvm.files import AnyPath, replace_folder
 from deft_tvm.spec import AttentionSpec, Dtype, TileShape
 
 #: Version of the manifest's fields; a reader refuses a newer one.
@@ -32,11 +31,9 @@ KERNEL_ABI = 6
 
 MODULE = "module.so"
 MANIFEST = "manifest.json"
-TRIALS = "trials.jsonl"
 DEFAULT = "default"
 
 Need = Literal["torch_pool", "tvm_runtime"]
-AnyPath = str | os.PathLike[str]
 
 
 class Kernel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,7 +169,7 @@ def check_place(directory: AnyPath) -> Path:
         _try_to_write(final.parent)
         with suppress(FileNotFoundError):
             names = os.listdir(final)
-    if others := set(names) - {MODULE, MANIFEST, TRIALS}:
+    if others := set(names) - {MODULE, MANIFEST}:
         raise ArtifactError(
             f"{final} has {min(others)!r} in it; expected a new folder, or one with nothing but a "
             "module, as all of it is replaced"
@@ -209,9 +206,7 @@ def _try_to_write(folder: Path) -> None:
         pass
 
 
-def write_artifact(
-    directory: AnyPath, manifest: Manifest, module_file: AnyPath, trials_file: AnyPath | None = None
-) -> Path:
+def write_artifact(directory: AnyPath, manifest: Manifest, module_file: AnyPath) -> Path:
     """Write a complete artifact, replacing one that is there; the manifest gets the sha256.
 
     A reader sees the old artifact or the new one, see `files.replace_folder`, never a mixture.
@@ -221,7 +216,7 @@ def write_artifact(
     """
     final = check_place(directory)
     try:
-        _write(final, manifest, Path(module_file), trials_file)
+        _write(final, manifest, Path(module_file))
     except OSError as error:
         raise ArtifactError(
             f"{final} cannot be written: {error.strerror}; what was there before still is"
@@ -229,13 +224,11 @@ def write_artifact(
     return final
 
 
-def _write(final: Path, manifest: Manifest, module_file: Path, trials_file: AnyPath | None) -> None:
+def _write(final: Path, manifest: Manifest, module_file: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as scratch:
         new = Path(scratch, "new")
         new.mkdir()
         shutil.copyfile(module_file, new / MODULE)
-        if trials_file is not None:
-            shutil.copyfile(trials_file, new / TRIALS)
         complete = msgspec.structs.replace(manifest, sha256=file_sha256(new / MODULE))
         text = msgspec.json.format(msgspec.json.encode(complete), indent=2)
         (new / MANIFEST).write_bytes(text + b"\n")

@@ -77,7 +77,6 @@ def measure(
     warmup: int = 2,
     most_rounds: int = 1000,
     cold_bytes: int = 0,
-    synchronize: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     stopwatch: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Timing]:
@@ -91,21 +90,16 @@ def measure(
         most_rounds: rounds after which to stop in any case.
         cold_bytes: before each call walk a buffer of so many bytes on all of torch's threads. Twice
             the last-level cache leaves none of the call's data in it; 0 leaves caches as they are.
-        synchronize: called inside the measured time after each call, and before it: waits for a
-            GPU.
         clock: seconds, from any origin.
-        stopwatch: seconds of one call by another clock, such as `Events`; `cold_bytes` and
-            `synchronize` are then its business.
+        stopwatch: seconds of one call by another clock, such as `Events`; `cold_bytes` are then
+            its business.
     """
     cool = _nothing if stopwatch else walk(cold_bytes)
-    finish = synchronize or _nothing
 
     def once(call: Callable[[], object]) -> float:
         cool()
-        finish()
         begin = clock()
         call()
-        finish()
         return clock() - begin
 
     timed = stopwatch or once

@@ -22,13 +22,12 @@ from packaging.version import Version
 
 import deft_tvm
 from deft_tvm.errors import ArtifactError
-from deft_tvm.files import write_whole
+from deft_tvm.files import AnyPath, write_whole
 from deft_tvm.finding import ENTRY_POINTS
 from deft_tvm.manifest import (
     KERNEL_ABI,
     MANIFEST,
     MODULE,
-    AnyPath,
     Manifest,
     check_folder,
     check_whole,

@@ -114,9 +114,7 @@ def test_a_function_that_is_not_there_is_refused(tmp_path: Path, module_file: Pa
 
 def test_an_artifact_is_replaced_whole(tmp_path: Path, not_a_module: Path) -> None:
     target = tmp_path / "out" / "a"
-    trials = tmp_path / "log.jsonl"
-    trials.write_text("{}\n")
-    write_artifact(target, manifest_for(created="1"), not_a_module, trials)
+    write_artifact(target, manifest_for(created="1"), not_a_module)
     write_artifact(target, manifest_for(created="2"), not_a_module)
     assert manifest.read_manifest(target).created == "2"
     assert sorted(os.listdir(target)) == ["manifest.json", "module.so"]

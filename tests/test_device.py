@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from deft_tvm import device as rooms
-from deft_tvm.device import FEATURES, DeviceProfile, required_features
+from deft_tvm.device import FEATURES, DeviceProfile, required_features, shared_limit
 from deft_tvm.errors import InputError, LogError
+from deft_tvm.schedules.cuda.lowering import cuda_target
 
 V3 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt")
 V4 = (*V3, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
@@ -161,8 +162,17 @@ def test_gpu_binaries_run_on_newer_minors_and_specific_ones_at_home() -> None:
 def test_cuda_target_states_its_shared_memory() -> None:
     target = rooms._cuda_target("sm_90a")
     assert (target["arch"], target["max_shared_memory_per_block"]) == ("sm_90a", 227 * 1024)
-    assert rooms._cuda_target("sm_89")["max_shared_memory_per_block"] == 99 * 1024
     assert required_features(target) == ("sm_90a",)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kib"),
+    [("sm_80", 163), ("sm_89", 99), ("sm_100a", 227), ("sm_121a", 99), ("sm_1", 48)],
+)
+def test_schedules_and_plans_count_on_the_same_shared_memory(arch: str, kib: int) -> None:
+    assert shared_limit(arch) == kib * 1024
+    assert rooms._cuda_target(arch)["max_shared_memory_per_block"] == kib * 1024
+    assert cuda_target(arch).attrs["max_shared_memory_per_block"] == kib * 1024
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

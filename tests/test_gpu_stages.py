@@ -12,11 +12,11 @@ import pytest
 import torch
 from built import SMALL, artifact
 
-from deft_tvm.bench.core import Cell as Timed
+from deft_tvm.bench.core import Cell
 from deft_tvm.check import Exactness
 from deft_tvm.device import DeviceProfile
 from deft_tvm.gpu_check import bench, exact, modules, rates, sanitize, sanitized, speeds, tune
-from deft_tvm.gpu_check.cells import CELLS, DIFFERENT, FORESTS, SPEEDS, Cell, forest_of
+from deft_tvm.gpu_check.cells import CELLS, DIFFERENT, FORESTS, SPEEDS, Check, forest_of
 from deft_tvm.gpu_check.lines import Lines, last_line
 from deft_tvm.gpu_check.measuring import limited
 from deft_tvm.gpu_check.rates import Rates
@@ -99,7 +99,7 @@ def test_all_kinds_of_trees_are_exact(ask) -> None:
 
 
 def test_caches_without_pages_are_exact(monkeypatch, ask) -> None:
-    monkeypatch.setattr(exact, "CELLS", (Cell(str(SMALL), FEW_SHOT, "contiguous"),))
+    monkeypatch.setattr(exact, "CELLS", (Check(str(SMALL), FEW_SHOT, "contiguous"),))
     code, (line, last) = ask(exact.main)
     assert code == 0 and line.startswith(f"exact {SMALL} {FEW_SHOT} contiguous")
     assert last == "0 of 1 are not exact"
@@ -255,7 +255,7 @@ def test_verdicts_of_the_sanitizer_are_lines_and_clean_ones_are_kept(
 
 
 def test_bench_times_ours_then_groupings_then_peers(ask, tmp_path: Path) -> None:
-    cells = [Timed(FEW_SHOT, str(SMALL)), Timed("sequences:count=2,tokens=9", str(SMALL))]
+    cells = [Cell(FEW_SHOT, str(SMALL)), Cell("sequences:count=2,tokens=9", str(SMALL))]
     options = ("--peers", "sequences,masked,no_such_peer")
     code, printed = ask(bench.main, cells, options=options)
     assert code == 0
@@ -279,7 +279,7 @@ def test_bench_times_ours_then_groupings_then_peers(ask, tmp_path: Path) -> None
 
 
 def test_bench_says_what_had_no_time_and_goes_on(ask) -> None:
-    cells = [Timed(FEW_SHOT, str(SMALL))]
+    cells = [Cell(FEW_SHOT, str(SMALL))]
     code, printed = ask(bench.main, cells, options=("--minutes", "0", "--peers", "masked"))
     assert code == 1
     assert printed[-1] == "some had no time; the same command goes on with them"
@@ -288,7 +288,7 @@ def test_bench_says_what_had_no_time_and_goes_on(ask) -> None:
 
 
 def test_a_cell_that_cannot_be_made_is_told(ask) -> None:
-    cells = [Timed("nothing", str(SMALL))]
+    cells = [Cell("nothing", str(SMALL))]
     code, printed = ask(bench.main, cells, options=("--no-groupings", "--peers", "masked"))
     assert code == 0
     assert "not timed: WorkloadError" in printed[0]
@@ -333,7 +333,7 @@ def test_a_copy_of_a_case_is_run_by_the_same_plan() -> None:
 
 
 def test_the_table_names_the_best_peer_and_the_floor() -> None:
-    cell, spec = Timed(FEW_SHOT, str(SMALL)), str(SMALL)
+    cell, spec = Cell(FEW_SHOT, str(SMALL)), str(SMALL)
     exactness = Exactness(0.0, 1.0, 0.0, 1.0)
     limit = Limit(num_bytes=10**5, flops=10)
     found: list[Found] = [
@@ -343,7 +343,7 @@ def test_the_table_names_the_best_peer_and_the_floor() -> None:
         Beside(cell=cell, name="slow", seconds=(9e-5,)),
         Beside(cell=cell, name="fast", seconds=(3e-5,), in_graph=False),
         Beside(cell=cell, name="broken", failed="ValueError: no"),
-        Ours(cell=Timed("other", spec), failed="too late"),
+        Ours(cell=Cell("other", spec), failed="too late"),
     ]
     (row,) = rows_of(found)
     assert row.best is not None and row.best.name == "fast"
@@ -392,12 +392,12 @@ def test_peers_that_compile_do_so_in_processes_of_their_own(ask, monkeypatch) ->
 def test_a_line_that_was_cut_off_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     lines: Lines = Lines(path, Found)
-    lines.add(Beside(cell=Timed("a", "b"), name="c"))
+    lines.add(Beside(cell=Cell("a", "b"), name="c"))
     with open(path, "ab") as file:
         file.write(b'{"type":"Besi')
     again: Lines = Lines(path, Found)
     assert len(again.found) == 1
-    again.add(Beside(cell=Timed("a", "b"), name="d"))
+    again.add(Beside(cell=Cell("a", "b"), name="d"))
     assert [line.name for line in Lines(path, Found).found] == ["c", "d"]
     assert Lines(path, Found, again=True).found == [] and not path.exists()
 

@@ -179,7 +179,7 @@ def test_a_plan_for_other_tiles(attention: TreeAttention) -> None:
     other = TreeAttention(other_spec, artifact(other_spec))
     assert attention.last_plan is not None
     with refused(PlanError, "expected those of the module"):
-        other.use(attention.last_plan, case().pages)
+        other.use(attention.last_plan)
 
 
 @pytest.mark.parametrize(("parents", "lengths", "rows", "sentence"), [

@@ -48,18 +48,6 @@ def test_it_stops_after_most_rounds(clock: Clock) -> None:
     assert timings["a"].seconds == (0.0,) * 3
 
 
-def test_waiting_for_the_device_is_inside_the_time(clock: Clock) -> None:
-    waits = iter([0.0, 2.0] * FEWEST_ROUNDS)
-    timings = measure(
-        {"a": lambda: clock.spend("a", 1.0)},
-        budget=0,
-        warmup=0,
-        clock=clock,
-        synchronize=lambda: clock.spend("wait", next(waits)),
-    )
-    assert timings["a"].seconds == (3.0,) * FEWEST_ROUNDS
-
-
 def test_cold_measuring_walks_its_buffer_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     walked: list[int] = []
     monkeypatch.setattr("deft_tvm.timing.walk", lambda size: lambda: walked.append(size))

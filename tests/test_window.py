@@ -95,10 +95,9 @@ def test_layers_with_and_without_a_window_share_the_forest_and_its_topology() ->
 
 def test_a_plan_for_another_window_is_refused() -> None:
     forest = parse("sequences:count=2,tokens=40").forest
-    case = tensors(forest, FULL)
     plan = plan_of(forest, "auto", windowed(FULL, 16))
     with pytest.raises(PlanError, match="plan has window 16; expected the spec's, None"):
-        check_plan(FULL, plan.tiles, plan, case.pages)
+        check_plan(FULL, plan.tiles, plan)
     with pytest.raises(SpecError, match="window is 0; expected 1 or more tokens, or None"):
         windowed(FULL, 0)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from deft_tvm.bench.measure import Measurement
 from deft_tvm.bench.report import field, short
 from deft_tvm.figures import BLUE, GREY, ORANGE, plain, pyplot, save
-from deft_tvm.manifest import AnyPath
+from deft_tvm.files import AnyPath
 
 COLOURS = {"f32": BLUE, "bf16": ORANGE}
 

@@ -21,7 +21,8 @@ import torch
 from deft_tvm.bench.measure import Measurement
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
-from deft_tvm.manifest import AnyPath, installed_versions, source_commit
+from deft_tvm.files import AnyPath
+from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.tuning.process import HUGE_PAGES
 
 SCHEMA = 1

@@ -66,10 +66,7 @@ class SpecShares:
     @classmethod
     def of(cls, spec: AttentionSpec, device: DeviceProfile) -> SpecShares:
         """Of devices that are all like `device`."""
-        # What would be multiplied more slowly than float32 is converted to it.
-        rates = device.matrix_rate
-        rate = max(rates["float32"], rates.get(spec.dtype, 0.0))
-        ridge = rate / device.read_bandwidth
+        ridge = device.product_rate(spec.dtype) / device.read_bandwidth
         return cls(str(spec), device.slug, ridge, shares(spec), choose(spec, device))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from deft_tvm.cli import INTERRUPTED
 from deft_tvm.commands.common import (
     DEFAULT_SPEC,
     ApartOption,
@@ -27,6 +28,7 @@ from deft_tvm.commands.progress import shown, told
 from deft_tvm.device import Kind
 from deft_tvm.errors import InputError
 from deft_tvm.spec import AttentionSpec
+from deft_tvm.tuning.budget import DEFAULT_TRIALS
 from deft_tvm.workloads import parse as parse_workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
@@ -35,11 +37,6 @@ if TYPE_CHECKING:
 
     from deft_tvm.tuning.fleet import Fleet
     from deft_tvm.tuning.result import KernelResult, TuningResult
-
-STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-TRIALS = 24
 
 
 def tune(
@@ -58,7 +55,7 @@ def tune(
         typer.Option(
             min=1,
             help="Decisions to try for each spec, those already in its log included; by default "
-            f"{TRIALS}, or with --minutes as many as there is time for.",
+            f"{DEFAULT_TRIALS}, or with --minutes as many as there is time for.",
         ),
     ] = None,
     minutes: Annotated[
@@ -110,7 +107,7 @@ def tune(
         for each in specs:
             check_place(cache_directory(each, DeviceProfile.detect(kind)))
     if trials is None and minutes is None:
-        trials = TRIALS
+        trials = DEFAULT_TRIALS
     share = None if minutes is None else minutes / len(specs)
     found: list[tuple[AttentionSpec, TuningResult, Path]] = []
     try:
@@ -121,7 +118,7 @@ def tune(
         typer.echo(
             "stopped; all finished trials are in the log, the same command goes on", err=True
         )
-        raise typer.Exit(STOPPED) from None
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         if as_json:
             print_json([_as_json(*each) for each in found])

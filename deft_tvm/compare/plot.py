@@ -16,7 +16,7 @@ from deft_tvm.compare import words
 from deft_tvm.compare.comparison import SMALLEST, Comparison, Row
 from deft_tvm.compare.drawing import Axis, searches
 from deft_tvm.figures import BLUE, ORANGE, plain, pyplot, save
-from deft_tvm.manifest import AnyPath
+from deft_tvm.files import AnyPath
 
 BAND = "#e8e8e8"
 STYLES: dict[str, dict[str, Any]] = {

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from deft_tvm.compare.statistics import LIMIT, Samples
 from deft_tvm.errors import LogError
+from deft_tvm.files import AnyPath
 from deft_tvm.tuning.lines import Run, Trial
 from deft_tvm.tuning.log import (
-    AnyPath,
     TuningLog,
     by_subject,
     chosen,

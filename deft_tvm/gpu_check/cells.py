@@ -14,7 +14,7 @@ from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
 
-class Cell(NamedTuple):
+class Check(NamedTuple):
     """One check.
 
     Attributes:
@@ -28,7 +28,7 @@ class Cell(NamedTuple):
     way: str = "step"
 
     @property
-    def canonical(self) -> Cell:
+    def canonical(self) -> Check:
         """With the attention as it spells itself."""
         return self._replace(spec=str(AttentionSpec.parse(self.spec)))
 
@@ -143,12 +143,12 @@ DIFFERENT = tuple(dict.fromkeys((*SPEEDS, *THOROUGH, SHAPES[1], SHAPES[4])))
 """Attentions whose kernels have something of their own."""
 
 CELLS = (
-    *(Cell(spec, workload) for spec in ALL for workload in WORKLOADS),
-    *(Cell(spec, name) for spec in THOROUGH for name in (*FORESTS, "forest:trees=8,prompt=100")),
-    *(Cell(spec, f"{RANDOM}{seed}") for spec in THOROUGH for seed in range(SEEDS)),
-    *(Cell(spec, WORKLOADS[0], "contiguous") for spec in (GQA, LATENT, OPTIONS[4])),
-    *(Cell(spec, WORKLOADS[0], "by_head") for spec in ALL if "e4m3" in spec),
-    *(Cell(s, w, "replay") for s in (GQA, LATENT, OPTIONS[3]) for w in WORKLOADS[:2]),
-    *(Cell(spec, WORKLOADS[0], "stream") for spec in (GQA, LATENT)),
-    *(Cell(spec, WORKLOADS[0], "compiled") for spec in (GQA, LATENT)),
+    *(Check(spec, workload) for spec in ALL for workload in WORKLOADS),
+    *(Check(spec, name) for spec in THOROUGH for name in (*FORESTS, "forest:trees=8,prompt=100")),
+    *(Check(spec, f"{RANDOM}{seed}") for spec in THOROUGH for seed in range(SEEDS)),
+    *(Check(spec, WORKLOADS[0], "contiguous") for spec in (GQA, LATENT, OPTIONS[4])),
+    *(Check(spec, WORKLOADS[0], "by_head") for spec in ALL if "e4m3" in spec),
+    *(Check(s, w, "replay") for s in (GQA, LATENT, OPTIONS[3]) for w in WORKLOADS[:2]),
+    *(Check(spec, WORKLOADS[0], "stream") for spec in (GQA, LATENT)),
+    *(Check(spec, WORKLOADS[0], "compiled") for spec in (GQA, LATENT)),
 )

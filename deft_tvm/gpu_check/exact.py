@@ -16,7 +16,7 @@ import msgspec
 
 from deft_tvm.check import Exactness
 from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of, use_logs
-from deft_tvm.gpu_check.cells import CELLS, WORKLOADS, Cell, forest_of
+from deft_tvm.gpu_check.cells import CELLS, WORKLOADS, Check, forest_of
 from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere
 from deft_tvm.gpu_check.modules import build_missing
 from deft_tvm.gpu_check.ways import ON_GPUS_ALONE, WAYS
@@ -37,7 +37,7 @@ class Checked(msgspec.Struct, frozen=True):
         error: why not.
     """
 
-    cell: Cell
+    cell: Check
     found: Exactness | None = None
     error: str = ""
 
@@ -57,7 +57,7 @@ def main(specs: Sequence[str] | None = None, workloads: Sequence[str] = WORKLOAD
     asked = parser.parse_args()
     use_logs(asked)
     left, kind = deadline(asked), kind_of(asked)
-    given = [Cell(spec, workload) for spec in specs or () for workload in workloads]
+    given = [Check(spec, workload) for spec in specs or () for workload in workloads]
     cells = [
         cell.canonical
         for cell in (CELLS if specs is None else given)
@@ -83,7 +83,7 @@ def main(specs: Sequence[str] | None = None, workloads: Sequence[str] = WORKLOAD
 
 
 def results(
-    cells: Iterable[Cell], device: str, unbuilt: dict[str, str] | None = None
+    cells: Iterable[Check], device: str, unbuilt: dict[str, str] | None = None
 ) -> Iterator[Checked]:
     """What comes of each cell.
 
@@ -105,7 +105,7 @@ def results(
         yield Checked(cell, error=found) if isinstance(found, str) else Checked(cell, found)
 
 
-def _run(attention: TreeAttention, cell: Cell) -> Exactness:
+def _run(attention: TreeAttention, cell: Check) -> Exactness:
     return WAYS[cell.way](attention, forest_of(cell.workload))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime, timezone
 
 import msgspec
@@ -41,15 +41,14 @@ PAPERS = ("node", "node_chunk", "flatten")
 """Groupings of DeFT."""
 
 
-def cells_of(trees: Iterable[str] = (), specs: Sequence[str] = SPEEDS) -> list[Cell]:
+def cells_of(trees: Iterable[str]) -> list[Cell]:
     """Every workload under every attention, one attention after the other.
 
     Args:
         trees: files of recorded trees, whose widest step is a workload, too.
-        specs: the attentions.
     """
     recorded = [f"recorded:path={path}" for path in trees]
-    return [Cell(workload, spec) for workload in (*WORKLOADS, *recorded) for spec in specs]
+    return [Cell(workload, spec) for workload in (*WORKLOADS, *recorded) for spec in SPEEDS]
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):

@@ -3,10 +3,14 @@
     enter       what a schedule puts before a unit of work; leave, after it
     find_dest   where each row's result goes
     gather      query rows of the item, permuted and folded, into a tile
+    fill        the state of rows that have seen nothing; begin_with_sink, but their sinks
     product     scores of all rows and tokens
-    logits      scores, under a cap if there is one; -inf where the row does not see the token
-    softmax     online: new maximum, probabilities, sums, and the factor that rescales the past
-    weigh       probabilities times V, folded into the rescaled output
+    whole_logits, masked_logits
+                scores, under a cap if there is one; -inf where the row does not see the token
+    grow_max    online softmax: the new maximum, and the factor that rescales the past
+    exponentiate, grow_sum, round_weights
+                probabilities, their sum, and what V is weighed by
+    weigh       probabilities times V, folded into the rescaled output; weigh_on, summed onto it
     keep        the new state becomes the state
     write       normalised output and LSE, to a partial slot or straight to the caller's row
 

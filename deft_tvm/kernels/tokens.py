@@ -2,7 +2,7 @@
 
     seek        the run of each token
     locate      page, slot, position and the rows that see it
-    find_tokens both, for a tile that begins anywhere in an item
+    find_tokens both, for a tile that begins anywhere in an item; find_each, with a search each
     find_next   the unit that comes after this one
     find_ahead  find_tokens for the next tile, which is that unit's beside the last one
     advance     what was located for the next tile becomes this tile's

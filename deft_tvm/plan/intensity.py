@@ -7,7 +7,6 @@ FLOP/s over bytes/s, sharing KV gains nothing more (arXiv 2505.21487, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deft_tvm.errors import SpecError
@@ -38,12 +37,10 @@ class Share:
     flops_per_byte: dict[int, float]
 
 
-def shares(
-    spec: AttentionSpec, degrees: Sequence[int] = DEGREES, rows: Sequence[int] = ROWS
-) -> list[Share]:
-    """One of the devices at each degree that divides the heads of `spec`."""
+def shares(spec: AttentionSpec) -> list[Share]:
+    """One of the devices at each of `DEGREES` that divides the heads of `spec`."""
     found = []
-    for degree in degrees:
+    for degree in DEGREES:
         try:
             shard = spec.shard(0, degree)
         except SpecError:
@@ -57,7 +54,7 @@ def shares(
                 num_kv_heads=shard.num_kv_heads,
                 kv_bytes=size,
                 copied_bytes=degree * size - spec.kv_bytes_per_token,
-                flops_per_byte={count: count * flops / size for count in rows},
+                flops_per_byte={count: count * flops / size for count in ROWS},
             )
         )
     return found

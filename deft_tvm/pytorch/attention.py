@@ -13,8 +13,8 @@ from torch import Tensor
 from deft_tvm.artifact import Artifact, find
 from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.errors import InputError, PlanError
+from deft_tvm.files import AnyPath
 from deft_tvm.finding import check_fits
-from deft_tvm.manifest import AnyPath
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, Traffic, make_recipe, traffic
 from deft_tvm.pytorch.checks import check_plan, check_types
@@ -166,17 +166,16 @@ class TreeAttention:
             pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
         return self._follow(step.plan.update(forest, pages))
 
-    def use(self, plan: Plan, pages: PageTable) -> Plan:
+    def use(self, plan: Plan) -> Plan:
         """Follow a plan that was made elsewhere, as for another spec of the same group and tiles.
 
         Args:
             plan: for the module's tile classes, the spec's group and its page size.
-            pages: those that `plan` was made of.
 
         Raises:
-            PlanError: the plan or the pages are others.
+            PlanError: the plan is for others.
         """
-        check_plan(self.spec, self.artifact.tiles, plan, pages)
+        check_plan(self.spec, self.artifact.tiles, plan)
         return self._follow(plan)
 
     def _follow(self, plan: Plan) -> Plan:

@@ -268,7 +268,7 @@ class Step:
         attention = cache.attention[spec]
         # A later step may have planned already.
         if not torch.compiler.is_compiling() and attention.last_plan is not self.plans[spec]:
-            attention.use(self.plans[spec], self.pages)
+            attention.use(self.plans[spec])
         return attention.run(q, (*cache.buffers[layer], *cache._scales[layer]), sinks=sinks)
 
 

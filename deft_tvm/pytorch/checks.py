@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from deft_tvm.errors import InputError, PlanError
-from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan
 from deft_tvm.pytorch.loaded import Loaded
 from deft_tvm.pytorch.packing import Packed
 from deft_tvm.spec import AttentionSpec, TileShape
 
 
-def check_plan(
-    spec: AttentionSpec, tiles: tuple[TileShape, ...], plan: Plan, pages: PageTable
-) -> None:
+def check_plan(spec: AttentionSpec, tiles: tuple[TileShape, ...], plan: Plan) -> None:
     """Refuse a plan that kernels would follow out of the bounds of an item or of a page.
 
     Raises:
-        PlanError: the plan or the pages are not for `spec` and the module's `tiles`.
+        PlanError: the plan is not for `spec` and the module's `tiles`.
     """
     if plan.tiles != tiles:
         raise PlanError(
@@ -37,11 +34,7 @@ def check_plan(
         raise PlanError(f"plan has group {plan.group}; expected the spec's, {spec.group}")
     if plan.window != spec.window:
         raise PlanError(f"plan has window {plan.window}; expected the spec's, {spec.window}")
-    if pages.page_size != plan.page_size:
-        raise PlanError(
-            f"pages have page_size {pages.page_size}; expected the plan's, {plan.page_size}"
-        )
-    if not pages.is_contiguous and plan.page_size != spec.page_size:
+    if not plan.pages.is_contiguous and plan.page_size != spec.page_size:
         raise PlanError(
             f"plan has page_size {plan.page_size}; expected the spec's, {spec.page_size}"
         )

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
+from deft_tvm.files import AnyPath
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import Budget
 from deft_tvm.tuning.final import measure_alone, seconds_apart
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
-from deft_tvm.tuning.log import AnyPath, TuningLog, winner
+from deft_tvm.tuning.log import TuningLog, winner
 from deft_tvm.tuning.logged import logged_device, logged_kernels
 from deft_tvm.tuning.probe import device_file, write_profile
 from deft_tvm.tuning.result import Listener, Progress, ignore

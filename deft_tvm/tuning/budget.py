@@ -9,6 +9,8 @@ from typing import TypeVar
 
 Key = TypeVar("Key")
 
+DEFAULT_TRIALS = 24
+"""Of each kernel, where neither trials nor minutes are asked for."""
 STRETCH = 16
 """Trials between two divisions among the kernels, where only time ends the search."""
 

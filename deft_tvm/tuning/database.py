@@ -14,7 +14,7 @@ import msgspec
 from tvm.s_tir import meta_schedule as ms
 from tvm.target import Target
 
-from deft_tvm.tuning.log import AnyPath
+from deft_tvm.files import AnyPath
 from deft_tvm.tuning.space import Space
 
 FILES = ("database_workload.json", "database_tuning_record.json")

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from deft_tvm.errors import LogError
-from deft_tvm.files import write_whole
+from deft_tvm.files import AnyPath, write_whole
 from deft_tvm.tuning.lines import Status, Trial
-from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject
+from deft_tvm.tuning.log import TuningLog, by_subject
 
 T4_VERSION = "1.0.0"
 

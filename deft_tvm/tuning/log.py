@@ -13,7 +13,6 @@ and the next one begins on a line of its own.
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,15 +27,13 @@ import platformdirs
 from deft_tvm import env
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError, TuningError
-from deft_tvm.files import append_line
+from deft_tvm.files import AnyPath, append_line
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.lines import Line, Run, Trial, decode
 
 TRIALS = "trials.jsonl"
 DEVICE = "device.json"
 LOCK = ".lock"
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

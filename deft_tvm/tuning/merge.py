@@ -10,10 +10,10 @@ import msgspec
 
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
-from deft_tvm.files import write_whole
+from deft_tvm.files import AnyPath, write_whole
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.lines import Line, Run, decode
-from deft_tvm.tuning.log import DEVICE, TRIALS, AnyPath, TuningLog, log_folders
+from deft_tvm.tuning.log import DEVICE, TRIALS, TuningLog, log_folders
 
 Identity = tuple[str, int]
 """Run, and number of the trial in it; -1 for the line of the run itself."""

@@ -17,8 +17,9 @@ import msgspec
 import torch
 
 from deft_tvm.device import DeviceProfile, Kind
+from deft_tvm.files import AnyPath
 from deft_tvm.timing import Events, captured
-from deft_tvm.tuning.log import DEVICE, AnyPath, writable_root
+from deft_tvm.tuning.log import DEVICE, writable_root
 from deft_tvm.tuning.result import Listener, Progress, ignore
 
 FEWEST_ROUNDS = 3

@@ -188,24 +188,16 @@ class LocalRunner(WorkerRunner):
     """The runner on this machine: compiling does not disturb the process that times.
 
     Args:
-        compile_limit, run_limit: as in `WorkerRunner`.
         builders: processes that compile at once. On a CPU more than one would take the cores from
             the candidate that is being timed.
     """
 
-    def __init__(
-        self,
-        compile_limit: float = COMPILE_LIMIT,
-        run_limit: float = RUN_LIMIT,
-        builders: int = 1,
-    ) -> None:
+    def __init__(self, builders: int = 1) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="deft-tvm-")
         super().__init__(
             [Worker("build") for _ in range(builders)],
             Worker("time"),
             self._scratch.name,
-            compile_limit=compile_limit,
-            run_limit=run_limit,
         )
 
     def renew(self) -> None:

@@ -109,7 +109,7 @@ class Space:
     def arguments(self) -> list[ms.arg_info.ArgInfo]:
         return ms.arg_info.ArgInfo.from_prim_func(self.module[self.task.symbol])
 
-    def context(self, strategy: ms.SearchStrategy | None = None, seed: int = 1) -> ms.TuneContext:
+    def context(self, strategy: ms.SearchStrategy | None = None) -> ms.TuneContext:
         """MetaSchedule's view of the space."""
 
         def sample(sch: s_tir.Schedule) -> None:
@@ -119,7 +119,7 @@ class Space:
             sample, sch_rules=[], postprocs=[], mutator_probs={}
         )
         target, cores = Target(dict(self.task.target)), self.subject.device.cores
-        return _Context(self.module, target, generator, strategy, self.subject.kernel, cores, seed)
+        return _Context(self.module, target, generator, strategy, self.subject.kernel, cores)
 
     def candidate(self, number: int) -> ms.MeasureCandidate:
         """Decision number `number` applied to the specialised kernel."""
@@ -143,10 +143,18 @@ class _Context(ms.TuneContext):
         strategy: ms.SearchStrategy | None,
         name: str,
         num_threads: int,
-        seed: int,
     ) -> None:
+        random_state, logger = 1, None
         self.__init_handle_by_constructor__(
-            _ffi_api.TuneContext, module, target, generator, strategy, name, num_threads, seed, None
+            _ffi_api.TuneContext,
+            module,
+            target,
+            generator,
+            strategy,
+            name,
+            num_threads,
+            random_state,
+            logger,
         )
         _ffi_api.TuneContextInitialize(self)
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
+from deft_tvm.files import AnyPath
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.tuning.budget import Budget
+from deft_tvm.tuning.budget import DEFAULT_TRIALS, Budget
 from deft_tvm.tuning.final import seconds_apart, settle
 from deft_tvm.tuning.journal import Journal
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.lines import Trial
-from deft_tvm.tuning.log import AnyPath, TuningLog, by_subject, writable_root
+from deft_tvm.tuning.log import TuningLog, by_subject, writable_root
 from deft_tvm.tuning.probe import kept, known_device
 from deft_tvm.tuning.result import Listener, Progress, TuningResult, ignore
 from deft_tvm.tuning.run import new_run
@@ -33,7 +34,6 @@ from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.subject import Subject, subjects
 
 WORKLOADS = ("few_shot", "sequences", "speculative", "multi_step")
-TRIALS = 24
 MOST_BUILDERS = 14
 """Each takes a gigabyte, and a container may have fewer cores than it sees."""
 TIMING_CORES = 2
@@ -44,7 +44,7 @@ def tune(
     specs: Sequence[AttentionSpec],
     workloads: Sequence[str] = WORKLOADS,
     *,
-    trials: int | None = TRIALS,
+    trials: int | None = DEFAULT_TRIALS,
     minutes: float | None = None,
     device: DeviceProfile | None = None,
     root: AnyPath | None = None,

@@ -15,8 +15,8 @@ import pytest
 from cubins import Cubin, compiled, disassembler
 from tvm import IRModule
 
+from deft_tvm.device import shared_limit
 from deft_tvm.schedules import KernelTask, schedule
-from deft_tvm.schedules.cuda.limits import shared_limit
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source, shared_bytes
 from deft_tvm.schedules.cuda.succession import can_overlap
 from deft_tvm.schedules.tiles import default_tiles

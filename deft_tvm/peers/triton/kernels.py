@@ -65,7 +65,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile and KV head a program; see `launch.Kernels` for the arguments."""
+    """One tile and KV head a program; see `launch.step` for the arguments."""
     head = tl.program_id(0) % KV_HEADS
     tile = tiles + tl.program_id(0) // KV_HEADS * 4
     begin = tl.load(tile)

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+from deft_tvm.device import shared_limit
 from deft_tvm.plan.residency import unit_bytes
 from deft_tvm.schedules.rule import KernelTask
-
-# Shared memory that a block may ask for, in bytes (CUDA C++ programming guide, technical
-# specifications per compute capability).
-SHARED_BYTES = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90a": 227 * 1024,
-    "sm_100a": 227 * 1024,
-    "sm_120a": 99 * 1024,
-}
-LEAST_SHARED_BYTES = 48 * 1024
 
 BLOCKS = "deft_tvm.blocks"
 """Annotation of a loop: for how many blocks a multiprocessor shall have registers."""
 MOST_THREADS = 2048
-
-
-def shared_limit(arch: str) -> int:
-    return SHARED_BYTES.get(arch, LEAST_SHARED_BYTES)
 
 
 def fits_staged(task: KernelTask, stages: int, padding: int) -> bool:

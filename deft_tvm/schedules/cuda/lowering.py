@@ -1,7 +1,8 @@
 """From scheduled kernels to CUDA.
 
 TVM lets a compilation name its lowering pipeline. Ours is TVM's for scheduled TensorIR, without the
-steps that only other targets or features need, and with two of our own between.
+steps that only other targets or features need, and with our own between: what copies, staging,
+shares of warps and launches after one another ask for that no scheduling primitive can say.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from tvm.tirx.compilation_pipeline import (
     register_tir_pipeline,
 )
 
+from deft_tvm.device import LEAST_SHARED_BYTES, shared_limit
 from deft_tvm.errors import PlanError
 from deft_tvm.kernels.work import OF_PLAN
 from deft_tvm.schedules.cuda.allocations import lift_registers
 from deft_tvm.schedules.cuda.copies import copy_whole_vectors
-from deft_tvm.schedules.cuda.limits import BLOCKS, LEAST_SHARED_BYTES, shared_limit
+from deft_tvm.schedules.cuda.limits import BLOCKS
 from deft_tvm.schedules.cuda.lookups import look_up_first
 from deft_tvm.schedules.cuda.repeats import repeat_iterations
 from deft_tvm.schedules.cuda.rows import ask_once_a_row

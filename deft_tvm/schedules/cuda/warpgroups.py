@@ -4,7 +4,7 @@ matrix multiply-accumulate") as tensor intrinsics.
 Each of the four has 16 of 64 rows, in the fragments that ``mma`` has, too. Tokens are read where
 they lie in shared memory, by the hardware itself: no warp loads them into registers, and scores
 take their rows from there as well. For that a tile lies in *panels* of 64 columns, 128 bytes a row,
-whose 16-byte pieces are permuted by `swizzle.SWIZZLE`: [panel, row, column].
+whose 16-byte pieces are permuted by `copies.PERMUTED`: [panel, row, column].
 
 What an intrinsic describes is one warp's part. The four of a group call it together; they are
 those with neighbouring numbers, so the first one's rows begin where the group's do.
