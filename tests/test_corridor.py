@@ -183,3 +183,28 @@ def test_no_other_environment_variable_is_spoken_of() -> None:
         assert (
             set(re.findall(r"DEFT_TVM_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))) <= known
         ), file
+
+
+NAMED = re.compile(r"(?<!`)`(?:\w+\.)*?(\w+)\.(\w+)`(?!`)")
+"""What a docstring or comment names with a dot: a module's or a class's."""
+
+
+def test_names_in_docstrings_are_there() -> None:
+    texts: dict[str, str] = {}
+    for file in MODULES.values():
+        text = file.read_text(encoding="utf-8")
+        classes = re.findall(r"^class (\w+)", text, re.MULTILINE)
+        for name in (file.parent.name if file.stem == "__init__" else file.stem, *classes):
+            texts[name] = texts.get(name, "") + text
+    named = [
+        (file.name, *found)
+        for file in MODULES.values()
+        for found in NAMED.findall(file.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 100
+    wrong = [
+        (file, f"{owner}.{name}")
+        for file, owner, name in named
+        if owner in texts and name not in texts and not re.search(rf"\b{name}\b", texts[owner])
+    ]
+    assert wrong == []

@@ -92,8 +92,9 @@ def exp2_polynomial(x: Expr, operand: str) -> Expr:
 
     Exactly 0 below -126, and so for -inf: a masked score leaves nothing behind. NaN stays NaN.
     """
-    # To even on LLVM, as `nearbyint`, which TVM leaves to loops: LLVM made of them a transpose with
-    # vectors of 8, and this is 3 to 12 % of a kernel's time (AMD EPYC Zen 1, 2026-11-28).
+    # Rounds to even on LLVM, as `nearbyint` would. That one TVM does not vectorise, and of its loop
+    # over scalars LLVM made a transpose with vectors of 8: 3 to 12 % of a kernel's time (AMD EPYC
+    # Zen 1, 2026-11-28).
     whole = tirx.round(x)
     part = x - whole
     coefficients = EXP2_DEGREE_6 if operand == "float32" else EXP2_DEGREE_5

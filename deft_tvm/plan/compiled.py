@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deft_tvm.tree import Forest
 
 GROUPINGS = ("packed", "sequence", "auto")
-"""Those that it makes, numbered as in `planner.c`."""
+"""Those that it makes, numbered as in ``native/planner``."""
 FUNCTION = "plan"
 """Its name in a module."""
 

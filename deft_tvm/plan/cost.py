@@ -41,8 +41,8 @@ GRANULES: dict[str, dict[str, dict[int, int]]] = {
     "vectors": {"float32": {16: 8}, "bfloat16": {48: 48, 32: 16, 16: 16}},
     "amx": {"float32": {16: 8}, "bfloat16": {32: 32, 16: 16}},
 }
-"""By what multiplies, and by operand: lane rows of a CPU's register tiles by default, the widest of
-these that divides the class; and what the last of several takes at the least."""
+"""By what multiplies, and by operand: lane rows of a CPU's register tile, and the fewest that the
+last tile of an item computes. A class has the widest tile that divides it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,10 @@ class CostModel:
         loading_seconds: of a token under one head, beside copying it, with rows in lanes.
         few_loading_seconds: the same, with fewer than 16 lane rows, copying included.
         copy_rate: bytes/s at which one core copies K and V out of their pages.
-        bandwidth_share: of the read bandwidth: 0.8, one sequence of 65,536 float32 tokens.
-        unit_seconds: taking a unit from the queue, looking its rows and pages up (guess).
+        bandwidth_share: of the read bandwidth: 0.8, one sequence of 65,536 float32 tokens (AMD
+            EPYC Zen 4, 2 cores, 2026-11-21).
+        unit_seconds: taking a unit from the queue, looking its rows and pages up (a guess, not
+            measured).
         reach_bytes: KV of an item, all heads together, above which an item that waits for memory
             is cut, so that cores which get unequal shares of the memory end together, and heads
             worked on one after another find near what was read for the ones before. 8 MiB: one

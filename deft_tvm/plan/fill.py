@@ -13,11 +13,11 @@ import numpy as np
 from deft_tvm.plan.cost import Floats, Ints, Prices, by_class, running_sum
 
 SLACK = 1.02
-"""A plan within this factor of a perfect balance is not cut."""
+"""A plan within this factor of a perfect balance is not cut (chosen, not measured)."""
 
 SHARES = np.array([0.5, 0.75, 0.9, 1.0, 2.0, 3.0, 4.0, 8.0])
 """Longest units tried, as parts of their class's perfect balance. Those below 1 leave some cores
-idle in the last wave but save the wave after it."""
+idle in the last wave but save the wave after it (chosen, not measured)."""
 
 
 class Cut(NamedTuple):

@@ -27,7 +27,8 @@ from deft_tvm.plan.joins import by_cluster, hand_down
 from deft_tvm.plan.split import Groups, Walk
 
 MERGE_GAIN = 0.02
-"""Neighbours merge if that saves this part of their time: less is not worth the masked work."""
+"""Neighbours merge if that saves this part of their time: less is not worth the masked work
+(chosen, not measured)."""
 
 
 def packed(walk: Walk, prices: Prices) -> Groups:

@@ -1,5 +1,7 @@
-"""What a unit of work takes of a GPU's multiprocessor, and how that multiplies for it: by which
-plans and schedules go alike."""
+"""What one unit of work takes of a GPU's shared memory, and by which instructions it is multiplied.
+
+Plans and schedules must agree on both, and ask here.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ PANEL = 64
 
 
 def can_group(spec: AttentionSpec, operand: Dtype, archs: Collection[str]) -> bool:
-    """Whether warps that have `GROUP_ROWS` of a tile of `operand` can multiply them as one: they
-    do tiles of whole panels, which are copied as they are cached.
+    """Whether warps that have `GROUP_ROWS` of a tile of `operand` can multiply them as one.
+
+    They can only where a tile is whole panels, of elements that are cached in the operand's type.
 
     Args:
         spec: the attention.

@@ -69,6 +69,8 @@ class TreeAttention:
         Raises:
             ArtifactError: the module is damaged, or not for this spec or device.
             CompilerMissing: there is no module, and no compiler to build one.
+            InputError: `device` is a GPU, and torch sees none.
+            LogError: the device's measured rates cannot be read.
         """
         self.spec = spec
         self.device = torch.device(device or _kind_of(module))
@@ -117,6 +119,7 @@ class TreeAttention:
         Raises:
             PageError: the pages do not hold the forest's tokens.
             PlanError: the grouping does not fit.
+            InputError: a page table's parts are not all there.
         """
         pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
         recipe = self._recipes.get((self.grouping, self.deterministic)) or self._new_recipe()
@@ -154,6 +157,7 @@ class TreeAttention:
             PlanError: nothing was planned yet, or parents or rows changed.
             TreeError: the lengths do not fit the nodes.
             PageError: the pages do not hold the tokens.
+            InputError: a page table's parts are not all there.
         """
         step = self._planned("update")
         forest, pages = step.plan.forest, step.plan.pages
@@ -216,16 +220,15 @@ class TreeAttention:
         Raises:
             PlanError: nothing was planned yet.
             InputError: a tensor does not fit the spec or the plan, or requires grad.
+            ExactnessError: ``DEFT_TVM_CHECK`` is set, and the result is wrong.
         """
         step = self._planned("run")
         # Most calls. Whatever else is asked takes microseconds where layers empty the caches.
-        alone = sinks is None and not self.spec.sinks
-        usual = alone and step.watch is None and type(kv) in (tuple, list)
-        if usual and not torch.compiler.is_dynamo_compiling() and is_plain(q, kv, out, lse):
+        usual = step.watch is None and sinks is None and not self.spec.sinks
+        usual = usual and type(kv) in (tuple, list) and not torch.compiler.is_dynamo_compiling()
+        if usual and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
         check_types(self.spec, q, kv, sinks)
-        if usual:
-            return self._dispatch(step, q, kv, out, lse)
         layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():
             return step.watch.run(lambda: self._run(step, q, layer, out, lse), q, layer)

@@ -244,7 +244,11 @@ class Step:
         return self.run(layer, q, sinks=sinks)[0]
 
     def write(self, layer: int, *new: Tensor) -> None:
-        """Cache the rows' own elements in one layer; see `attend`."""
+        """Cache the rows' own elements in one layer; see `attend`.
+
+        Raises:
+            InputError: a tensor does not fit, or requires grad.
+        """
         spec, buffers = self.cache.layers[layer], self.cache.buffers[layer]
         if len(new) != len(buffers):
             names = ", ".join(buffer.name for buffer in spec.buffers)
@@ -263,7 +267,7 @@ class Step:
             _by_token(spec, tensor)[self._places] = values.to(tensor.dtype)
 
     def run(self, layer: int, q: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`TreeAttention.run` over what is cached in one layer."""
+        """`TreeAttention.run` over what is cached in one layer; it raises the same errors."""
         cache, spec = self.cache, self.cache.layers[layer]
         attention = cache.attention[spec]
         # A later step may have planned already.

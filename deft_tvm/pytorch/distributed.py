@@ -27,8 +27,9 @@ def gather_heads(
     """All heads, from a module of ``spec.shard(rank, world)`` on each rank.
 
     Args:
-        out: [R, query heads of the rank, v_width], the same shape on every rank.
-        lse: [R, query heads of the rank].
+        out: [R, query heads of the rank, v_width], of any type; shape and type are the same on
+            every rank.
+        lse: [R, query heads of the rank], float32.
         group: the ranks, in the order of their shards; by default all.
 
     Returns:

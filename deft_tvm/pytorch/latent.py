@@ -20,7 +20,7 @@ def absorb_query(q_nope: Tensor, q_rope: Tensor, w_uk: Tensor) -> Tensor:
     """The query that meets latents: ``W_UKᵀ q_nope ⊕ q_rope``.
 
     Args:
-        q_nope: [rows, heads, nope width].
+        q_nope: [rows, heads, nope width], of any float type, which all three have.
         q_rope: [rows, heads, rope width], rotated by the row's position; rope width 0 is allowed.
         w_uk: [heads, nope width, latent width], a head's up-projection of keys.
 
@@ -38,7 +38,7 @@ def expand_output(out: Tensor, w_uv: Tensor) -> Tensor:
     """The output of each head: ``W_UV`` applied to its mean of latents.
 
     Args:
-        out: [rows, heads, latent width], as ``TreeAttention.run`` returns it.
+        out: [rows, heads, latent width], as ``TreeAttention.run`` returns it; of the weight's type.
         w_uv: [heads, value width, latent width], a head's up-projection of values.
 
     Returns:

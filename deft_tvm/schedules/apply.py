@@ -20,22 +20,28 @@ RULES: dict[str, tuple[Rule, ...]] = {
 """By target kind, in the order in which they are asked."""
 
 
-def schedule(task: KernelTask, decision: Decision | None = {}) -> tuple[s_tir.Schedule, Knobs]:  # noqa: B006
+def schedule(task: KernelTask, decision: Decision | None = None) -> tuple[s_tir.Schedule, Knobs]:
     """The scheduled kernel of `task`, with defaults for what `decision` does not name.
 
     Args:
         task: the kernel.
-        decision: choices by name; None leaves them to be sampled.
+        decision: choices by name; None for the defaults of all.
 
     Raises:
         PlanError: a choice is not among its candidates.
     """
     sch = s_tir.Schedule(IRModule({task.symbol: task.computation}))
-    return sch, apply_rules(task, sch, decision)
+    return sch, apply_rules(task, sch, decision or {})
 
 
 def apply_rules(task: KernelTask, sch: s_tir.Schedule, decision: Decision | None) -> Knobs:
-    """Schedule `sch`, a schedule of the task's computation or a specialisation of it, in place."""
+    """Schedule `sch`, a schedule of the task's computation or a specialisation of it, in place.
+
+    Args:
+        task: the kernel.
+        sch: the schedule.
+        decision: choices by name, with defaults for the rest; None leaves all to be sampled.
+    """
     sch.work_on(sch.mod.get_global_vars()[0].name_hint)
     knobs = Knobs(sch, decision)
     next(rule for rule in RULES[task.kind] if rule(task, sch, knobs))

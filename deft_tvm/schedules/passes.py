@@ -9,7 +9,7 @@ def tidy() -> list[transform.Pass]:
     """After loops have become vectors: unroll, and simplify what that leaves.
 
     TVM's own pipelines also hoist conditions out of loops and drop what does nothing. In these
-    kernels that finds next to nothing, and took a quarter of a compilation.
+    kernels that finds next to nothing, and took a quarter of a compilation (TVM 0.27, 2026-11-28).
     """
     lower = s_tir.transform
     return [

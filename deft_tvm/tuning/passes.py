@@ -31,9 +31,9 @@ memory, which reading explains (AMD EPYC Zen 4, two virtual cores, 2026-11-28). 
 neighbours, and six passes are as few as prove anything for ten kernels at once."""
 
 WELL_KNOWN = 0.012
-"""Standard error of a winner's time, in parts of it, with which its passes end. Of two logs that
-know it so well a change of 10 % is 5 standard errors beyond the 1 % that is not looked at, which
-ten kernels at once are believed at from 3.1 on. After twelve passes four of ten were above 0.02;
+"""Standard error of a winner's time, in parts of it, with which its passes end. Between two logs
+that know it so well a change of 10 % lies 5 standard errors above the 1 % that is not looked at;
+with ten kernels judged at once 3.1 are enough. After twelve passes four of ten were above 0.02;
 three that wait for memory still are after 36, which reading explains to `compare`. With 0.008 and
 48 passes no more changes were found, 15 of 20 for 53 of 60: from one measurement to another ten
 kernels moved by 2.9 % (root mean square), and by no less for knowing each better (AMD EPYC Zen 4,

@@ -191,9 +191,9 @@ def group_sums(operand: str, columns: int, depth: int) -> str:
     """The intrinsic that adds to 16 rows of `columns` sums their weights times `depth` tokens in
     panels.
 
-    The sums that it adds to are an output and its rows' factors multiplied, which it only does
-    again: seldom, as a row's maximum grows with its first tokens, and then hardly, so that no
-    factor of a warp's is other than 1.
+    What it adds to are the old sums times their rows' factors, and it multiplies them itself. It
+    rarely has to: a row's maximum grows with its first tokens and hardly after them, and where
+    every factor of a warp is 1 the sums are left as they are.
     """
     element, kind = storage(operand), SHORT_DTYPE[operand]
     panels, tiles, steps = columns // PANEL, columns // SIDE, depth // SIDE
