@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from deft_tvm.errors import PageError
 from deft_tvm.native import PLANNER
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
+from deft_tvm.plan.columns import COLUMNS, HEADER, Item, Run
 from deft_tvm.plan.cost import CostModel
 from deft_tvm.plan.piece import Piece
 from deft_tvm.pytorch.packing import Packed
@@ -28,6 +30,16 @@ from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
 GROUPS = ("node", "begin", "end", "indptr", "row_begin", "row_end")
+
+
+@pytest.mark.parametrize("table", [Item, Run])
+def test_columns_are_numbered_alike(table: type[Item | Run]) -> None:
+    text = Path(compiled.__file__).parents[1].joinpath("native", "piece.h").read_text("utf-8")
+    prefix = table.__name__.upper()
+    names = re.findall(rf"\b{prefix}_(\w+)", text)
+    assert names == [column.name for column in table]
+    assert [column.value for column in table] == list(range(COLUMNS))
+    assert f"HEADER = {HEADER}, COLUMNS = {COLUMNS}" in text
 
 
 @cache

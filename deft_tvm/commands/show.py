@@ -182,9 +182,10 @@ def _plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def _item_record(plan: Plan, tile: str, item: int) -> dict[str, Any]:
+    from deft_tvm.plan.columns import Item
     from deft_tvm.show.text import pieces
 
-    row, rows, _, _, tokens, *_ = plan.items[item].tolist()
+    row, rows, tokens = plan.items[item, [Item.ROW_BEGIN, Item.NUM_ROWS, Item.NUM_TOKENS]].tolist()
     runs = [{"node": node, "begin": begin, "end": end} for node, begin, end in pieces(plan, item)]
     return {"tile": tile, "rows": [row, row + rows], "tokens": tokens, "runs": runs}
 

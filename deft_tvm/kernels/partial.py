@@ -75,6 +75,7 @@ from deft_tvm.kernels.tokens import (
     located_tiles,
 )
 from deft_tvm.kernels.work import used_parameters, work_loop
+from deft_tvm.plan.columns import COLUMNS, HEADER, Item
 from deft_tvm.spec import AttentionSpec, TileShape
 
 
@@ -208,12 +209,12 @@ def partial_attention(
             )
         if SINKS:
             sinks = T.match_buffer(sinks_handle, (HQ,), "float32")
-        header = T.match_buffer(header_handle, (8,), "int32")
+        header = T.match_buffer(header_handle, (HEADER,), "int32")
         page_indices = T.match_buffer(page_indices_handle, (num_indices,), "int32")
         row_order = T.match_buffer(row_order_handle, (num_rows,), "int32")
         row_positions = T.match_buffer(row_positions_handle, (num_positions,), "int32")
-        runs = T.match_buffer(runs_handle, (num_runs, 7), "int32")
-        items = T.match_buffer(items_handle, (num_items, 7), "int32")
+        runs = T.match_buffer(runs_handle, (num_runs, COLUMNS), "int32")
+        items = T.match_buffer(items_handle, (num_items, COLUMNS), "int32")
         dests = T.match_buffer(dests_handle, (num_dests,), "int32")
         out = T.match_buffer(out_handle, (num_rows, HQ, VW), spec.dtype)
         lse = T.match_buffer(lse_handle, (num_rows, HQ), "float32")
@@ -228,13 +229,13 @@ def partial_attention(
                     T.writes()
                     item: T.let[T.int32] = work // UNITS
                     head: T.let[T.int32] = work % UNITS * H
-                    row_begin: T.let[T.int32] = items[item, 0]
-                    lanes: T.let[T.int32] = items[item, 1] * G
-                    run_begin: T.let[T.int32] = items[item, 2]
-                    run_end: T.let[T.int32] = items[item, 3]
-                    num_tokens: T.let[T.int32] = items[item, 4]
-                    dest_begin: T.let[T.int32] = items[item, 5]
-                    last_position: T.let[T.int32] = items[item, 6]
+                    row_begin: T.let[T.int32] = items[item, Item.ROW_BEGIN]
+                    lanes: T.let[T.int32] = items[item, Item.NUM_ROWS] * G
+                    run_begin: T.let[T.int32] = items[item, Item.RUN_BEGIN]
+                    run_end: T.let[T.int32] = items[item, Item.RUN_END]
+                    num_tokens: T.let[T.int32] = items[item, Item.NUM_TOKENS]
+                    dest_begin: T.let[T.int32] = items[item, Item.DEST_BEGIN]
+                    last_position: T.let[T.int32] = items[item, Item.LAST_POSITION]
                     page_shift: T.let[T.int32] = header[0]
                     search_steps: T.let[T.int32] = (
                         header[1] if ON_CPU else halvings(run_end - run_begin)

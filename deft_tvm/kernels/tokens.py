@@ -25,6 +25,7 @@ from tvm.script import tirx as T
 from deft_tvm.kernels.numerics import narrow
 from deft_tvm.kernels.stage import stage
 from deft_tvm.kernels.work import following, range_size
+from deft_tvm.plan.columns import Item, Run
 from deft_tvm.spec import TileShape
 
 LINE_BYTES = 64
@@ -35,7 +36,7 @@ def next_run(runs: Any, run: Any, run_end: Any, step: Any, token: Any) -> Expr:
     """One step of the binary search: go 2^step runs on if those begin by `token`."""
     ahead = run + tirx.shift_left(tirx.const(1, "int32"), step)
     # The index is clamped since both sides of a select are read.
-    begins = runs[tirx.min(ahead, run_end - 1), 0]
+    begins = runs[tirx.min(ahead, run_end - 1), Run.OFFSET]
     return tirx.Select(tirx.And(ahead < run_end, begins <= token), ahead, run)
 
 
@@ -90,7 +91,7 @@ def nth_token(t0: Any, j: Any, tile: int, scatter: bool) -> Any:
 def ends_in_run(runs: Any, run: Any, run_end: Any, last: Any) -> Expr:
     """Whether token `last` is still in `run`, in which an earlier one is."""
     following = run + 1
-    begins = runs[tirx.min(following, run_end - 1), 0]
+    begins = runs[tirx.min(following, run_end - 1), Run.OFFSET]
     return tirx.Or(following >= run_end, begins > last)
 
 
@@ -168,7 +169,7 @@ def find_ahead(
     for i in range(3):
         with T.sblock("bounds"):
             vi = T.axis.spatial(3, i)
-            bounds[vi] = items[of, 2 + vi]
+            bounds[vi] = items[of, Item.RUN_BEGIN + vi]
     for i in range(1):
         with T.sblock("next_head"):
             vi = T.axis.spatial(1, i)
@@ -230,19 +231,23 @@ def locate(
             vj = T.axis.spatial(kv_tile, j)
             run: T.let[T.int32] = run_of[0 if one_run else vj]
             t: T.let[T.int32] = (
-                T.min(nth_token(t0, vj, kv_tile, scatter), num_tokens - 1) - runs[run, 0]
+                T.min(nth_token(t0, vj, kv_tile, scatter), num_tokens - 1) - runs[run, Run.OFFSET]
             )
-            x: T.let[T.int32] = runs[run, 2] + t
-            page[first + vj] = page_indices[runs[run, 1] + T.shift_right(x, page_shift)]
+            x: T.let[T.int32] = runs[run, Run.FIRST_SLOT] + t
+            page[first + vj] = page_indices[
+                runs[run, Run.PAGE_BEGIN] + T.shift_right(x, page_shift)
+            ]
             slot[first + vj] = T.bitwise_and(x, T.shift_left(1, page_shift) - 1)
-            lane_begin[first + vj] = (runs[run, 3] + T.max(0, t - runs[run, 5]) - row_begin) * group
+            lane_begin[first + vj] = (
+                runs[run, Run.ROW_BEGIN] + T.max(0, t - runs[run, Run.DIAGONAL]) - row_begin
+            ) * group
             lane_end[first + vj] = T.Select(
                 nth_token(t0, vj, kv_tile, scatter) < num_tokens,
-                (runs[run, 4] - row_begin) * group,
+                (runs[run, Run.ROW_END] - row_begin) * group,
                 0,
             )
             if windowed:
-                position[first + vj] = runs[run, 6] + t
+                position[first + vj] = runs[run, Run.POSITION] + t
 
 
 @stage

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from deft_tvm.arrays import offsets
 from deft_tvm.errors import PlanError
+from deft_tvm.plan.columns import COLUMNS, HEADER, Item, Run
 from deft_tvm.plan.cost import Floats, Ints
 from deft_tvm.plan.split import Groups, Walk, interval_minima
 from deft_tvm.spec import TileShape
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 Int32 = NDArray[np.int32]
 Launches = tuple[tuple[int, int, int], ...]
-HEADER = 8
-COLUMNS = 7
-"""Of a header, and of each run and item."""
 
 
 class Laid(NamedTuple):
@@ -242,11 +240,11 @@ def lay_out_runs(walk: Walk, groups: Groups, pages: PageTable) -> Int32:
     common = walk.diagonal[node] - groups.begin
     seen_by_all = np.maximum(0, common)
     runs = np.empty((len(node), COLUMNS), np.int32)
-    runs[:, 0] = groups.first
-    runs[:, 3] = walk.row_begin[node] + (seen_by_all - common)
-    runs[:, 4] = walk.row_end[node]
-    runs[:, 5] = seen_by_all
-    runs[:, 6] = walk.start[node] + begin
+    runs[:, Run.OFFSET] = groups.first
+    runs[:, Run.ROW_BEGIN] = walk.row_begin[node] + (seen_by_all - common)
+    runs[:, Run.ROW_END] = walk.row_end[node]
+    runs[:, Run.DIAGONAL] = seen_by_all
+    runs[:, Run.POSITION] = walk.start[node] + begin
     locate(runs, walk.node[node], begin, pages)
     return runs
 
@@ -254,8 +252,8 @@ def lay_out_runs(walk: Walk, groups: Groups, pages: PageTable) -> Int32:
 def locate(runs: Int32, node: Ints, begin: Ints, pages: PageTable) -> None:
     """Write `page_begin` and `first_slot` of runs that begin at token `begin` of `node`."""
     slot = pages.first_slot[node] + begin
-    runs[:, 1] = pages.page_indptr[node] + (slot >> pages.page_shift)
-    runs[:, 2] = slot & ((1 << pages.page_shift) - 1)
+    runs[:, Run.PAGE_BEGIN] = pages.page_indptr[node] + (slot >> pages.page_shift)
+    runs[:, Run.FIRST_SLOT] = slot & ((1 << pages.page_shift) - 1)
 
 
 def lay_out_items(
@@ -264,14 +262,15 @@ def lay_out_items(
     """int32[I, 7] and the launches: see `Plan.items`."""
     rows = groups.rows
     items = np.zeros((len(rows), COLUMNS), np.int32)
-    items[:, 0] = groups.row_begin
-    items[:, 1] = rows
-    items[:, 2] = groups.indptr[:-1]
-    items[:, 3] = groups.indptr[1:]
-    items[:, 4] = groups.tokens
-    items[:, 5] = rows.cumsum() - rows
+    items[:, Item.ROW_BEGIN] = groups.row_begin
+    items[:, Item.NUM_ROWS] = rows
+    items[:, Item.RUN_BEGIN] = groups.indptr[:-1]
+    items[:, Item.RUN_END] = groups.indptr[1:]
+    items[:, Item.NUM_TOKENS] = groups.tokens
+    items[:, Item.DEST_BEGIN] = rows.cumsum() - rows
     if walk.window is not None:
-        items[:, 6] = -interval_minima(-walk.positions, groups.row_begin, groups.row_end)
+        last = -interval_minima(-walk.positions, groups.row_begin, groups.row_end)
+        items[:, Item.LAST_POSITION] = last
     ends = np.bincount(tile, minlength=num_tiles).cumsum().tolist()
     spans = zip(range(num_tiles), [0, *ends], ends, strict=False)
     launches = tuple((index, begin, end) for index, begin, end in spans if end > begin)
@@ -281,4 +280,6 @@ def lay_out_items(
 def lay_out_header(groups: Groups, pages: PageTable) -> Int32:
     """int32[8]: see `Plan.header`."""
     most_runs = int(groups.pieces.max(initial=1))
-    return np.array([pages.page_shift, (most_runs - 1).bit_length(), 0, 0, 0, 0, 0, 0], np.int32)
+    header = np.zeros(HEADER, np.int32)
+    header[:2] = pages.page_shift, (most_runs - 1).bit_length()
+    return header

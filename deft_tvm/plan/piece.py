@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deft_tvm.pages import CONTIGUOUS_SIZE
-from deft_tvm.plan.layout import COLUMNS, HEADER, Laid
+from deft_tvm.plan.columns import COLUMNS, HEADER
+from deft_tvm.plan.layout import Laid
 from deft_tvm.plan.split import Groups
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deft_tvm.plan.columns import Item, Run
 from deft_tvm.plan.cost import Ints, kv_bytes, partial_bytes
 from deft_tvm.plan.layout import Plan
 from deft_tvm.plan.split import ranges
@@ -96,11 +97,11 @@ def traffic(plan: Plan, spec: AttentionSpec) -> Traffic:
     """Count what `plan` moves and computes for one layer of `spec`."""
     path = row_tokens(plan.forest, plan.window)
     widths = spec.q_width + spec.v_width
-    read = int(plan.items[:, 4].sum(dtype=np.int64))
+    read = int(plan.items[:, Item.NUM_TOKENS].sum(dtype=np.int64))
     seen = int(path.sum())
     page_reads = int((-(-path // plan.page_size)).sum()) * _words_a_page(spec)
     partials = 2 * plan.num_partials * partial_bytes(spec)
-    held = int(plan.items[:, 1].sum(dtype=np.int64))
+    held = int(plan.items[:, Item.NUM_ROWS].sum(dtype=np.int64))
     return Traffic(
         tree=_bytes(plan, spec, read, held, partials, _index_words(plan, spec)),
         sequence=_bytes(plan, spec, seen, plan.num_rows, 0, page_reads * spec.num_kv_heads),
@@ -147,9 +148,10 @@ def _words_a_page(spec: AttentionSpec, heads: int = 1) -> int:
 
 def _index_words(plan: Plan, spec: AttentionSpec) -> int:
     """Words of the plan's arrays that all units read, and those of stage 2."""
-    run_pages = (plan.runs[:, 2] + _run_tokens(plan) - 1) // plan.page_size + 1
+    run_pages = (plan.runs[:, Run.FIRST_SLOT] + _run_tokens(plan) - 1) // plan.page_size + 1
     before = np.append(0, run_pages.cumsum())
-    first, last, rows = plan.items[:, 2], plan.items[:, 3], plan.items[:, 1].astype(np.int64)
+    first, last = plan.items[:, Item.RUN_BEGIN], plan.items[:, Item.RUN_END]
+    rows = plan.items[:, Item.NUM_ROWS].astype(np.int64)
     pages = before[last] - before[first]
     a_row = 2 if plan.window is None else 3
     others = (last - first) * plan.runs.shape[1] + plan.items.shape[1] + a_row * rows
@@ -164,9 +166,9 @@ def _index_words(plan: Plan, spec: AttentionSpec) -> int:
 def _run_tokens(plan: Plan) -> Ints:
     """int[U], tokens of each run: up to where the next begins, or to the item's end."""
     end = np.empty(len(plan.runs), np.int64)
-    end[:-1] = plan.runs[1:, 0]
-    end[plan.items[:, 3] - 1] = plan.items[:, 4]
-    return end - plan.runs[:, 0]
+    end[:-1] = plan.runs[1:, Run.OFFSET]
+    end[plan.items[:, Item.RUN_END] - 1] = plan.items[:, Item.NUM_TOKENS]
+    return end - plan.runs[:, Run.OFFSET]
 
 
 def _tile_pairs(plan: Plan) -> int:
@@ -175,7 +177,8 @@ def _tile_pairs(plan: Plan) -> int:
     for index, begin, end in plan.launches:
         tile = plan.tiles[index]
         granule = plan.granules[index]
-        rows, tokens = plan.items[begin:end, 1].astype(np.int64), plan.items[begin:end, 4]
+        rows = plan.items[begin:end, Item.NUM_ROWS].astype(np.int64)
+        tokens = plan.items[begin:end, Item.NUM_TOKENS]
         lanes = -(-rows * plan.group // granule) * granule
         pairs += int(lanes @ -(-tokens // tile.kv_tile)) * tile.kv_tile
     return pairs

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_tvm.plan import Plan
+from deft_tvm.plan.columns import Item
 from deft_tvm.show.text import forest_size, pieces, plan_size
 from deft_tvm.tree import Forest
 
@@ -80,7 +81,7 @@ def _work(plan: Plan) -> Iterator[Box]:
     for tile, first, last in plan.launches:
         shades = TILE_FILLS[tile % len(TILE_FILLS)]
         for item in range(first, last):
-            row, rows = plan.items[item, :2].tolist()
+            row, rows = plan.items[item, : Item.NUM_ROWS + 1].tolist()
             for node, begin, end in pieces(plan, item):
                 unit = (right[node] - left[node]) / plan.forest.lengths[node]
                 yield Box(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_tvm.plan import Plan
+from deft_tvm.plan.columns import Item
 from deft_tvm.tree import Forest
 
 MOST_CHILDREN = 4
@@ -60,17 +61,18 @@ def tree(
 
 def plan(plan: Plan) -> str:
     """The work items by tile class, dearest first, with a bar as long as the KV that they read."""
-    most = int(plan.items[:, 4].max(initial=1))
+    most = int(plan.items[:, Item.NUM_TOKENS].max(initial=1))
     lines = [plan_size(plan)]
     for tile, begin, end in plan.launches:
-        tokens = plan.items[begin:end, 4]
+        tokens = plan.items[begin:end, Item.NUM_TOKENS]
         lines.append(f"{plan.tiles[tile].name}: {_many(end - begin, 'item')} of {_span(tokens)}")
         shown = end if end - begin <= MOST_ITEMS + 1 else begin + MOST_ITEMS
         lines += [_item(plan, i, most) for i in range(begin, shown)]
         if shown < end:
             rest = plan.items[shown:end]
-            rows = _span(rest[:, 1], "row")
-            lines.append(f"  … {end - shown} more items of {_span(rest[:, 4])}, {rows}")
+            rows = _span(rest[:, Item.NUM_ROWS], "row")
+            tokens = _span(rest[:, Item.NUM_TOKENS])
+            lines.append(f"  … {end - shown} more items of {tokens}, {rows}")
     return "\n".join([*lines, _merge(plan)])
 
 
@@ -90,7 +92,7 @@ def plan_size(plan: Plan) -> str:
 
 def pieces(plan: Plan, item: int) -> list[tuple[int, int, int]]:
     """The KV of an item: for each run the caller's node, its first token and one past its last."""
-    runs = slice(*plan.items[item, 2:4].tolist())
+    runs = slice(*plan.items[item, Item.RUN_BEGIN : Item.RUN_END + 1].tolist())
     node = plan.forest.preorder[plan.groups.node[runs]]
     begin, end = plan.groups.begin[runs], plan.groups.end[runs]
     return list(zip(node.tolist(), begin.tolist(), end.tolist(), strict=True))

@@ -21,6 +21,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.layer import kernel_operands
 from deft_tvm.limit import Limit
 from deft_tvm.plan import Plan, make_plan
+from deft_tvm.plan.columns import Item, Run
 from deft_tvm.plan.cost import token_bytes
 from deft_tvm.plan.traffic import visible_flops
 from deft_tvm.spec import AttentionSpec, TileShape
@@ -89,7 +90,7 @@ class Launch:
         plan, (row_begin, num_rows, run_begin, run_end, num_tokens, *_) = self.plan, item
         runs = plan.runs[run_begin:run_end].astype(np.int64)
         token = np.arange(num_tokens)
-        run = runs[np.searchsorted(runs[:, 0], token, side="right") - 1].T
+        run = runs[np.searchsorted(runs[:, Run.OFFSET], token, side="right") - 1].T
         offset, page_begin, first_slot, seen_begin, seen_end, diagonal, position = run
         x = first_slot + token - offset
         page = plan.page_indices[page_begin + x // plan.page_size]
@@ -111,7 +112,7 @@ class Launch:
         if self.subject.tile is None:
             return Limit(num_bytes=sum(tensor.nbytes for tensor in self.inputs), flops=0)
         pairs = sum(int(self.tokens(item)[2].sum()) for item in self.items.tolist())
-        tokens = int(self.items[:, 4].sum(dtype=np.int64))
+        tokens = int(self.items[:, Item.NUM_TOKENS].sum(dtype=np.int64))
         return Limit(num_bytes=tokens * token_bytes(spec), flops=visible_flops(spec, pairs))
 
 

@@ -42,13 +42,13 @@ static int32_t *lay_out_runs(int32_t *run, const Walk *walk, const Groups *group
       int32_t place = groups->node[p], node = walk->node[place];
       int64_t begin = groups->begin[p], slot = pages->first_slot[node] + begin;
       int64_t common = walk->diagonal[place] - begin, seen_by_all = larger(0, common);
-      run[0] = (int32_t)first;
-      run[1] = (int32_t)(pages->page_indptr[node] + (slot >> pages->page_shift));
-      run[2] = (int32_t)(slot & mask);
-      run[3] = (int32_t)(walk->row_begin[place] + (seen_by_all - common));
-      run[4] = walk->row_end[place];
-      run[5] = (int32_t)seen_by_all;
-      run[6] = (int32_t)(walk->start[place] + begin);
+      run[RUN_OFFSET] = (int32_t)first;
+      run[RUN_PAGE_BEGIN] = (int32_t)(pages->page_indptr[node] + (slot >> pages->page_shift));
+      run[RUN_FIRST_SLOT] = (int32_t)(slot & mask);
+      run[RUN_ROW_BEGIN] = (int32_t)(walk->row_begin[place] + (seen_by_all - common));
+      run[RUN_ROW_END] = walk->row_end[place];
+      run[RUN_DIAGONAL] = (int32_t)seen_by_all;
+      run[RUN_POSITION] = (int32_t)(walk->start[place] + begin);
       first += groups->end[p] - begin;
     }
   }
@@ -95,13 +95,13 @@ static int32_t *lay_out_items(Arena *arena, int32_t *item, const Groups *groups,
   if (!sorted) qsort(order, (size_t)groups->count, sizeof *order, by_tile_dearest_first);
   for (int32_t i = 0; i < groups->count; ++i, item += COLUMNS) {
     int32_t g = order[i].group;
-    item[0] = groups->row_begin[g];
-    item[1] = groups->row_end[g] - groups->row_begin[g];
-    item[2] = groups->indptr[g];
-    item[3] = groups->indptr[g + 1];
-    item[4] = (int32_t)groups->tokens[g];
-    item[5] = dest[g];
-    item[6] = 0;
+    item[ITEM_ROW_BEGIN] = groups->row_begin[g];
+    item[ITEM_NUM_ROWS] = groups->row_end[g] - groups->row_begin[g];
+    item[ITEM_RUN_BEGIN] = groups->indptr[g];
+    item[ITEM_RUN_END] = groups->indptr[g + 1];
+    item[ITEM_NUM_TOKENS] = (int32_t)groups->tokens[g];
+    item[ITEM_DEST_BEGIN] = dest[g];
+    item[ITEM_LAST_POSITION] = 0;
   }
   return item;
 }
