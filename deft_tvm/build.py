@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -23,7 +23,7 @@ from tvm import IRModule
 from deft_tvm import env
 from deft_tvm.debug import tell
 from deft_tvm.device import DeviceProfile, required_features
-from deft_tvm.errors import LogError, PlanError
+from deft_tvm.errors import PlanError
 from deft_tvm.manifest import (
     DEFAULT,
     Kernel,
@@ -42,7 +42,7 @@ from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_for
 from deft_tvm.tuning.lines import Trial
-from deft_tvm.tuning.log import TRIALS, TuningLog, best, find_log
+from deft_tvm.tuning.log import TuningLog, best, find_log
 
 
 @dataclass(frozen=True)
@@ -195,28 +195,6 @@ def _offered(
             warnings.warn(text, stacklevel=3)
         else:
             yield task.name, trial
-
-
-def device_logs(folders: Iterable[Path]) -> dict[str, TuningLog]:
-    """The logs in a device's folders by their spec's slug; the first folder that has one speaks."""
-    files = (f for folder in folders for f in sorted(folder.glob(f"*/{TRIALS}")))
-    found: dict[str, TuningLog] = {}
-    for file in files:
-        found.setdefault(file.parent.name, TuningLog(file.parent))
-    return found
-
-
-def logged_spec(log: TuningLog) -> AttentionSpec:
-    """What was tuned.
-
-    Raises:
-        LogError: no line tells.
-    """
-    found = log.read()
-    named = [trial.spec for trial in found] or [run.spec for run in found.runs.values()]
-    if not named:
-        raise LogError(f"{log.path} has no line that can be read; expected one that names its spec")
-    return AttentionSpec.parse(named[0])
 
 
 def _manifest(

@@ -13,7 +13,7 @@ from deft_tvm.spec import AttentionSpec
 
 SMALL = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=16, page_size=4)
 
-_folder = tempfile.TemporaryDirectory(prefix="deft-tvm-tests-")
+folder = tempfile.TemporaryDirectory(prefix="deft-tvm-tests-")
 
 
 @cache
@@ -26,7 +26,7 @@ def artifact(spec: AttentionSpec) -> Path:
     tiles = default_tiles(spec, "llvm", frozenset(DeviceProfile.detect().features))
     return build(
         spec,
-        out=Path(_folder.name, spec.slug),
+        out=Path(folder.name, spec.slug),
         tiles=sorted({tiles[0], tiles[-1]}, key=lambda tile: tile.lane_rows),
         decisions=Decisions(),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cache
 from pathlib import Path
+
+from built import folder
 
 from deft_tvm.build import build
 from deft_tvm.pytorch import TreeAttention, load
@@ -17,7 +18,7 @@ FEW_SHOT = "few_shot:prompt=100,branches=5,tokens=9,vary=3"
 @cache
 def module() -> Path:
     """The artifact's folder."""
-    return build(SPEC, out=Path(tempfile.mkdtemp(prefix="deft-tvm-"), "module"))
+    return build(SPEC, out=Path(folder.name, "small"))
 
 
 def attention() -> TreeAttention:

@@ -136,8 +136,7 @@ def _check_wheel(folder: Path) -> None:
 
 def _target(device: Path | None) -> tuple[DeviceProfile, dict[str, TuningLog]]:
     """The device to build for, and its logs by the slug of their spec."""
-    from deft_tvm.build import device_logs
-    from deft_tvm.tuning.log import DEVICE, log_roots
+    from deft_tvm.tuning.log import DEVICE, device_logs, log_roots
 
     if device is not None and device.is_dir():
         return DeviceProfile.read(device / DEVICE), device_logs([device])
@@ -147,7 +146,7 @@ def _target(device: Path | None) -> tuple[DeviceProfile, dict[str, TuningLog]]:
 
 def _logged(target: DeviceProfile, logs: Mapping[str, TuningLog]) -> tuple[list[Job], list[Failed]]:
     """All that was tuned, and the logs that do not tell what that was."""
-    from deft_tvm.build import logged_spec
+    from deft_tvm.tuning.log import logged_spec
 
     if not logs:
         raise LogError(f"--all finds no log of {target.slug}; expected one: run `deft-tvm tune`")

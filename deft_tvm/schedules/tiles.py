@@ -110,9 +110,13 @@ def _few_heads(spec: AttentionSpec, lane_rows: int) -> int:
 
 def _cpu_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:
     """bfloat16 where the CPU multiplies pairs of it; all else is converted as a tile is loaded."""
-    pairs = spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
-    native = _one_dtype(spec) == "bfloat16" and "avx512bf16" in features and pairs
+    native = _one_dtype(spec) == "bfloat16" and "avx512bf16" in features and pairs_fit(spec)
     return "bfloat16" if native else "float32"
+
+
+def pairs_fit(spec: AttentionSpec) -> bool:
+    """Whether rows are multiplied two elements at a time: pairs, and V in vectors of sixteen."""
+    return spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
 
 
 def _few_operand(spec: AttentionSpec, features: Set[str]) -> Dtype:

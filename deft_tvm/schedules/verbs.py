@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tvm.s_tir import Schedule
+from tvm import tirx
+from tvm.s_tir import Schedule, TensorIntrin
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 
@@ -86,6 +87,12 @@ def spread(
 def import_llvm(sch: Schedule, block: str, source: str) -> None:
     """Define the LLVM functions of `source` in the module, for `block` and all under it to call."""
     sch.annotate(sch.get_loops(sch.get_sblock(block))[0], "pragma_import_llvm", source)
+
+
+def register(name: str, description: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:
+    """Make a tensor intrinsic known to TVM, replacing one that was there; returns its name."""
+    TensorIntrin.register(name, description, implementation, override=True)
+    return name
 
 
 def swap(i: Any, j: Any) -> tuple[Any, Any]:

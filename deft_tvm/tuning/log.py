@@ -251,3 +251,25 @@ def measured(device: DeviceProfile) -> DeviceProfile:
         measured=found.measured,
         date=found.date,
     )
+
+
+def device_logs(folders: Iterable[Path]) -> dict[str, TuningLog]:
+    """The logs in a device's folders by their spec's slug; the first folder that has one speaks."""
+    files = (f for folder in folders for f in sorted(folder.glob(f"*/{TRIALS}")))
+    found: dict[str, TuningLog] = {}
+    for file in files:
+        found.setdefault(file.parent.name, TuningLog(file.parent))
+    return found
+
+
+def logged_spec(log: TuningLog) -> AttentionSpec:
+    """What was tuned.
+
+    Raises:
+        LogError: no line tells.
+    """
+    found = log.read()
+    named = [trial.spec for trial in found] or [run.spec for run in found.runs.values()]
+    if not named:
+        raise LogError(f"{log.path} has no line that can be read; expected one that names its spec")
+    return AttentionSpec.parse(named[0])

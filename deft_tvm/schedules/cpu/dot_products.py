@@ -18,8 +18,8 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
-from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM, LANES, register
-from deft_tvm.schedules.verbs import power_of_two_in
+from deft_tvm.schedules.cpu.instructions import BFLOAT16_LLVM, LANES
+from deft_tvm.schedules.verbs import power_of_two_in, register
 
 LANES_OF_BLOCK = 4
 """Lanes of 128 bits, within which a shuffle is cheapest."""

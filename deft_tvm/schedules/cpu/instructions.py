@@ -10,14 +10,13 @@ from collections.abc import Callable
 from functools import cache
 from functools import partial as bind
 
-from tvm import tirx
 from tvm.ir import Expr
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, widen
 from deft_tvm.schedules.cpu.vector import REGISTERS
+from deft_tvm.schedules.verbs import register
 
 LANES = 16
 
@@ -167,9 +166,3 @@ def _two_rows_to_pairs(
             )
 
     return register(function, description, implementation)
-
-
-def register(name: str, description: tirx.PrimFunc, implementation: tirx.PrimFunc) -> str:
-    """A tensor intrinsic of TVM's, replaced if it was there; its name."""
-    TensorIntrin.register(name, description, implementation, override=True)
-    return name

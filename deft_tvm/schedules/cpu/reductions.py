@@ -12,7 +12,7 @@ from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
-from deft_tvm.schedules.cpu.instructions import register
+from deft_tvm.schedules.verbs import register
 
 
 def reductions_llvm(length: int) -> str:

@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, storage
-from deft_tvm.schedules.cpu.instructions import register
+from deft_tvm.schedules.verbs import register
 from deft_tvm.spec import AttentionSpec
 
 TABLES = ("page", "slot")

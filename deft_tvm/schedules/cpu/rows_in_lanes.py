@@ -35,6 +35,7 @@ from deft_tvm.schedules.cpu.trimmed import (
 from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
 from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.tiles import pairs_fit
 from deft_tvm.schedules.verbs import (
     divisors,
     import_llvm,
@@ -89,12 +90,11 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
 
 def _paired(task: KernelTask) -> bool:
     tile, spec = task.tile, task.spec
-    even = spec.k_width % 2 == 0 and spec.rope_width % 2 == 0 and spec.v_width % 16 == 0
     return (
         tile is not None
         and tile.operand == "bfloat16"
         and "avx512bf16" in task.features
-        and even
+        and pairs_fit(spec)
         and tile.kv_tile % 2 == 0
     )
 

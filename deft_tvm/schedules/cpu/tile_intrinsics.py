@@ -21,7 +21,7 @@ from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import widen
 from deft_tvm.kernels.stages import UNIT_STATE_BYTES
 from deft_tvm.schedules.cpu.amx import DEPTH, EDGE
-from deft_tvm.schedules.cpu.instructions import register
+from deft_tvm.schedules.verbs import register
 
 
 @cache

@@ -16,9 +16,8 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
-from deft_tvm.schedules.cpu.instructions import register
 from deft_tvm.schedules.cpu.pairs import pairs_of_second
-from deft_tvm.schedules.verbs import swap, vectorize_last
+from deft_tvm.schedules.verbs import register, swap, vectorize_last
 
 
 def turn_rows(sch: Schedule, block: str, lanes: int, paired: bool) -> LoopRV:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
+from deft_tvm.schedules.verbs import register
 from deft_tvm.spec import SHORT_DTYPE
 
 SIDE = 16
@@ -124,7 +124,7 @@ def fill_zero() -> str:
                 for register in T.unroll(HELD):
                     tile[lane, register] = T.float32(0)
 
-    return registered("deft_tvm.fill_zero", description, implementation)
+    return register("deft_tvm.fill_zero", description, implementation)
 
 
 @cache
@@ -178,7 +178,7 @@ def load_left(operand: str) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.load_left_{operand}", description, implementation)
+    return register(f"deft_tvm.load_left_{operand}", description, implementation)
 
 
 @cache
@@ -235,7 +235,7 @@ def multiply_transposed(operand: str) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.multiply_transposed_{operand}", description, implementation)
+    return register(f"deft_tvm.multiply_transposed_{operand}", description, implementation)
 
 
 @cache
@@ -328,10 +328,4 @@ def multiply_on(operand: str) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.multiply_on_{operand}", description, implementation)
-
-
-def registered(name: str, description: Any, implementation: Any) -> str:
-    """Make the intrinsic known to TVM; returns its name."""
-    TensorIntrin.register(name, description, implementation, override=True)
-    return name
+    return register(f"deft_tvm.multiply_on_{operand}", description, implementation)

@@ -10,9 +10,10 @@ from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, storage
-from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
+from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of
 from deft_tvm.schedules.cuda.shares import FRAGMENT
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
+from deft_tvm.schedules.verbs import register
 from deft_tvm.spec import SHORT_DTYPE
 
 INSTRUCTIONS = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
@@ -65,7 +66,7 @@ def round_fragment(operand: str) -> str:
                 )
 
     described = _description(operand, (LANES, HELD), FRAGMENT, fragment_of)
-    return registered(f"deft_tvm.round_{operand}", described, implementation)
+    return register(f"deft_tvm.round_{operand}", described, implementation)
 
 
 @cache
@@ -100,7 +101,7 @@ def round_to_tile(operand: str) -> str:
                 )
 
     described = _description(operand, (SIDE, SIDE), TILE_SCOPE, lambda i, j: (i, j))
-    return registered(f"deft_tvm.round_to_tile_{operand}", described, implementation)
+    return register(f"deft_tvm.round_to_tile_{operand}", described, implementation)
 
 
 def _text(operand: str) -> str:

@@ -7,9 +7,10 @@ from functools import cache
 from tvm.script import tirx as T
 
 from deft_tvm.kernels import script
-from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
+from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES
+from deft_tvm.schedules.verbs import register
 
 # A lane holds parts of two rows, 8 apart; the four lanes of a quad hold the same two.
 ROW_REDUCTION = """
@@ -80,7 +81,7 @@ def reduce_rows(name: str, columns: int) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.row_{name}_{tiles}", description, implementation)
+    return register(f"deft_tvm.row_{name}_{tiles}", description, implementation)
 
 
 def _steps(maximum: bool) -> dict[str, str]:

@@ -19,9 +19,10 @@ from tvm.script import tirx as T
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.plan.residency import GROUP_ROWS, PANEL
-from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of, registered
+from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
+from deft_tvm.schedules.verbs import register
 from deft_tvm.spec import SHORT_DTYPE
 
 GROUP_ELEMENTS = GROUP_ROWS * PANEL
@@ -183,7 +184,7 @@ def group_scores(operand: str, width: int, columns: int) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.{function}", description, implementation)
+    return register(f"deft_tvm.{function}", description, implementation)
 
 
 @cache
@@ -295,7 +296,7 @@ def group_sums(operand: str, columns: int, depth: int) -> str:
                     )
                 )
 
-    return registered(f"deft_tvm.{function}", description, implementation)
+    return register(f"deft_tvm.{function}", description, implementation)
 
 
 def _instruction(kind: str, columns: int, left_in_registers: bool) -> tuple[str, str]:
