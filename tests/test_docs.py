@@ -83,3 +83,24 @@ def test_the_python_of_a_page_runs(use: str, names: dict[str, Any], capsys: Any)
     for name, cache in list(names.items()):
         if name == "cache" and hasattr(cache, "pool") and use != "own-model":
             assert cache.bytes_in_use == 0, "a page leaves branches in its cache"
+
+
+# The README's attention is a model's; a small one has the module of other tests.
+SMALLER = {
+    "num_q_heads=32, num_kv_heads=8, head_dim=128": "num_q_heads=8, num_kv_heads=2, head_dim=64",
+    'dtype="bfloat16"': 'dtype="float32"',
+    "16, 8, 128, dtype=torch.bfloat16": "16, 2, 64",
+    "32, 128, dtype=torch.bfloat16": "8, 64",
+}
+
+
+def test_the_python_of_the_readme_runs(names: dict[str, Any]) -> None:
+    page = (PAGES.parent / "README.md").read_text(encoding="utf-8")
+    for large, small in SMALLER.items():
+        assert large in page
+        page = page.replace(large, small)
+    first, second, *_ = BLOCK.findall(page)
+    exec(compile(first, "README.md", "exec"), names)
+    assert names["out"].shape == (2, 8, 64) and not names["out"].isnan().any()
+    exec(compile(second, "README.md", "exec"), names)
+    assert names["forest"].lengths.tolist() == [32, 8, 12]

@@ -85,7 +85,8 @@ def build(
 ) -> None:
     """Compile and export modules, with the best decisions of this device's tuning logs.
 
-    What it makes are folders that can be copied: loading one needs torch and apache-tvm-ffi only.
+    What it makes are folders that can be copied: loading one needs torch and apache-tvm-ffi only,
+    and one for a GPU apache-tvm's CUDA runtime.
 
     If one of several fails, the others are built, no wheel is written, and it exits with 1.
 

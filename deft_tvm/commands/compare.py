@@ -52,7 +52,7 @@ def compare(
 ) -> None:
     """Compare tuning logs, row by row: medians, the interval of their ratio, p, and a verdict.
 
-    Times are taken in parts of the limit that was measured in the same rounds, so that a slow hour
+    Times are in units of the matrix product that was timed in the same rounds, so that a slow hour
     of a shared machine is no slow kernel. A row is called faster or slower where chance does not
     explain it and it is by 5 % or more. Logs of two devices are compared by their shares of each
     device's limit, and nothing is called a regression.

@@ -68,5 +68,8 @@ def _c_compiler() -> str:
     names = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
-        raise CompilerMissing("no C compiler (cc, gcc, clang) on PATH; expected one, or its name")
+        raise CompilerMissing(
+            "no C compiler (cc, gcc, clang) is on PATH; expected one (`apt install gcc`), or its "
+            "name in CC"
+        )
     return found
