@@ -56,3 +56,11 @@ def not_a_module(tmp_path: Path) -> Path:
     path = tmp_path / "nothing.so"
     path.write_bytes(b"nothing")
     return path
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the user's logs and modules nor those that ship."""
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "DEFT_TVM_LOGS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.setenv("COLUMNS", "80")
