@@ -102,8 +102,9 @@ def context_part(
     if pages is None:
         return part, PageTable.contiguous(part)
     counts = np.where(below, 0, np.diff(pages.page_indptr)[origin])
+    first, last = pages.page_indptr[[0, -1]]
     table = PageTable(
-        pages.page_indices,
+        pages.page_indices[first:last],
         np.append(0, counts.cumsum()),
         np.where(below, 0, pages.first_slot[origin]),
         page_size=pages.page_size,

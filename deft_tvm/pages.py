@@ -41,6 +41,10 @@ class Room(NamedTuple):
     def of(cls, lengths: NDArray[np.int64]) -> Room:
         return cls(lengths, lengths.ctypes.data)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, in this process or another, has an address of its own."""
+        return Room.of, (self.lengths,)
+
 
 class PageTable:
     """The pages of each node: integers only, int32 and read-only.
@@ -76,13 +80,16 @@ class PageTable:
         if page_size < 1 or page_size & (page_size - 1):
             raise PageError(f"page_size is {page_size}; expected a power of two")
         self.page_size = page_size
-        self.is_contiguous = page_size == CONTIGUOUS_SIZE
         self.page_indices = int32_array("page_indices", page_indices, None, PageError)
         self.page_indptr = int32_array("page_indptr", page_indptr, None, PageError)
         num_nodes = max(len(self.page_indptr) - 1, 0)
         slots = np.zeros(num_nodes, np.int32) if first_slot is None else first_slot
         self.first_slot = int32_array("first_slot", slots, num_nodes, PageError)
         self.max_page = int(self.page_indices.max(initial=-1))
+        self.is_contiguous = page_size == CONTIGUOUS_SIZE
+        one_page = self.page_indices.tolist() == [0] and not self.page_indptr.any()
+        if page_size > CONTIGUOUS_SIZE or (self.is_contiguous and not one_page):
+            raise PageError(f"page_size is {page_size}; expected less than 2^30")
         self.room = Room.of(np.zeros(num_nodes, np.int64))
         _check_indptr(self.page_indptr, len(self.page_indices))
         _check_range("page_indices", self.page_indices, 2**31)

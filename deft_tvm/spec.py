@@ -11,10 +11,9 @@ their own and have no separate rope; variants with a shared state name the same 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from deft_tvm.errors import SpecError
 
@@ -115,9 +114,9 @@ class AttentionSpec:
     sinks: bool = False
 
     def __post_init__(self) -> None:
-        _check_heads(self)
-        _check_regions(self)
-        _check_storage(self)
+        from deft_tvm.spec_checks import check
+
+        check(self)
 
     @property
     def group(self) -> int:
@@ -273,6 +272,11 @@ class AttentionSpec:
                     "scale and the nope width are None; expected one, since the width of an "
                     "absorbed key does not tell the scale"
                 )
+            if nope_dim + rope_dim < 1:
+                raise SpecError(
+                    f"the nope width is {nope_dim} beside a rope of {rope_dim}; expected 1 or more "
+                    f"together"
+                )
             scale = (nope_dim + rope_dim) ** -0.5
         return cls(
             num_q_heads=num_q_heads,
@@ -422,67 +426,3 @@ def _state_and_rope(
     state = CacheBuffer("state", heads, width, dtype)
     rope = CacheBuffer("rope", rope_heads, rope_dim, rope_dtype)
     return (state, rope) if rope_dim else (state,)
-
-
-def _check_heads(spec: AttentionSpec) -> None:
-    for name in ("num_q_heads", "num_kv_heads"):
-        value = getattr(spec, name)
-        if value < 1:
-            raise SpecError(f"{name} is {value}; expected 1 or more")
-    if spec.num_q_heads % spec.num_kv_heads:
-        raise SpecError(
-            f"num_q_heads is {spec.num_q_heads}; expected a multiple of "
-            f"num_kv_heads, which is {spec.num_kv_heads}"
-        )
-
-
-def _check_regions(spec: AttentionSpec) -> None:
-    for name, region in (("k", spec.k), ("v", spec.v)):
-        if not 0 <= region.buffer < len(spec.buffers):
-            raise SpecError(f"{name}.buffer is {region.buffer}; there are {len(spec.buffers)}")
-        buffer = spec.buffers[region.buffer]
-        if not 0 <= region.begin < region.end <= buffer.width:
-            raise SpecError(
-                f"{name} is columns {region.begin} to {region.end}; "
-                f"expected a part of buffer {buffer.name!r}, which is {buffer.width} wide"
-            )
-        if buffer.heads != spec.num_kv_heads:
-            raise SpecError(
-                f"buffer {buffer.name!r} has {buffer.heads} heads; "
-                f"expected num_kv_heads, which is {spec.num_kv_heads}"
-            )
-    inside = spec.v.begin <= spec.k.begin and spec.k.end <= spec.v.end
-    if spec.tied and not inside:
-        raise SpecError(f"k {spec.k} and v {spec.v} overlap in part; expected k inside v, or apart")
-    if spec.rope is not None and not 0 <= spec.rope < len(spec.buffers):
-        raise SpecError(f"rope is buffer {spec.rope}; there are {len(spec.buffers)}")
-    if spec.rope is not None and spec.buffers[spec.rope].heads not in (1, spec.num_kv_heads):
-        raise SpecError(
-            f"the rope buffer has {spec.buffers[spec.rope].heads} heads; "
-            f"expected 1 or num_kv_heads, which is {spec.num_kv_heads}"
-        )
-
-
-def _check_storage(spec: AttentionSpec) -> None:
-    if spec.page_size < 1 or spec.page_size & (spec.page_size - 1):
-        raise SpecError(f"page_size is {spec.page_size}; expected a power of two")
-    if spec.layout not in get_args(Layout):
-        raise SpecError(f"layout is {spec.layout!r}; expected 'NHD' or 'HND'")
-    rope = [] if spec.rope is None else [("rope", spec.buffers[spec.rope].dtype)]
-    for name, dtype in (("dtype", spec.dtype), *rope):
-        if dtype not in get_args(Dtype):
-            raise SpecError(f"{name} is {dtype!r}; expected one of {', '.join(get_args(Dtype))}")
-    for buffer in spec.buffers:
-        if buffer.dtype not in DTYPE_BYTES:
-            raise SpecError(
-                f"buffer {buffer.name!r} has dtype {buffer.dtype!r}; expected one of "
-                f"{', '.join(DTYPE_BYTES)}"
-            )
-    k, v = spec.buffers[spec.k.buffer], spec.buffers[spec.v.buffer]
-    if k.scaled != v.scaled:
-        raise SpecError(f"K is {k.dtype} and V {v.dtype}; expected both of them in {FP8}, or none")
-    if spec.window is not None and spec.window < 1:
-        raise SpecError(f"window is {spec.window}; expected 1 or more tokens, or None")
-    for name, value in (("scale", spec.scale), ("soft_cap", spec.soft_cap)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise SpecError(f"{name} is {value}; expected a finite number above zero")

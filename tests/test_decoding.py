@@ -415,3 +415,16 @@ def _decode(**changes: Any) -> Any:
 def test_refusals(refused: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         refused()
+
+
+@pytest.mark.parametrize("wrong", [Next(0, 3), Next(0, (2,), None), Next(0, ("a",))])
+def test_a_choice_that_is_none_changes_nothing(wrong: Next) -> None:
+    cache = TokenCache()
+    with Decoding(over_tokens(TABLE), cache, [[1, 2, 3]]) as decoding:
+        decoding.run()
+        branches, free = cache.pool.branches, cache.pool.num_free
+        with pytest.raises(InputError, match=r"nexts\[1\] has tokens .*; expected integers"):
+            decoding.choose([Next(0, (1,)), wrong])
+        assert (cache.pool.branches, cache.pool.num_free) == (branches, free)
+        decoding.choose(Next(0, (token,)) for token in (1, 2))
+        assert len(decoding.live) == 2

@@ -147,3 +147,11 @@ def test_a_part_has_no_window() -> None:
     part, pages = context_part(FOREST, *divide_context(FOREST, 0, 2))
     with pytest.raises(PlanError, match="window is 8; expected None, as positions in a part of a"):
         make_plan(part, pages, replace(GQA, window=8), TILES[0], profile())
+
+
+def test_a_part_of_pages_that_begin_later_in_their_table() -> None:
+    forest = Forest.from_parents([-1, 0, 0], [6, 3, 1])
+    pages = PageTable([99, 8, 3, 3, 5, 5], [1, 3, 5, 6], [0, 2, 1], page_size=4)
+    part, table = context_part(forest, *divide_context(forest, 0, 1), pages)
+    table.check(part)
+    assert table.page_indices.tolist() == [8, 3, 3, 5, 5]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -248,3 +251,21 @@ def test_rows_lie_where_the_last_tokens_of_their_nodes_do(drawn):
         for page, slot in slots[end - count : end]
     ]
     assert table.row_slots(forest).tolist() == wanted
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pages: pickle.loads(pickle.dumps(pages))])
+def test_a_copy_has_a_room_of_its_own(copied: Callable[[PageTable], PageTable]) -> None:
+    """The compiled planner reads it by its address, after the original may be gone."""
+    forest = Forest.from_parents([-1, 0], [6, 3])
+    pages = PageTable([8, 3, 5], [0, 2, 3], page_size=4)
+    pages.check(forest)
+    other = copied(pages)
+    assert other.room.address == other.room.lengths.ctypes.data != pages.room.address
+    assert other.room.lengths.tolist() == pages.room.lengths.tolist() != [0, 0]
+
+
+def test_no_page_size_is_that_of_a_cache_without_pages() -> None:
+    with pytest.raises(PageError, match="page_size is 1073741824; expected less than 2"):
+        PageTable([500], [0, 0, 0], [0, 6], page_size=1 << 30)
+    with pytest.raises(PageError, match="page_size is 2147483648; expected less than 2"):
+        PageTable([0], [0, 1], page_size=1 << 31)

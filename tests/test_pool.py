@@ -421,3 +421,11 @@ def test_what_waits_to_be_moved_is_moved_before_pages_are_numbered_anew() -> Non
             renumber(pool)
         assert moves(pool) == [(4, 8), (5, 9)]
         renumber(pool)
+
+
+def test_no_fraction_of_a_token_is_cached() -> None:
+    pool = PagePool(8, page_size=4)
+    branch = pool.root()
+    with pytest.raises(PageError, match=r"counts\[\d+\] is 1.5; expected 0 or more tokens"):
+        pool.append({branch: 1.5})
+    assert pool.length(branch) == 0

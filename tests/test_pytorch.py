@@ -394,3 +394,12 @@ def test_public_names_are_lazy() -> None:
 def test_an_unknown_public_name() -> None:
     with pytest.raises(AttributeError, match="module 'deft_tvm' has no attribute 'nothing'"):
         deft_tvm.nothing  # noqa: B018
+
+
+def test_a_row_that_no_set_sees_has_no_gradient() -> None:
+    outs = torch.ones(2, 2, 1, 3)
+    lses = torch.tensor([[[0.3], [-torch.inf]], [[1.0], [-torch.inf]]], requires_grad=True)
+    out, lse = merge_states(outs, lses)
+    (out.sum() + lse[0].sum()).backward()
+    assert lses.grad is not None and lses.grad.isfinite().all()
+    assert lse[1] == -torch.inf and not out[1].any()

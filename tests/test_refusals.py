@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from built import SMALL, artifact
@@ -131,7 +133,7 @@ def test_kv_that_is_no_tuple_of_the_buffers(attention: TreeAttention) -> None:
     k, v = case().buffers
     with refused(InputError, "kv has 1 tensors; expected 2: k, v"):
         attention.run(case().q, (k,))
-    with refused(InputError, "kv is one tensor; expected a tuple of them, such as kv.unbind()"):
+    with refused(InputError, "kv is one tensor; expected a tuple of tensors, such as kv.unbind()"):
         attention.run(case().q, torch.stack([k, v]))  # type: ignore[arg-type]
 
 
@@ -228,9 +230,8 @@ def test_half_a_page_table(attention: TreeAttention) -> None:
 
 
 def test_a_grouping_that_does_not_exist() -> None:
-    attention = TreeAttention(SMALL, artifact(SMALL), grouping="clever")
     with refused(PlanError, "grouping is 'clever'; expected one of node, node_chunk"):
-        attention.plan(FOREST)
+        TreeAttention(SMALL, artifact(SMALL), grouping="clever")
 
 
 def test_specs_that_are_no_attention() -> None:
@@ -298,3 +299,56 @@ def test_logs_from_another_version_and_logs_cut_off(tmp_path: Any) -> None:
 def test_states_that_do_not_fit(outs: Tensor, lses: Tensor, sentence: str) -> None:
     with refused(InputError, sentence):
         merge_states(outs, lses)
+
+
+SPECS: dict[str, tuple[Callable[[], AttentionSpec], str]] = {
+    "heads": (lambda: gqa(num_q_heads=4.0), "num_q_heads is 4.0; expected an integer"),
+    "width": (lambda: gqa(head_dim=16.5), "buffers[0].width is 16.5; expected an integer"),
+    "window": (lambda: gqa(window=7.5), "window is 7.5; expected an integer"),
+    "scale": (lambda: gqa(scale="half"), "scale is 'half'; expected a number"),
+    "rope": (
+        lambda: AttentionSpec.mla(num_q_heads=4, kv_lora_rank=32, qk_rope_head_dim=-8, scale=0.1),
+        "buffers[1] (rope) has width -8; expected 1 or more",
+    ),
+    "nope": (
+        lambda: AttentionSpec.mla(
+            num_q_heads=4, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=-8
+        ),
+        "the nope width is -8 beside a rope of 8; expected 1 or more together",
+    ),
+    "buffer": (
+        lambda: replace(gqa(), buffers=(replace(gqa().buffers[0], name="../k"),) * 2),
+        "buffers[0] is named '../k'; expected letters, digits or _",
+    ),
+}
+
+
+def gqa(**changed: Any) -> AttentionSpec:
+    return AttentionSpec.gqa(**({"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16} | changed))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_no_attention(name: str) -> None:
+    make, sentence = SPECS[name]
+    with refused(SpecError, sentence):
+        make()
+
+
+def test_specs_that_are_equal_are_spelled_alike() -> None:
+    for one, other in ((1, 1.0), (np.float64(0.3), 0.3)):
+        assert str(gqa(scale=one)) == str(gqa(scale=other)), one
+        assert str(gqa(soft_cap=one)) == str(gqa(soft_cap=other)), one
+
+
+def test_text_is_no_attention() -> None:
+    with refused(InputError, f"spec is {str(SMALL)!r}; expected an AttentionSpec"):
+        TreeAttention(str(SMALL))
+
+
+def test_a_page_table_beside_its_parts_and_kv_that_is_none() -> None:
+    attention, forest = TreeAttention(SMALL, artifact(SMALL)), Forest.from_parents([-1], [3])
+    with refused(InputError, "page_indptr or first_slot is given beside a PageTable; expected nei"):
+        attention.plan(forest, PageTable([0], [0, 1], page_size=4), [0, 1])
+    attention.plan(forest, [0], [0, 1])
+    with refused(InputError, "kv is NoneType; expected a tuple of tensors"):
+        attention.run(torch.zeros(1, 4, 16), None)

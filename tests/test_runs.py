@@ -21,6 +21,7 @@ from deft_tvm.errors import DeftError, ExactnessError, InputError, PlanError
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.pytorch import TreeAttention
+from deft_tvm.pytorch.workspace import workspace
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, parse, tensors
@@ -185,3 +186,29 @@ def test_check_and_debug_watch_each_run(
         buffer[first] = torch.nan
     with pytest.raises(ExactnessError, match=r"out is .* from the oracle's; expected at most"):
         small.run(case.q, case.buffers)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_update_takes_no_pages_of_another_size(deterministic: bool) -> None:
+    forest = Forest.from_parents([-1, 0], [9, 3])
+    attention = TreeAttention(SMALL, artifact(SMALL), deterministic=deterministic)
+    attention.plan(forest, [0, 1, 2, 3], [0, 3, 4])
+    with refused(PlanError, "pages have page_size 16; expected the spec's, which is 4"):
+        attention.update(page_indices=PageTable([1, 2], [0, 1, 2], page_size=16))
+
+
+def test_outputs_that_are_given_have_another_version_after_a_run(small: TreeAttention) -> None:
+    """So that autograd refuses to go back through what was there."""
+    case = tensors(parse("sequences:count=2,tokens=9").forest, SMALL)
+    out, lse = run(small, case)
+    weight = torch.ones(out.shape, requires_grad=True)
+    (weight * out).sum().backward()
+    loss = (weight * out).sum()
+    small.run(case.q, case.buffers, out, lse)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_more_partials_than_stage_2_can_count_are_refused() -> None:
+    with refused(PlanError, "the plan has 40000 partials of 128 heads and 512 columns; expected"):
+        workspace(torch.empty(0), 40000, 128, 512)

@@ -373,3 +373,8 @@ def _speculate(**changes: Any) -> Any:
 def test_refusals(refused: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         refused()
+
+
+def test_tokens_of_a_draft_are_integers_whatever_they_came_in() -> None:
+    draft = Draft.chain(torch.tensor([5, 6, 7]))
+    assert draft.tokens == (5, 6, 7) and {type(token) for token in draft.tokens} == {int}

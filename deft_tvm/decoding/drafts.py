@@ -33,6 +33,8 @@ class Draft:
         InputError: the arrays do not fit each other, a parent is no earlier token, or a token was
             drawn from a distribution that does not have it.
         """
+        for name in ("tokens", "parents"):  # of a tensor each would be a tensor, equal to none
+            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
         count = len(self.tokens)
         if len(self.parents) != count:
             raise InputError(

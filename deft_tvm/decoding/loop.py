@@ -8,7 +8,7 @@ pages back, and only rows of new tokens run through the model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, count
 from types import TracebackType
 
@@ -89,21 +89,31 @@ class Decoding:
             self._pass(part)
         return torch.stack([self._logits[branch.number] for branch in self.live])
 
-    def choose(self, nexts: Sequence[Next]) -> None:
+    def choose(self, nexts: Iterable[Next]) -> None:
         """Split, go on with and prune the live branches; `run` caches their new tokens.
 
         Nothing is copied for a branch that forks. Where one is left alone after another was
         pruned, at most the half-full page that they shared is.
 
         Raises:
-            InputError: a parent is no place among the live branches; nothing was changed.
+            InputError: a parent is no place among the live branches, tokens are no integers, or a
+                score is no number; nothing was changed.
         """
+        nexts = list(nexts)
+        grown: list[tuple[tuple[int, ...], float]] = []
         for place, following in enumerate(nexts):
             if not 0 <= following.parent < len(self.live):
                 raise InputError(
                     f"nexts[{place}].parent is {following.parent}; expected the place of one of "
                     f"{len(self.live)} live branches"
                 )
+            try:
+                grown.append((tuple(map(int, following.tokens)), float(following.score)))
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"nexts[{place}] has tokens {following.tokens!r} and score "
+                    f"{following.score!r}; expected integers and a number"
+                ) from None
         heirs = Counter(following.parent for following in nexts if not following.done)
         pool, parents = self.cache.pool, self.live
         # First what goes: a branch that is left alone takes the pages of both before it forks.
@@ -115,13 +125,13 @@ class Decoding:
             for place in heirs
         }
         logits, self._logits, self.live = self._logits, {}, []
-        for following in nexts:
+        for following, (tokens, score) in zip(nexts, grown, strict=True):
             parent = parents[following.parent]
             number = -1 if following.done else next(numbers[following.parent])
             branch = Branch(
                 parent.prompt,
-                parent.tokens + tuple(map(int, following.tokens)),
-                float(following.score),
+                parent.tokens + tokens,
+                score,
                 following.state,
                 following.done,
                 number,

@@ -174,7 +174,8 @@ class Plan:
                 f"expected other lengths or pages alone, else a new plan"
             )
         laid = isinstance(self.laid, Laid)
-        if laid and np.array_equal(self.forest.lengths, forest.lengths):
+        alike = laid and pages.page_size == self.page_size
+        if alike and np.array_equal(self.forest.lengths, forest.lengths):
             return self._moved(forest, pages)
         return self.recipe(forest, pages, self)
 

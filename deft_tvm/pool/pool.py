@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -148,8 +149,8 @@ class PagePool:
         """
         drafts = drafts or {}
         for branch, count in counts.items():
-            if count < 0:
-                raise PageError(f"counts[{branch}] is {count}; expected 0 or more tokens")
+            if not isinstance(count, Integral) or count < 0:
+                raise PageError(f"counts[{branch}] is {count!r}; expected 0 or more tokens")
             if branch in drafts:
                 raise PageError(f"branch {branch} is in counts and in drafts; expected one of them")
         for branch, parents in drafts.items():

@@ -69,9 +69,14 @@ class TreeAttention:
         Raises:
             ArtifactError: the module is damaged, or not for this spec or device.
             CompilerMissing: there is no module, and no compiler to build one.
-            InputError: `device` is a GPU, and torch sees none.
+            InputError: `spec` is none, or `device` is a GPU, and torch sees none.
+            PlanError: there is no such grouping, or it is not deterministic.
             LogError: the device's measured rates cannot be read.
         """
+        if not isinstance(spec, AttentionSpec):
+            raise InputError(
+                f"spec is {spec!r}; expected an AttentionSpec, as AttentionSpec.parse reads one"
+            )
         self.spec = spec
         self.device = torch.device(device or _kind_of(module))
         kind = self.device.type
@@ -88,6 +93,7 @@ class TreeAttention:
         self._loaded = remember(self._key, kind, self.artifact)
         # Outside of any program: before Python 3.12 it takes a lock, which Dynamo cannot trace.
         _ = spec.scaled
+        self._new_recipe()
 
     def __repr__(self) -> str:
         return f"TreeAttention({str(self.spec)!r}, {str(self.device)!r}, plan={self.last_plan})"
@@ -324,6 +330,10 @@ def _page_table(
     first_slot: ArrayLike | Tensor | None,
 ) -> PageTable:
     if isinstance(page_indices, PageTable):
+        if page_indptr is not None or first_slot is not None:
+            raise InputError(
+                "page_indptr or first_slot is given beside a PageTable; expected neither"
+            )
         return page_indices
     if page_indices is None and (page_indptr is not None or first_slot is not None):
         raise InputError("page_indices is None beside page_indptr or first_slot; expected all")

@@ -52,8 +52,9 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
         raise InputError(
             f"sinks is {given}; expected {wanted}, since the spec has sinks={spec.sinks}"
         )
-    if isinstance(kv, Tensor):
-        raise InputError("kv is one tensor; expected a tuple of them, such as kv.unbind()")
+    if isinstance(kv, Tensor) or not isinstance(kv, Sequence):
+        given = "one tensor" if isinstance(kv, Tensor) else type(kv).__name__
+        raise InputError(f"kv is {given}; expected a tuple of tensors, such as kv.unbind()")
     for i, tensor in enumerate((q, *kv)):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")

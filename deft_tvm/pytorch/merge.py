@@ -43,8 +43,10 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.sum(0)
     seen = (lses != -math.inf).unsqueeze(-1)
     summed = (weights.unsqueeze(-1) * outs.to(compute).where(seen, 0.0)).sum(0)
-    out = summed / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
-    return out.to(outs.dtype), shift + total.log()
+    # Not the logarithm of 0, whose gradient would be NaN times 0.
+    divisor = total.masked_fill(total == 0, 1.0)
+    out = summed / divisor.unsqueeze(-1)
+    return out.to(outs.dtype), (shift + divisor.log()).masked_fill(total == 0, -math.inf)
 
 
 def _check(outs: Tensor, lses: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from deft_tvm.errors import InputError
 from deft_tvm.layer import kernel_operands
@@ -124,7 +125,7 @@ def attend(
     here = loaded.scaled or not step.paged or len(kv) != loaded.tensors or q.dim() != 3
     if here:
         check_inputs(loaded, step, q, kv)
-    given = out is not None or lse is not None
+    given = [tensor for tensor in (out, lse) if tensor is not None]
     out, lse = outputs(q, loaded.spec.v_width, out, lse)
     if here and given:
         check_outputs(loaded, step, out, lse)
@@ -133,6 +134,9 @@ def attend(
         check_inputs(loaded, step, q, kv)
         check_outputs(loaded, step, out, lse)
         raise InputError("a tensor does not fit the plan; expected those that run describes")
+    if given and not torch.is_inference_mode_enabled():
+        # As every operator does that writes to a tensor, so that autograd misses what was there.
+        increment_version(given)
     return out, lse
 
 
