@@ -155,8 +155,13 @@ def build(
 
 
 def build_default(spec: AttentionSpec, device: DeviceProfile) -> Path:
-    """The module that `artifact.find` makes where it found none: in the user's cache."""
-    return build(spec, device)
+    """The module that `artifact.find` makes where it found none: in the user's cache.
+
+    Where defaults are asked for, it lies beside the tuned one and not in its place.
+    """
+    place = cache_directory(spec, device)
+    untuned = place.with_name(f"{place.name}-untuned")
+    return build(spec, device, out=untuned if env.UNTUNED.get() else place)
 
 
 def logged_decisions(

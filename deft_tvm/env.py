@@ -38,7 +38,7 @@ class Variable(Generic[T]):
             return self.default
         try:
             return self.parse(text)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RuntimeError):  # the last is of a home that nobody has
             raise InputError(f"{self.name} is {text!r}; expected {self.expected}") from None
 
 

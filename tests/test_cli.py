@@ -58,6 +58,7 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
         (("info", "--model", "/no"), "/no: No such file or directory; expected a model's folder"),
         (("info", "--model", "/no", "--spec", "gqa:"), "and --model '/no'; expected one of them"),
+        (("show", "tree", "recorded:path=~no-such-user/x"), "x': Could not determine home directory"),
         (("info", "--dtype", "f16"), "--dtype is 'f16' and there is no --model; expected both"),
     ],
 )
@@ -72,7 +73,17 @@ def test_wrong_values_are_refused_in_one_sentence(
     assert sentence in ran.err
 
 
-@pytest.mark.parametrize("arguments", [("tunes",), ("check", "--fast"), ("tune", "--trials", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tunes",),
+        ("check", "--fast"),
+        ("tune", "--trials", "0"),
+        ("check", "--seed", "-1"),
+        ("tune", "--apart", "inf"),
+        ("tune", "--minutes", "inf"),
+    ],
+)
 def test_wrong_use_exits_with_2(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

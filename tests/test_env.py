@@ -31,6 +31,7 @@ def test_every_variable_is_read_when_asked(monkeypatch: pytest.MonkeyPatch) -> N
         ("DEBUG", "6", "DEFT_TVM_DEBUG is '6'; expected a level from 0 to 5"),
         ("DEBUG", "loud", "DEFT_TVM_DEBUG is 'loud'; expected a level from 0 to 5"),
         ("CHECK", "yes", "DEFT_TVM_CHECK is 'yes'; expected 0 or 1"),
+        ("LOGS", "~no-such-user/x", "DEFT_TVM_LOGS is '~no-such-user/x'; expected "),
     ],
 )
 def test_a_bad_value_is_refused(

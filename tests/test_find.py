@@ -251,3 +251,20 @@ def test_no_module_and_no_compiler(tmp_path: Path, not_a_module: Path, build: Ca
     assert "pip install '.[tune]'" in text
     assert f"deft-tvm build --spec {SPEC}" in text
     assert "DEFT_TVM_MODULE_PATH" in text
+
+
+def test_defaults_that_are_asked_for_take_no_tuned_module_s_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deft_tvm import build as building
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[Path] = []
+    monkeypatch.setattr(building, "build", lambda spec, device, out: made.append(out) or out)
+    device = DeviceProfile.detect()
+    for asked in ("0", "1"):
+        monkeypatch.setenv("DEFT_TVM_UNTUNED", asked)
+        building.build_default(SPEC, device)
+    tuned, untuned = made
+    assert tuned == manifest.cache_directory(SPEC, device)
+    assert untuned.parent == tuned.parent and untuned.name == f"{tuned.name}-untuned"

@@ -145,3 +145,14 @@ def test_t4_has_every_trial_with_its_status_and_times_in_ms(tmp_path: Path) -> N
     assert {"name": "time", "value": 1.6, "unit": "ms"} in good["measurements"]
     for each in found["results"]:
         assert each.keys() >= {"configuration", "times", "invalidity", "correctness"}
+
+
+@pytest.mark.parametrize("device", ["../elsewhere", "/elsewhere", "..", ""])
+def test_a_line_of_no_device_is_written_nowhere(device: str, tmp_path: Path) -> None:
+    source = place(write(tmp_path / "one", "a", 1, "2026-11-20T10:00:00+00:00"))
+    lines = [msgspec.json.decode(line) for line in source.path.read_bytes().splitlines()]
+    foreign = [msgspec.json.encode(line | {"device": device}) + b"\n" for line in lines]
+    source.path.write_bytes(b"".join(foreign))
+    with pytest.raises(LogError, match=r"device is .*; expected letters, digits, - and _"):
+        merge([tmp_path / "one"], tmp_path / "all")
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "all").exists()

@@ -84,7 +84,7 @@ def test_choices_are_ranks_of_continuations(text: list[int], context: int) -> No
 
 
 def test_equally_likely_tokens_come_by_how_late_they_were() -> None:
-    assert NGramDrafter(choices=[(0,), (1,), (2,)])([7, 5, 6]).tokens == [6, 5, 7]
+    assert NGramDrafter(choices=[(0,), (1,), (2,)])([7, 5, 6]).tokens == (6, 5, 7)
 
 
 def test_a_text_that_repeats_is_foreseen() -> None:
@@ -92,7 +92,7 @@ def test_a_text_that_repeats_is_foreseen() -> None:
     text = [1, 2, 3, 9, 5, 2, 3, 8, 5, 2, 3, 8, 1, 2, 3]
     draft = NGramDrafter(nodes=3, context=3)(text)
     assert _paths(draft)[0] == (9,)
-    assert NGramDrafter(nodes=1, context=2)(text).tokens == [8]
+    assert NGramDrafter(nodes=1, context=2)(text).tokens == (8,)
 
 
 def test_unlikely_tokens_are_not_drafted() -> None:
@@ -100,7 +100,7 @@ def test_unlikely_tokens_are_not_drafted() -> None:
     draft = NGramDrafter(nodes=50, least=0.9)(text)
     assert 1 <= len(draft.tokens) < 50
     assert all(_reached(text, path, 3) >= 0.9 for path in _paths(draft))
-    assert NGramDrafter(nodes=50, least=0.99)([1, 2]).tokens == []
+    assert NGramDrafter(nodes=50, least=0.99)([1, 2]).tokens == ()
 
 
 @pytest.mark.parametrize(

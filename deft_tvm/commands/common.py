@@ -62,11 +62,14 @@ GroupingOption = Annotated[
     str,
     typer.Option(help="How the tree is divided: auto, packed, node, node_chunk, flatten, sequence"),
 ]
-SeedOption = Annotated[int, typer.Option(help="Another one: other random numbers.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Another one: other random numbers.")
+]
 ApartOption = Annotated[
     float | None,
     typer.Option(
         min=0.0,
+        max=86400.0,
         help="Seconds between the passes of the last measurement, each then in a new process; by "
         "default 5, on a GPU 0. On a machine that is all yours 0 does: all passes in one process.",
     ),

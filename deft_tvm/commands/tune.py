@@ -62,6 +62,7 @@ def tune(
         float | None,
         typer.Option(
             min=0.1,
+            max=1e6,
             help="Time for the search of all specs together; measuring the best again comes on "
             "top, some minutes for each.",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def merge(paths: Sequence[AnyPath], into: AnyPath) -> list[Merged]:
 
     Raises:
         LogError: a path has no log, two lines claim to be the same trial and differ, or one is of a
-            newer schema.
+            newer schema or names what is no device.
         TuningError: a tuning writes a log that would have to be changed.
     """
     folders = [folder for path in paths for folder in _some(path)]
@@ -54,6 +55,10 @@ def merge(paths: Sequence[AnyPath], into: AnyPath) -> list[Merged]:
     for folder in folders:
         line = _first_line(folder)
         if line is not None:
+            if not re.fullmatch(r"\w[\w.-]*", line.device):
+                raise LogError(
+                    f"{folder}: device is {line.device!r}; expected letters, digits, - and _"
+                )
             place = Path(into, line.device, AttentionSpec.parse(line.spec).slug)
             by_place.setdefault(place, []).append(folder)
     return [_merge(TuningLog(place), sources) for place, sources in by_place.items()]

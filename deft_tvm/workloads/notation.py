@@ -64,7 +64,10 @@ def _recorded(text: str, body: str) -> Workload:
     if not given.get("path"):
         raise WorkloadError(f"workload {text!r} has no path; expected {RECORDED}:path=FILE")
     # Absolute, as a name in a log means the same wherever the command is run.
-    path = Path(given.pop("path")).expanduser().absolute()
+    try:
+        path = Path(given.pop("path")).expanduser().absolute()
+    except RuntimeError as error:
+        raise WorkloadError(f"workload {text!r}: {error}; expected a path") from None
     numbers = {key: _number(text, key, value) for key, value in given.items()}
     request, prompt = numbers.get("request", 1), numbers.get("prompt", PROMPT)
     recordings = load_recorded(path, prompt)
