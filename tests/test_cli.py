@@ -58,7 +58,10 @@ def test_every_drawing_has_help(drawing: str, capsys: pytest.CaptureFixture[str]
         (("show", "plan", "--svg", "/no/dir/x.svg"), "/no/dir/x.svg: No such file or directory"),
         (("info", "--model", "/no"), "/no: No such file or directory; expected a model's folder"),
         (("info", "--model", "/no", "--spec", "gqa:"), "and --model '/no'; expected one of them"),
-        (("show", "tree", "recorded:path=~no-such-user/x"), "x': Could not determine home directory"),
+        (
+            ("show", "tree", "recorded:path=~no-such-user/x"),
+            "x': Could not determine home directory",
+        ),
         (("info", "--dtype", "f16"), "--dtype is 'f16' and there is no --model; expected both"),
     ],
 )
