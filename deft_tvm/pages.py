@@ -87,9 +87,10 @@ class PageTable:
         self.first_slot = int32_array("first_slot", slots, num_nodes, PageError)
         self.max_page = int(self.page_indices.max(initial=-1))
         self.is_contiguous = page_size == CONTIGUOUS_SIZE
-        one_page = self.page_indices.tolist() == [0] and not self.page_indptr.any()
-        if page_size > CONTIGUOUS_SIZE or (self.is_contiguous and not one_page):
-            raise PageError(f"page_size is {page_size}; expected less than 2^30")
+        if page_size >= CONTIGUOUS_SIZE:
+            one_page = self.page_indices.tolist() == [0] and not self.page_indptr.any()
+            if not (self.is_contiguous and one_page):
+                raise PageError(f"page_size is {page_size}; expected less than 2^30")
         self.room = Room.of(np.zeros(num_nodes, np.int64))
         _check_indptr(self.page_indptr, len(self.page_indices))
         _check_range("page_indices", self.page_indices, 2**31)

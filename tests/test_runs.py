@@ -212,3 +212,13 @@ def test_outputs_that_are_given_have_another_version_after_a_run(small: TreeAtte
 def test_more_partials_than_stage_2_can_count_are_refused() -> None:
     with refused(PlanError, "the plan has 40000 partials of 128 heads and 512 columns; expected"):
         workspace(torch.empty(0), 40000, 128, 512)
+
+
+def test_room_that_is_kept_holds_no_more_partials_than_there_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deft_tvm.pytorch.workspace.MOST_ELEMENTS", 100 * 6)
+    kept, _ = workspace(torch.empty(0), 70, 2, 3)
+    assert kept.shape[0] == 100
+    with refused(PlanError, "the plan has 101 partials of 2 heads and 3 columns; expected"):
+        workspace(torch.empty(0), 101, 2, 3)

@@ -124,15 +124,13 @@ def info(
 
 def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
     """All logs of `device`, in the order in which they are looked for."""
-    from deft_tvm.tuning.log import TRIALS, TuningLog, log_roots
+    from deft_tvm.tuning.log import log_roots, logs_of
 
     found = []
-    for file in (
-        f for root in log_roots() for f in sorted((root / device.slug).glob(f"*/{TRIALS}"))
-    ):
-        trials = TuningLog(file.parent).read()
+    for log in logs_of(root / device.slug for root in log_roots()):
+        trials = log.read()
         good = sum(trial.status == "ok" for trial in trials)
-        found.append(FittingLog(file.parent, len(trials), good, trials.skipped))
+        found.append(FittingLog(log.directory, len(trials), good, trials.skipped))
     return found
 
 

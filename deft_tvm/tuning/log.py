@@ -253,12 +253,18 @@ def measured(device: DeviceProfile) -> DeviceProfile:
     )
 
 
+def logs_of(folders: Iterable[Path]) -> Iterator[TuningLog]:
+    """All logs in a device's folders, one folder after the other."""
+    for folder in folders:
+        for file in sorted(folder.glob(f"*/{TRIALS}")):
+            yield TuningLog(file.parent)
+
+
 def device_logs(folders: Iterable[Path]) -> dict[str, TuningLog]:
     """The logs in a device's folders by their spec's slug; the first folder that has one speaks."""
-    files = (f for folder in folders for f in sorted(folder.glob(f"*/{TRIALS}")))
     found: dict[str, TuningLog] = {}
-    for file in files:
-        found.setdefault(file.parent.name, TuningLog(file.parent))
+    for log in logs_of(folders):
+        found.setdefault(log.directory.name, log)
     return found
 
 
