@@ -12,11 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from deft_tvm.errors import DeftError, installing
-
-WRONG_USE = 2
-FAULT = 70
-INTERRUPTED = 130
-"""As shells have it."""
+from deft_tvm.exit_codes import FAULT, INTERRUPTED, WRONG_USE
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

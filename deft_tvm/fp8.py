@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from deft_tvm.dtypes import Layout
 from deft_tvm.errors import InputError
-from deft_tvm.spec import Layout
 
 MOST = torch.finfo(torch.float8_e4m3fn).max
 """448, the largest element."""

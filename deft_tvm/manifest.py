@@ -20,9 +20,10 @@ import msgspec
 import platformdirs
 
 from deft_tvm.device import DeviceProfile, Kind
+from deft_tvm.dtypes import Dtype
 from deft_tvm.errors import ArtifactError
 from deft_tvm.files import AnyPath, replace_folder
-from deft_tvm.spec import AttentionSpec, Dtype, TileShape
+from deft_tvm.spec import AttentionSpec, TileShape
 
 #: Version of the manifest's fields; a reader refuses a newer one.
 SCHEMA = 1

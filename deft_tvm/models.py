@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import msgspec
 
+from deft_tvm.dtypes import Dtype, Layout
 from deft_tvm.errors import SpecError
-from deft_tvm.spec import AttentionSpec, Dtype, Layout
+from deft_tvm.spec import AttentionSpec
 
 CONFIG = "config.json"
 SLIDING = "sliding_attention"

@@ -16,18 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from deft_tvm.dtypes import FP8, LONG_DTYPE, SHORT_DTYPE, CacheDtype, Dtype, Layout
 from deft_tvm.errors import SpecError
-from deft_tvm.spec import (
-    FP8,
-    LONG_DTYPE,
-    SHORT_DTYPE,
-    AttentionSpec,
-    CacheBuffer,
-    CacheDtype,
-    Dtype,
-    Layout,
-    Region,
-)
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region
 
 T = TypeVar("T")
 D = TypeVar("D")

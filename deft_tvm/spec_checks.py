@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from deft_tvm.dtypes import DTYPE_BYTES, FP8, Dtype, Layout
 from deft_tvm.errors import SpecError
-from deft_tvm.spec import DTYPE_BYTES, FP8, AttentionSpec, Dtype, Layout
+
+if TYPE_CHECKING:
+    from deft_tvm.spec import AttentionSpec
 
 
 def check(spec: AttentionSpec) -> None:

@@ -16,11 +16,12 @@ from built import artifact
 from torch import Tensor
 
 from deft_tvm.check import bound_of, largest_error
+from deft_tvm.dtypes import FP8
 from deft_tvm.errors import OutOfPages
 from deft_tvm.pages import PageTable
 from deft_tvm.pool import ROOT
 from deft_tvm.pytorch import PagedKVCache, Step, load
-from deft_tvm.spec import FP8, AttentionSpec
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case
 

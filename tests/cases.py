@@ -10,9 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from deft_tvm.device import DeviceProfile
+from deft_tvm.dtypes import Dtype
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, make_plan
-from deft_tvm.spec import AttentionSpec, CacheBuffer, Dtype, Region, TileShape
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
 
 SPEC = AttentionSpec.gqa(num_q_heads=32, num_kv_heads=8, head_dim=128)

@@ -12,11 +12,12 @@ import torch
 from built import SMALL, artifact
 from cached import OPERATIONS, CacheMachine, new_cache
 
+from deft_tvm.dtypes import FP8
 from deft_tvm.errors import InputError, OutOfPages, PageError, SpecError
 from deft_tvm.fp8 import quantize
 from deft_tvm.pool import ROOT
 from deft_tvm.pytorch import PagedKVCache, Step, load
-from deft_tvm.spec import FP8, AttentionSpec
+from deft_tvm.spec import AttentionSpec
 
 WINDOWED = replace(SMALL, window=5, layout="HND")
 MLA = AttentionSpec.mla(

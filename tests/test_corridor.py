@@ -22,18 +22,9 @@ CORRIDOR = (
     ("errors",),
     ("env", "arrays", "files"),
     ("debug",),
-    (
-        "spec",
-        "spec_checks",
-        "notation",
-        "models",
-        "device",
-        "preorder",
-        "prefixes",
-        "tree",
-        "pages",
-        "context",
-    ),
+    ("dtypes",),
+    ("spec_checks",),
+    ("spec", "notation", "models", "device", "preorder", "prefixes", "tree", "pages", "context"),
     ("pool",),
     ("plan",),
     ("kernels",),
@@ -52,7 +43,7 @@ COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "limit", "show", "reference"} | {
     *("check", "peers", "bench", "compare", "figures", "cli", "commands", "demo", "wheel"),
-    "gpu_check",
+    *("gpu_check", "exit_codes"),
 }
 #: Inside a function only, for one reason each.
 CROSSINGS = {

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
+from deft_tvm.dtypes import FP8
 from deft_tvm.errors import InputError, PlanError, SpecError
 from deft_tvm.fp8 import dequantize, quantize
 from deft_tvm.plan import traffic
 from deft_tvm.plan.cost import kv_bytes
 from deft_tvm.pytorch import TreeAttention
-from deft_tvm.spec import FP8, AttentionSpec, CacheBuffer, Region, TileShape
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import parse, tensors
 

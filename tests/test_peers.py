@@ -9,9 +9,10 @@ import pytest
 import torch
 from small import FEW_SHOT, SPEC
 
+from deft_tvm.dtypes import Dtype
 from deft_tvm.peers import FLASHINFER, PEERS, QUICK, Gathered, peer, tvm_tree
 from deft_tvm.peers.pieces import batches, by_level, by_prefix, by_tree
-from deft_tvm.spec import AttentionSpec, Dtype
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, parse, tensors
 

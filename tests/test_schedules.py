@@ -14,10 +14,11 @@ from tvm import s_tir
 
 from deft_tvm.build import compile_module, tasks_for
 from deft_tvm.device import DeviceProfile
+from deft_tvm.dtypes import Dtype
 from deft_tvm.errors import PlanError
 from deft_tvm.schedules import KernelTask, apply_rules, schedule
 from deft_tvm.schedules.tiles import default_tiles
-from deft_tvm.spec import AttentionSpec, CacheBuffer, Dtype, Region, TileShape
+from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.workloads import parse, tensors
 
 HERE = DeviceProfile.detect()

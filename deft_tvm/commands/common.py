@@ -13,8 +13,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from deft_tvm import workloads
+from deft_tvm.dtypes import LONG_DTYPE, Dtype
 from deft_tvm.errors import CompilerMissing, InputError, installing
-from deft_tvm.spec import LONG_DTYPE, AttentionSpec, Dtype
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.workloads import Workload
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from deft_tvm.cli import INTERRUPTED
 from deft_tvm.commands.common import (
     DEFAULT_SPEC,
     ApartOption,
@@ -27,6 +26,7 @@ from deft_tvm.commands.common import (
 from deft_tvm.commands.progress import shown, told
 from deft_tvm.device import Kind
 from deft_tvm.errors import InputError
+from deft_tvm.exit_codes import INTERRUPTED
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import DEFAULT_TRIALS
 from deft_tvm.workloads import parse as parse_workload

@@ -24,9 +24,10 @@ from deft_tvm.demo.decode import (
 from deft_tvm.demo.model import Shape, Transformer
 from deft_tvm.demo.text import FewShot
 from deft_tvm.device import DeviceProfile
+from deft_tvm.dtypes import Dtype
 from deft_tvm.peers import SDPA
 from deft_tvm.pytorch import load
-from deft_tvm.spec import AttentionSpec, Dtype
+from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.log import TuningLog, writable_root
 
 TRIALS = 10

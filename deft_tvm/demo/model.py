@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deft_tvm.spec import AttentionSpec, Dtype
+from deft_tvm.dtypes import Dtype
+from deft_tvm.spec import AttentionSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """From layer, q ``[rows, Hq, width]``, and k and v ``[rows, Hkv, width]`` of the same tokens, which

@@ -49,7 +49,7 @@ TANH_SMALL = 0.625
 
 
 FP8_BITS = "uint8"
-"""Element type in which kernels take caches of `deft_tvm.spec.FP8`, so that no legalisation of
+"""Element type in which kernels take caches of `deft_tvm.dtypes.FP8`, so that no legalisation of
 TVM's changes them."""
 
 

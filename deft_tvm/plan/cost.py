@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_tvm.dtypes import DTYPE_BYTES
 from deft_tvm.errors import PlanError
 from deft_tvm.plan.residency import GROUP_ROWS, can_group, unit_bytes
-from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, TileShape
+from deft_tvm.spec import AttentionSpec, TileShape
 
 if TYPE_CHECKING:
     from deft_tvm.device import DeviceProfile

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, Dtype, TileShape
+from deft_tvm.dtypes import DTYPE_BYTES, Dtype
+from deft_tvm.spec import AttentionSpec, TileShape
 
 TABLES_BYTES = 16384
 """More than the tables of tokens and rows ever take beside the tiles."""

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deft_tvm.dtypes import DTYPE_BYTES
 from deft_tvm.plan.columns import Item, Run
 from deft_tvm.plan.cost import Ints, kv_bytes, partial_bytes
 from deft_tvm.plan.layout import Plan
 from deft_tvm.plan.split import ranges
-from deft_tvm.spec import DTYPE_BYTES, AttentionSpec
+from deft_tvm.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from deft_tvm.tree import Forest

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from deft_tvm.dtypes import DTYPE_BYTES, Dtype
 from deft_tvm.plan.residency import can_group, unit_bytes
-from deft_tvm.spec import DTYPE_BYTES, AttentionSpec, Dtype, TileShape
+from deft_tvm.spec import AttentionSpec, TileShape
 
 CPU_KV_TILE = 64
 CPU_MANY: dict[Dtype, tuple[int, ...]] = {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deft_tvm.dtypes import Dtype
 from deft_tvm.errors import InputError
 from deft_tvm.integrations.huggingface.attention import NAME, register
 from deft_tvm.integrations.huggingface.handover import config_of
@@ -16,7 +17,7 @@ from deft_tvm.integrations.huggingface.step import StepCache
 from deft_tvm.models import layers
 from deft_tvm.pytorch import PagedKVCache, Step, TreeAttention
 from deft_tvm.pytorch.cache import runners
-from deft_tvm.spec import AttentionSpec, Dtype
+from deft_tvm.spec import AttentionSpec
 
 _DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32",

@@ -16,11 +16,11 @@ from tvm.ir import TensorLoad
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
+from deft_tvm.dtypes import DTYPE_BYTES, FP8
 from deft_tvm.kernels.numerics import FP8_BITS, storage
 from deft_tvm.schedules.cuda.lookups import LOOK_UP
 from deft_tvm.schedules.cuda.statements import substitute
 from deft_tvm.schedules.cuda.threads import LANES, bind_threads
-from deft_tvm.spec import DTYPE_BYTES, FP8
 
 BYTES = 16
 COPY = "deft_tvm.copy"

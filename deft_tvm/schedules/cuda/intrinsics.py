@@ -13,12 +13,12 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from deft_tvm.dtypes import SHORT_DTYPE
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
 from deft_tvm.schedules.verbs import register
-from deft_tvm.spec import SHORT_DTYPE
 
 SIDE = 16
 HELD = SIDE * SIDE // LANES

@@ -8,6 +8,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
+from deft_tvm.dtypes import DTYPE_BYTES, Dtype
 from deft_tvm.kernels.tokens import located_tiles
 from deft_tvm.plan.residency import PADDING
 from deft_tvm.schedules.cuda.copies import LATER, NOW, load_tile, whole_lanes
@@ -16,7 +17,6 @@ from deft_tvm.schedules.cuda.shares import DEALT_THREADS
 from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
 from deft_tvm.schedules.rule import KernelTask, Knobs
-from deft_tvm.spec import DTYPE_BYTES, Dtype
 
 TABLES = 4
 """Tables of a tile's tokens that `locate` writes; with a window, positions too."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from deft_tvm.dtypes import SHORT_DTYPE
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import narrow, storage
 from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of
 from deft_tvm.schedules.cuda.shares import FRAGMENT
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
 from deft_tvm.schedules.verbs import register
-from deft_tvm.spec import SHORT_DTYPE
 
 INSTRUCTIONS = {"bfloat16": "cvt.rn.bf16x2.f32", "float16": "cvt.rn.f16x2.f32"}
 

@@ -18,6 +18,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from deft_tvm.dtypes import Dtype
 from deft_tvm.plan.residency import GROUP_ROWS, PANEL, can_group
 from deft_tvm.schedules.blocks import matrices_of_softmax, score_products
 from deft_tvm.schedules.cuda.blocks import (
@@ -55,7 +56,6 @@ from deft_tvm.schedules.cuda.threads import (
 from deft_tvm.schedules.cuda.warpgroups import MOST_COLUMNS, group_scores, group_sums
 from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import unroll_all
-from deft_tvm.spec import Dtype
 
 Place = Callable[[Any, Any], tuple[Any, ...]]
 """Where an element of a matrix is, or in which iteration it is done."""

@@ -16,6 +16,7 @@ from functools import cache
 
 from tvm.script import tirx as T
 
+from deft_tvm.dtypes import SHORT_DTYPE
 from deft_tvm.kernels import script
 from deft_tvm.kernels.numerics import storage, widen
 from deft_tvm.plan.residency import GROUP_ROWS, PANEL
@@ -23,7 +24,6 @@ from deft_tvm.schedules.cuda.intrinsics import HELD, SIDE, fragment_of
 from deft_tvm.schedules.cuda.shares import FRAGMENT, QUAD_ROWS
 from deft_tvm.schedules.cuda.threads import LANES, TILE_SCOPE
 from deft_tvm.schedules.verbs import register
-from deft_tvm.spec import SHORT_DTYPE
 
 GROUP_ELEMENTS = GROUP_ROWS * PANEL
 """Of the first panel, where the group's rows begin at a multiple of these."""
