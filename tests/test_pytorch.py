@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deft_tvm
 from deft_tvm import env, reference
+from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, eager, merge_states
 from deft_tvm.pytorch import attention as attending
@@ -315,6 +317,33 @@ def test_what_torch_has_to_see_goes_through_the_operator(attention: TreeAttentio
     with torch.profiler.profile() as profile:
         attention.run(q, (k, v))
     assert "deft_tvm::tree_attention" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("way", ["run", "operator", "operator_out"])
+def test_a_derivative_that_would_be_lost_is_refused(attention: TreeAttention, way: str) -> None:
+    """Also where no tensor that the caller holds says that it requires grad."""
+    case = planned(attention, "few_shot:prompt=9,branches=5,tokens=7")
+    kv, operators = case.buffers, torch.ops.deft_tvm
+
+    def summed(q: Tensor) -> Tensor:
+        if way == "run":
+            return attention.run(q, kv)[0].sum()
+        if way == "operator":
+            return operators.tree_attention(q, kv, *attention.operands)[0].sum()
+        out, lse = q.new_empty(*q.shape), q.new_empty(q.shape[:2])
+        operators.tree_attention_out(q, kv, *attention.operands, out, lse)
+        return out.sum()
+
+    expected, direction = summed(case.q), torch.ones_like(case.q)
+    with pytest.raises(InputError, match="q requires grad, and there is no backward"):
+        torch.func.grad(summed)(case.q)
+    with pytest.raises(InputError, match="q has a tangent, and there is no derivative"):
+        torch.func.jvp(summed, (case.q,), (direction,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(case.q, direction)
+        with pytest.raises(InputError, match="q has a tangent"):
+            summed(dual)
+        assert torch.equal(summed(dual.detach()), expected)
 
 
 @st.composite

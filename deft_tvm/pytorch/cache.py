@@ -14,7 +14,7 @@ from deft_tvm.fp8 import MOST
 from deft_tvm.pages import PageTable
 from deft_tvm.pool import PagePool
 from deft_tvm.pytorch.attention import TreeAttention
-from deft_tvm.pytorch.checks import refuse_gradient
+from deft_tvm.pytorch.gradients import refuse_gradient
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 

@@ -1,7 +1,6 @@
 """Refusals of tensors and of plans: a cheap test in every call, and a sentence where it fails.
 
-Kernels check what they are given too, but not the page size, nor whether pages exist, nor that no
-gradient is lost.
+Kernels check what they are given too, but not the page size, nor whether pages exist.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError, PlanError
 from deft_tvm.plan import Plan
+from deft_tvm.pytorch.gradients import input_name, refuse_gradient
 from deft_tvm.pytorch.loaded import Loaded
 from deft_tvm.pytorch.packing import Packed
 from deft_tvm.spec import AttentionSpec, TileShape
@@ -57,7 +57,7 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
         raise InputError(f"kv is {given}; expected a tuple of tensors, such as kv.unbind()")
     for i, tensor in enumerate((q, *kv)):
         if not isinstance(tensor, Tensor):
-            raise InputError(f"{_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")
+            raise InputError(f"{input_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")
     if sinks is not None and not isinstance(sinks, Tensor):
         raise InputError(f"sinks is {type(sinks).__name__}; expected a torch.Tensor")
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
@@ -122,7 +122,7 @@ PAIR_BYTES = 4
 
 
 def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> None:
-    """Refuse outputs that kernels cannot write to, or whose gradient would silently be lost.
+    """Refuse outputs that kernels cannot write to.
 
     Raises:
         InputError: names the tensor, what it is and what was expected.
@@ -141,22 +141,6 @@ def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> Non
                 f"{name} begins {tensor.data_ptr() % PAIR_BYTES} bytes after a multiple of "
                 f"{PAIR_BYTES}; expected it at one, as a GPU writes elements in pairs"
             )
-
-
-def check_no_gradient(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor | None) -> None:
-    """Refuse tensors whose gradient would silently be lost.
-
-    Raises:
-        InputError: grad mode is on, and an input or output requires grad.
-    """
-    if not torch.is_grad_enabled():
-        return
-    for i, tensor in enumerate((q, *kv)):
-        if tensor.requires_grad:
-            refuse_gradient(_name(i))
-    for name, output in outputs.items():
-        if output is not None and output.requires_grad:
-            refuse_gradient(name)
 
 
 def check_devices(device: torch.device, *tensors: Tensor) -> None:
@@ -209,18 +193,6 @@ def _refuse(
     if tensor.device != device:
         raise InputError(f"{name} is on {tensor.device}; expected {device}, where the plan is")
     raise InputError(f"{name} has strides {tensor.stride()}; expected 1 as the last")
-
-
-def refuse_gradient(name: str) -> NoReturn:
-    raise InputError(
-        f"{name} requires grad, and there is no backward; expected torch.no_grad(), "
-        f"torch.inference_mode() or {name}.detach()"
-    )
-
-
-def _name(index: int) -> str:
-    """What the tensor of a number is called, where q comes first."""
-    return f"kv[{index - 1}]" if index else "q"
 
 
 def _short(dtype: torch.dtype) -> str:

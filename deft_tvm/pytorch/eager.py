@@ -1,9 +1,9 @@
 """When a call may go straight to the kernels, past torch's dispatcher.
 
 The dispatcher costs as much as the call of a kernel. It must be passed where torch has to see the
-operator: under a dispatch mode (fake tensors, tracing), a transformation (functionalization, vmap)
-or a profiler, and for tensors that are not what they seem (subclasses, negated views, those without
-data). The first two show as keys that the thread adds to every call.
+operator: under a dispatch mode (fake tensors, tracing), a transformation (functionalization, vmap),
+a profiler or derivatives forwards, and for tensors that are not what they seem (subclasses, negated
+views, those without data). The first two show as keys that the thread adds to every call.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch.nn import Parameter
 try:
     from torch._C import _dispatch_tls_local_include_set as _keys_of_thread
     from torch.autograd import _profiler_enabled as _profiling
+    from torch.autograd import forward_ad
+
+    _ = forward_ad._current_level
 
     TELLING = True
-except ImportError:
+except (ImportError, AttributeError):
     TELLING = False
-"""Whether this torch tells what is on: both names are its own. Where not, no call is plain."""
+"""Whether this torch tells what is on: the names are its own. Where not, no call is plain."""
 
 _PLAIN = (Tensor, Parameter)
 
@@ -43,7 +46,9 @@ _WITHOUT_MODES = _keys_without_modes()
 def is_plain(q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None) -> bool:
     """Whether the dispatcher would hand these to the CPU's implementation just as they are; not
     where `q` or something in `kv` is no tensor."""
-    if not TELLING or _keys_of_thread().raw_repr() not in _WITHOUT_MODES or _profiling():
+    if not TELLING or _keys_of_thread().raw_repr() not in _WITHOUT_MODES:
+        return False
+    if _profiling() or forward_ad._current_level >= 0:
         return False
     given = (q, *kv)
     if out is not None:

@@ -13,7 +13,7 @@ from deft_tvm.integrations.huggingface.checks import check_agrees, check_asked
 from deft_tvm.integrations.huggingface.handover import NAME, take_note
 from deft_tvm.integrations.huggingface.latent import Absorbed
 from deft_tvm.integrations.platforms import check_platform
-from deft_tvm.pytorch.checks import check_no_gradient
+from deft_tvm.pytorch.gradients import check_no_gradient
 
 IN_THE_MASK = "in the mask"
 """The window of a model that masks by it, and does not tell its attention."""
