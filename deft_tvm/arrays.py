@@ -1,7 +1,8 @@
-"""Integer arrays from callers, checked and frozen, and the ranges that they describe."""
+"""Integers from callers, checked and frozen, and the ranges that arrays of them describe."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from deft_tvm.errors import DeftError, TreeError
 
 Int32 = NDArray[np.int32]
+
+
+def whole(name: str, value: Any, error: type[DeftError]) -> int:
+    """`value` as Python's own int; raises `error` where it is no integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise error(f"{name} is {value!r}; expected an integer") from None
 
 
 def int32_array(name: str, values: ArrayLike, size: int | None, error: type[DeftError]) -> Int32:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import filelock
 import tvm_ffi
@@ -69,6 +70,10 @@ class Artifact:
             check_fits(directory, manifest, where, spec)
         module = _load_module(directory, manifest.sha256, manifest.needs, manifest.spec)
         return cls(directory, manifest, module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is loaded from the same folder."""
+        return Artifact.load, (self.directory,)
 
     @cached_property
     def spec(self) -> AttentionSpec:

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deft_tvm.arrays import Int32, int32_array, read_only
+from deft_tvm.arrays import Int32, int32_array, read_only, whole
 from deft_tvm.errors import PageError, TreeError
 from deft_tvm.pages import PageTable
 from deft_tvm.tree import Forest
@@ -40,9 +40,9 @@ def divide_context(forest: Forest, rank: int, world: int, unit: int = 1) -> tupl
     Raises:
         TreeError: `rank` is none of `world`, or `unit` is no positive number.
     """
-    if not 0 <= rank < world:
+    if not 0 <= whole("rank", rank, TreeError) < whole("world", world, TreeError):
         raise TreeError(f"rank is {rank}; expected one of 0 to {world - 1}")
-    if unit < 1:
+    if whole("unit", unit, TreeError) < 1:
         raise TreeError(f"unit is {unit}; expected 1 or more tokens")
     units = -(-forest.lengths.astype(np.int64) // unit)
     first, last = (

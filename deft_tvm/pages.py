@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deft_tvm.arrays import Int32, consecutive, int32_array
+from deft_tvm.arrays import Int32, consecutive, int32_array, whole
 from deft_tvm.errors import PageError
 from deft_tvm.tree import Forest
 
@@ -77,9 +77,9 @@ class PageTable:
             PageError: an argument is out of range or does not fit the others. Whether the tokens
                 of a forest fit is a matter of `check`.
         """
+        self.page_size = whole("page_size", page_size, PageError)
         if page_size < 1 or page_size & (page_size - 1):
             raise PageError(f"page_size is {page_size}; expected a power of two")
-        self.page_size = page_size
         self.page_indices = int32_array("page_indices", page_indices, None, PageError)
         self.page_indptr = int32_array("page_indptr", page_indptr, None, PageError)
         num_nodes = max(len(self.page_indptr) - 1, 0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
+from deft_tvm.arrays import whole
 from deft_tvm.dtypes import DTYPE_BYTES, FP8, Dtype, Layout
 from deft_tvm.errors import SpecError
 
@@ -31,7 +31,7 @@ def _check_numbers(spec: AttentionSpec) -> None:
     for name in ("num_q_heads", "num_kv_heads", "page_size", "window"):
         value = getattr(spec, name)
         if value is not None or name != "window":
-            object.__setattr__(spec, name, _whole(name, value))
+            object.__setattr__(spec, name, whole(name, value, SpecError))
     for name in ("scale", "soft_cap"):
         value = getattr(spec, name)
         if value is None and name == "soft_cap":
@@ -46,21 +46,14 @@ def _check_numbers(spec: AttentionSpec) -> None:
                 f"buffers[{number}] is named {buffer.name!r}; expected letters, digits or _"
             )
         for name in ("heads", "width"):
-            if _whole(f"buffers[{number}].{name}", getattr(buffer, name)) < 1:
+            if whole(f"buffers[{number}].{name}", getattr(buffer, name), SpecError) < 1:
                 raise SpecError(
                     f"buffers[{number}] ({buffer.name}) has {name} {getattr(buffer, name)}; "
                     f"expected 1 or more"
                 )
     for name, region in (("k", spec.k), ("v", spec.v)):
         for field in ("buffer", "begin", "end"):
-            _whole(f"{name}.{field}", getattr(region, field))
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise SpecError(f"{name} is {value!r}; expected an integer") from None
+            whole(f"{name}.{field}", getattr(region, field), SpecError)
 
 
 def _check_heads(spec: AttentionSpec) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from built import SMALL, artifact
 from cached import OPERATIONS, CacheMachine, new_cache
+from torch import Tensor
 
 from deft_tvm.dtypes import FP8
-from deft_tvm.errors import InputError, OutOfPages, PageError, SpecError
+from deft_tvm.errors import InputError, OutOfPages, PageError, PlanError, SpecError
 from deft_tvm.fp8 import quantize
 from deft_tvm.pool import ROOT
-from deft_tvm.pytorch import PagedKVCache, Step, load
+from deft_tvm.pytorch import PagedKVCache, Step, TreeAttention, load
 from deft_tvm.spec import AttentionSpec
 
 WINDOWED = replace(SMALL, window=5, layout="HND")
@@ -183,6 +185,44 @@ def test_where_memory_does_not_suffice_for_more_pages_all_goes_on(
     fill(cache.step({one: 20}))
 
 
+@pytest.mark.parametrize("error", [PlanError, MemoryError, KeyboardInterrupt])
+def test_a_step_that_fails_leaves_the_branches_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    cache, (one, two) = two_branches()
+    before = (cache.pool.num_free, cache.pool.references, cache.pool.length(one))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TreeAttention, "plan", fail)
+        for counts, drafts in (({one: 9}, {two: [ROOT, 0, ROOT]}), ({}, {one: [ROOT], two: []})):
+            with pytest.raises(error):
+                cache.step(counts, drafts)
+            assert (cache.pool.num_free, cache.pool.references, cache.pool.length(one)) == before
+    fill(cache.step({one: 2}, {two: [ROOT]}))
+    assert cache.read(one, 0)[0][:, 0, 0].tolist() == [*map(float, range(9))]
+
+
+def test_what_could_not_be_moved_is_moved_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, (one, two) = two_branches()
+    cache.pool.prune(one)
+    by_token = cache._by_token
+
+    def no_memory() -> Iterator[Tensor]:
+        yield next(iter(by_token()))
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_by_token", no_memory)
+        with pytest.raises(MemoryError):
+            cache.step({two: 1})
+    for layer in range(2):
+        found = cache.read(two, layer)[0][:, 0, 0].tolist()
+        assert found == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
 def test_a_cache_of_inference_mode_is_written_to_outside_of_it() -> None:
     with torch.inference_mode():
         cache, (one, _) = two_branches()
@@ -237,6 +277,8 @@ def test_refusals() -> None:
             PagedKVCache([SMALL], 4, scale=scale)
     with pytest.raises(PageError, match="num_pages is -1; expected 0 or more"):
         PagedKVCache([SMALL], -1, attention=[runner])
+    with pytest.raises(PageError, match=re.escape("num_pages is 2.5; expected an integer")):
+        PagedKVCache([SMALL], 2.5, attention=[runner])
     cache, (one, _) = two_branches()
     with pytest.raises(PageError, match="branch is 7; expected one of 0, 1"):
         cache.read(7, 0)
@@ -253,9 +295,15 @@ def test_refusals() -> None:
         ((q, new[:1], new), "new k has shape (1, 2, 16); expected (2, 2, 16)"),
         ((q, new, q), "new v has shape (2, 4, 16); expected (2, 2, 16)"),
         ((q[:1], new, new), "q has shape [1, 4, 16]; expected [2, 4, 16]"),
+        ((q, new.numpy(), new), "new k is ndarray; expected a torch.Tensor"),
+        ((q, new, new.long()), "new v has dtype torch.int64; expected a float dtype"),
     ):
         with pytest.raises(InputError, match=re.escape(sentence)):
             step.attend(0, *given)
+    for use in (step.write, step.run, lambda layer, *_: cache.read(one, layer)):
+        for layer in (-1, 2):
+            with pytest.raises(InputError, match=f"layer is {layer}; expected 0 to 1"):
+                use(layer, new, *[new] * (use == step.write))
     sentence = "new k requires grad, and there is no backward; expected torch.no_grad(), "
     with pytest.raises(InputError, match=re.escape(sentence)):
         step.attend(0, q, new.clone().requires_grad_(), new)

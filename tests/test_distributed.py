@@ -118,6 +118,9 @@ def test_parts_are_even() -> None:
 def test_refusals() -> None:
     with pytest.raises(TreeError, match="rank is 2; expected one of 0 to 1"):
         divide_context(FOREST, 2, 2)
+    for arguments in ((0.5, 2), (0, 2.5), (0, 2, 1.5)):
+        with pytest.raises(TreeError, match=r"^(rank|world|unit) is .\.5; expected an integer"):
+            divide_context(FOREST, *arguments)
     with pytest.raises(TreeError, match="unit is 0; expected 1 or more tokens"):
         divide_context(FOREST, 0, 2, unit=0)
     held = divide_context(FOREST, 0, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError, OutOfPages
 from deft_tvm.integrations.huggingface import TreeCache
+from deft_tvm.pytorch import TreeAttention
 
 
 def _read(model: Any, cache: TreeCache, ids: Tensor, **options: Any) -> Tensor:
@@ -150,11 +151,12 @@ class Interrupted(Exception):
     """What a layer fails with."""
 
 
-def _failing(module: Any) -> Any:
-    def fail(*_: Any) -> None:
-        raise Interrupted
+def _interrupt(*_: Any) -> None:
+    raise Interrupted
 
-    return module.register_forward_pre_hook(fail)
+
+def _failing(module: Any) -> Any:
+    return module.register_forward_pre_hook(_interrupt)
 
 
 @pytest.mark.parametrize("place", ["0.input_layernorm", "0.mlp", "1.self_attn.v_proj"])
@@ -171,6 +173,19 @@ def test_a_pass_that_fails_leaves_nothing(place: str) -> None:
         logits = _read(model, cache, batch)
         texts = torch.cat([text.repeat_interleave(len(batch) // 2, 0), batch], 1)
         _as_sequences(model, cache, texts, logits)
+
+
+def test_a_pass_that_cannot_be_planned_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(), tokens(2, 7)
+    cache = new_cache(model)
+    _read(model, cache, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(TreeAttention, "plan", _interrupt)
+        with pytest.raises(Interrupted):
+            _read(model, cache, tokens(4, 2))
+    assert (cache.batch_size, cache.get_seq_length()) == (2, 7)
+    more = tokens(2, 1)
+    _as_sequences(model, cache, torch.cat([ids, more], 1), _read(model, cache, more))
 
 
 def test_a_pass_that_fails_before_another_use_is_forgotten() -> None:

@@ -423,9 +423,20 @@ def test_what_waits_to_be_moved_is_moved_before_pages_are_numbered_anew() -> Non
         renumber(pool)
 
 
-def test_no_fraction_of_a_token_is_cached() -> None:
+def test_nothing_comes_in_fractions() -> None:
     pool = PagePool(8, page_size=4)
     branch = pool.root()
-    with pytest.raises(PageError, match=r"counts\[\d+\] is 1.5; expected 0 or more tokens"):
-        pool.append({branch: 1.5})
-    assert pool.length(branch) == 0
+    pool.append({branch: 2})
+    for use, name in (
+        (lambda: pool.append({branch: 1.5}), "counts[0]"),
+        (lambda: pool.append({}, {branch: [ROOT, 1.5]}), "drafts[0][1]"),
+        (lambda: pool.fork(branch, 1.5), "count"),
+        (lambda: pool.rewind(branch, 1.5), "length"),
+        (lambda: pool.accept(branch, [1.5]), "path[0]"),
+        (lambda: pool.resize(1.5), "num_pages"),
+        (lambda: PagePool(1.5, 4), "num_pages"),
+        (lambda: PagePool(8, 1.5), "page_size"),
+    ):
+        with pytest.raises(PageError, match=re.escape(f"{name} is 1.5; expected an integer")):
+            use()
+    assert (pool.length(branch), pool.branches, pool.num_pages) == (2, [branch], 8)

@@ -82,6 +82,10 @@ INPUTS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
         lambda v: v.transpose(1, 2),
         "kv[1] (v) has shape [7, 2, 4, 16]; expected [pages, 4, 2, 16]",
     ),
+    "q sparse": ("q", Tensor.to_sparse, "q is sparse_coo; expected a dense tensor"),
+    "v sparse": ("v", Tensor.to_sparse, "kv[1] is sparse_coo; expected a dense tensor"),
+    "out type": ("out", Tensor.numpy, "out is ndarray; expected a torch.Tensor"),
+    "lse type": ("lse", Tensor.tolist, "lse is list; expected a torch.Tensor"),
     "v missing": ("v", lambda v: None, "kv[1] is NoneType; expected a torch.Tensor"),
     "v without pages": (
         "v",
@@ -343,6 +347,19 @@ def test_specs_that_are_equal_are_spelled_alike() -> None:
 def test_text_is_no_attention() -> None:
     with refused(InputError, f"spec is {str(SMALL)!r}; expected an AttentionSpec"):
         TreeAttention(str(SMALL))
+
+
+def test_what_is_no_forest_plan_or_device() -> None:
+    attention = TreeAttention(SMALL, artifact(SMALL))
+    with refused(InputError, "forest is None; expected a deft_tvm.Forest"):
+        attention.plan(None)
+    with refused(InputError, "forest is list; expected a deft_tvm.Forest"):
+        attention.plan([-1, 0])
+    with refused(InputError, "plan is None; expected a deft_tvm.Plan"):
+        attention.use(None)
+    for device in ("meta", "mps", "abc", 3.5):
+        with refused(InputError, f"device is {device!r}; expected cpu or cuda"):
+            TreeAttention(SMALL, artifact(SMALL), device)
 
 
 def test_a_page_table_beside_its_parts_and_kv_that_is_none() -> None:

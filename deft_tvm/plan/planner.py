@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -152,6 +152,10 @@ class Recipe:
     chunk: int | None
     deterministic: bool
     planner: tvm_ffi.Function | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In another process plans are made by `planner` no more, and are the same."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"planner": None}
 
     def __call__(self, forest: Forest, pages: PageTable, previous: Plan | None = None) -> Plan:
         """The plan of `forest`; what `previous` numbered alike is taken from it."""

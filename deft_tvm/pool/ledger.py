@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from deft_tvm.arrays import whole
 from deft_tvm.errors import OutOfPages, PageError
 
 
@@ -17,9 +18,9 @@ class Ledger:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = whole("page_size", page_size, PageError)
         if page_size < 1 or page_size & (page_size - 1):
             raise PageError(f"page_size is {page_size}; expected a power of two")
-        self.page_size = page_size
         self.references: list[int] = []
         self.filled: list[int] = []
         # A stack: pages that were just freed are the likeliest to be in a processor's cache.
@@ -78,6 +79,7 @@ class Ledger:
         Raises:
             PageError: `num_pages` is negative, or a page that would go is in use.
         """
+        num_pages = whole("num_pages", num_pages, PageError)
         if num_pages < 0:
             raise PageError(f"num_pages is {num_pages}; expected 0 or more")
         used = next((p for p in reversed(range(self.num_pages)) if self.references[p]), -1)

@@ -33,12 +33,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from deft_tvm.arrays import Int32, read_only
+from deft_tvm.arrays import Int32, read_only, whole
 from deft_tvm.errors import PageError
 from deft_tvm.pages import PageTable
 from deft_tvm.pool.ledger import Ledger
@@ -117,7 +116,7 @@ class PagePool:
         Raises:
             PageError: there is no such branch, it has a draft, or `count` is negative.
         """
-        if count < 0:
+        if whole("count", count, PageError) < 0:
             raise PageError(f"count is {count}; expected 0 or more new branches")
         leaf = self._settled(branch)
         if count == 0:
@@ -149,7 +148,7 @@ class PagePool:
         """
         drafts = drafts or {}
         for branch, count in counts.items():
-            if not isinstance(count, Integral) or count < 0:
+            if whole(f"counts[{branch}]", count, PageError) < 0:
                 raise PageError(f"counts[{branch}] is {count!r}; expected 0 or more tokens")
             if branch in drafts:
                 raise PageError(f"branch {branch} is in counts and in drafts; expected one of them")
@@ -174,6 +173,7 @@ class PagePool:
         leaf = self._leaf(branch)
         last = ROOT
         for place, token in enumerate(path):
+            token = whole(f"path[{place}]", token, PageError)
             if not 0 <= token < len(leaf.draft) or leaf.draft[token] != last:
                 raise PageError(
                     f"path[{place}] is {token}; expected a token of the draft below {last}"
@@ -203,7 +203,7 @@ class PagePool:
             PageError: there is no such branch, it has a draft, or it is not that long.
         """
         leaf = self._settled(branch)
-        if not 0 <= length <= leaf.end:
+        if not 0 <= whole("length", length, PageError) <= leaf.end:
             raise PageError(
                 f"length is {length}; expected 0 to {leaf.end}, the tokens of branch {branch}"
             )
@@ -254,15 +254,21 @@ class PagePool:
         parts += [self._nodes.slots(node, node.start, node.end) for node in above(leaf)]
         return np.concatenate(parts[::-1])
 
+    @property
+    def moves(self) -> tuple[Int64, Int64]:
+        """What `take_moves` would return; nothing is forgotten."""
+        moves = self._nodes.moves
+        return np.array(list(moves.values()), np.int64), np.array(list(moves), np.int64)
+
     def take_moves(self) -> tuple[Int64, Int64]:
         """Slots to copy from and to, as if all at once, before any tensor is written or read.
 
         The pool forgets them. Slots are counted through all pages: slot s of page p is
         ``p * page_size + s``.
         """
-        moves, self._nodes.moves = self._nodes.moves, {}
-        source, target = list(moves.values()), list(moves)
-        return np.array(source, np.int64), np.array(target, np.int64)
+        taken = self.moves
+        self._nodes.moves = {}
+        return taken
 
     def defragment(self) -> Int32:
         """Bring the pages in use to the front, in depth-first order of what lies in them.
@@ -323,7 +329,7 @@ class PagePool:
 
 def _check_draft(branch: int, parents: Sequence[int]) -> None:
     for token, parent in enumerate(parents):
-        if not ROOT <= parent < token:
+        if not ROOT <= whole(f"drafts[{branch}][{token}]", parent, PageError) < token:
             raise PageError(
                 f"drafts[{branch}][{token}] is {parent}; expected an earlier token of the draft, "
                 f"or {ROOT}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from numpy.typing import ArrayLike
@@ -69,7 +69,7 @@ class TreeAttention:
         Raises:
             ArtifactError: the module is damaged, or not for this spec or device.
             CompilerMissing: there is no module, and no compiler to build one.
-            InputError: `spec` is none, or `device` is a GPU, and torch sees none.
+            InputError: `spec` is none, or `device` is none of those, or a GPU, and torch sees none.
             PlanError: there is no such grouping, or it is not deterministic.
             LogError: the device's measured rates cannot be read.
         """
@@ -78,7 +78,7 @@ class TreeAttention:
                 f"spec is {spec!r}; expected an AttentionSpec, as AttentionSpec.parse reads one"
             )
         self.spec = spec
-        self.device = torch.device(device or _kind_of(module))
+        self.device = _device(device or _kind_of(module))
         kind = self.device.type
         self.profile = measured(DeviceProfile.detect(cast(Kind, kind)))
         self.artifact = _artifact(spec, module, self.profile)
@@ -88,8 +88,8 @@ class TreeAttention:
         self._asked = Asked.now()
         self._step: _Step | None = None
         self._recipes: dict[tuple[str, bool], Recipe] = {}
-        directory = None if module is None else self.artifact.directory
-        self._key = make_key(spec, self.artifact.tiles, directory)
+        self._directory = None if module is None else self.artifact.directory
+        self._key = make_key(spec, self.artifact.tiles, self._directory)
         self._loaded = remember(self._key, kind, self.artifact)
         # Outside of any program: before Python 3.12 it takes a lock, which Dynamo cannot trace.
         _ = spec.scaled
@@ -100,9 +100,24 @@ class TreeAttention:
 
     def copy(self) -> TreeAttention:
         """The same attention by the same module, without a plan: it may follow another one."""
-        made = copy(self)
+        made = self.__copy__()
         made._step = None
         return made
+
+    def __copy__(self) -> TreeAttention:
+        """It goes on following this plan, until it has one of its own."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TreeAttention:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process: the same attention without a plan, by the module in the same folder,
+        or by the best one there is, if this one was not told which to take."""
+        made = partial(type(self), deterministic=self.deterministic, grouping=self.grouping)
+        return made, (self.spec, self._directory, self.device)
 
     def plan(
         self,
@@ -125,8 +140,10 @@ class TreeAttention:
         Raises:
             PageError: the pages do not hold the forest's tokens.
             PlanError: the grouping does not fit.
-            InputError: a page table's parts are not all there.
+            InputError: `forest` is none, or a page table's parts are not all there.
         """
+        if not isinstance(forest, Forest):
+            raise InputError(f"forest is {_what(forest)}; expected a deft_tvm.Forest")
         pages = _page_table(self.spec, forest, page_indices, page_indptr, first_slot)
         recipe = self._recipes.get((self.grouping, self.deterministic)) or self._new_recipe()
         return self._follow(recipe(forest, pages))
@@ -184,7 +201,10 @@ class TreeAttention:
 
         Raises:
             PlanError: the plan is for others.
+            InputError: `plan` is none.
         """
+        if not isinstance(plan, Plan):
+            raise InputError(f"plan is {_what(plan)}; expected a deft_tvm.Plan")
         check_plan(self.spec, self.artifact.tiles, plan)
         return self._follow(plan)
 
@@ -212,8 +232,10 @@ class TreeAttention:
                 if the plan has no pages; strides but the last are free. Then, in the same order,
                 the scales of those in ``float8_e4m3fn``, float32[heads] or float32[pages, heads]:
                 see `deft_tvm.fp8.quantize`.
-            out: [R, query heads, v_width] in q's dtype, contiguous; by default a new tensor.
-            lse: [R, query heads], float32, contiguous; by default a new tensor.
+            out: [R, query heads, v_width] in q's dtype, contiguous, apart from q and `kv`; by
+                default a new tensor.
+            lse: [R, query heads], float32, contiguous, apart from all else; by default a new
+                tensor.
             sinks: float32[query heads], where the spec has them: learned logits in the scale of the
                 scaled scores, which take part in the softmax and have no value. States with sinks
                 in them do not compose: where they are to be merged, leave them out of the spec
@@ -234,7 +256,7 @@ class TreeAttention:
         usual = usual and type(kv) in (tuple, list) and not torch.compiler.is_dynamo_compiling()
         if usual and is_plain(q, kv, out, lse):
             return attend(self._loaded, step.packed, q, kv, out, lse)
-        check_types(self.spec, q, kv, sinks)
+        check_types(self.spec, q, kv, sinks, out=out, lse=lse)
         layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():
             return step.watch.run(lambda: self._run(step, q, layer, out, lse), q, layer)
@@ -302,6 +324,20 @@ def load(path: AnyPath, device: torch.device | str | None = None, **options: Any
     """
     artifact = Artifact.load(path)
     return TreeAttention(artifact.spec, artifact, device, **options)
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        made = torch.device(given)
+    except (RuntimeError, TypeError):
+        made = None
+    if made is None or made.type not in get_args(Kind):
+        raise InputError(f"device is {given!r}; expected cpu or cuda")
+    return made
+
+
+def _what(given: object) -> str:
+    return "None" if given is None else type(given).__name__
 
 
 def _kind_of(module: AnyPath | Artifact | None) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deft_tvm.errors import InputError, SpecError
+from deft_tvm.arrays import whole
+from deft_tvm.errors import InputError, PageError, SpecError
 from deft_tvm.fp8 import MOST
 from deft_tvm.pages import PageTable
 from deft_tvm.pool import PagePool
@@ -63,6 +64,7 @@ class PagedKVCache:
             SpecError: there are no layers, or they have different page sizes; `scale` is no finite
                 number above zero.
             InputError: one of `attention` is for none of `layers`.
+            PageError: `num_pages` is no whole number, or negative.
             ArtifactError, CompilerMissing: as `TreeAttention`.
         """
         sizes = sorted({spec.page_size for spec in layers})
@@ -113,28 +115,43 @@ class PagedKVCache:
 
         Raises:
             PageError: see `PagePool.append`.
-            OutOfPages: there are too few free pages; nothing was changed.
+            OutOfPages: there are too few free pages.
+            PlanError: see `TreeAttention.plan`.
+
+        Whatever is raised, the branches are as they were.
         """
         self.pool.append(counts, drafts)
-        sizes = {branch: len(parents) for branch, parents in (drafts or {}).items()}
-        forest, pages = self.pool.forest({**counts, **sizes})
-        self.settle()
-        return Step(self, forest, pages)
+        try:
+            sizes = {branch: len(parents) for branch, parents in (drafts or {}).items()}
+            forest, pages = self.pool.forest({**counts, **sizes})
+            self.settle()
+            return Step(self, forest, pages)
+        except BaseException:
+            for branch in drafts or {}:
+                self.pool.accept(branch, ())
+            for branch, count in counts.items():
+                self.pool.rewind(branch, self.pool.length(branch) - count)
+            raise
 
     def settle(self) -> None:
         """Copy what the pool wants copied; `step` and `read` do it by themselves."""
-        source, target = self.pool.take_moves()
+        source, target = self.pool.moves
         if len(source):
             here, there = self._places(source), self._places(target)
-            for tensor in self._by_token():
-                tensor[there] = tensor[here]
+            # All is read before any is written or forgotten: without memory nothing is lost.
+            copies = [(tensor, tensor[here]) for tensor in self._by_token()]
+            for tensor, tokens in copies:
+                tensor[there] = tokens
+            self.pool.take_moves()
 
     def read(self, branch: int, layer: int) -> tuple[Tensor, ...]:
         """What is cached of a branch's path: of each buffer a copy, ``[tokens, heads, width]``.
 
         Raises:
             PageError: there is no such branch.
+            InputError: there is no such layer.
         """
+        self._check_layer(layer)
         self.settle()
         places = self._places(self.pool.slots(branch))
         return tuple(
@@ -153,9 +170,10 @@ class PagedKVCache:
         """Have more pages, or fewer; tensors are made anew and what is in use is kept.
 
         Raises:
-            PageError: `num_pages` is negative, or a page that would go is in use: `defragment`
-                before.
+            PageError: `num_pages` is no whole number or negative, or a page that would go is in
+                use: `defragment` before.
         """
+        num_pages = whole("num_pages", num_pages, PageError)
         self.settle()
         # If memory does not suffice for more, no page is beyond what all layers have.
         if num_pages <= self.pool.num_pages:
@@ -186,6 +204,10 @@ class PagedKVCache:
 
     def _scales_of(self, heads: int) -> Tensor:
         return torch.full((heads,), self.scale, dtype=torch.float32, device=self.device)
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in range(len(self.layers)):
+            raise InputError(f"layer is {layer!r}; expected 0 to {len(self.layers) - 1}")
 
     def _by_token(self) -> Iterable[Tensor]:
         for spec, layer in zip(self.layers, self.buffers, strict=True):
@@ -238,7 +260,7 @@ class Step:
             ``[rows, query heads, v_width]``.
 
         Raises:
-            InputError: a tensor does not fit, or requires grad.
+            InputError: there is no such layer, or a tensor does not fit or requires grad.
         """
         self.write(layer, *new)
         return self.run(layer, q, sinks=sinks)[0]
@@ -247,17 +269,26 @@ class Step:
         """Cache the rows' own elements in one layer; see `attend`.
 
         Raises:
-            InputError: a tensor does not fit, or requires grad.
+            InputError: there is no such layer, or a tensor does not fit or requires grad.
         """
+        self.cache._check_layer(layer)
         spec, buffers = self.cache.layers[layer], self.cache.buffers[layer]
         if len(new) != len(buffers):
             names = ", ".join(buffer.name for buffer in spec.buffers)
             raise InputError(f"new has {len(new)} tensors; expected one for each of {names}")
         for buffer, tensor, values in zip(spec.buffers, buffers, new, strict=True):
             shape = (self.num_rows, buffer.heads, buffer.width)
+            if not isinstance(values, Tensor):
+                raise InputError(
+                    f"new {buffer.name} is {type(values).__name__}; expected a torch.Tensor"
+                )
             if values.shape != shape:
                 raise InputError(
                     f"new {buffer.name} has shape {tuple(values.shape)}; expected {shape}"
+                )
+            if not values.is_floating_point():
+                raise InputError(
+                    f"new {buffer.name} has dtype {values.dtype}; expected a float dtype"
                 )
             if values.requires_grad and torch.is_grad_enabled():
                 refuse_gradient(f"new {buffer.name}")
@@ -268,6 +299,7 @@ class Step:
 
     def run(self, layer: int, q: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`TreeAttention.run` over what is cached in one layer; it raises the same errors."""
+        self.cache._check_layer(layer)
         cache, spec = self.cache, self.cache.layers[layer]
         attention = cache.attention[spec]
         # A later step may have planned already.

@@ -40,12 +40,18 @@ def check_plan(spec: AttentionSpec, tiles: tuple[TileShape, ...], plan: Plan) ->
         )
 
 
-def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Tensor | None) -> None:
+def check_types(
+    spec: AttentionSpec,
+    q: Tensor,
+    kv: Sequence[Tensor],
+    sinks: Tensor | None,
+    **outputs: Tensor | None,
+) -> None:
     """Refuse what torch would refuse by printing all of it, and sinks that do not fit the spec.
 
     Raises:
-        InputError: `q` is no tensor, or `kv` no tuple of tensors; `sinks` are there or not, and
-            the spec says otherwise.
+        InputError: `q` or an output is no tensor, or `kv` no tuple of tensors; `sinks` are there
+            or not, and the spec says otherwise.
     """
     if spec.sinks is (sinks is None):
         given, wanted = ("None", "a tensor") if sinks is None else ("given", "none")
@@ -58,8 +64,9 @@ def check_types(spec: AttentionSpec, q: Tensor, kv: Sequence[Tensor], sinks: Ten
     for i, tensor in enumerate((q, *kv)):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{input_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise InputError(f"sinks is {type(sinks).__name__}; expected a torch.Tensor")
+    for name, other in (("sinks", sinks), *outputs.items()):
+        if other is not None and not isinstance(other, Tensor):
+            raise InputError(f"{name} is {type(other).__name__}; expected a torch.Tensor")
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
         refuse_gradient("sinks")
     if len(kv) != len(spec.buffers) + len(spec.scaled):
@@ -143,6 +150,22 @@ def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> Non
             )
 
 
+def check_dense(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor | None) -> None:
+    """Refuse tensors whose elements do not lie at strides, to which kernels have no address.
+
+    Raises:
+        InputError: one is sparse, nested or quantized.
+    """
+    inputs = {input_name(i): tensor for i, tensor in enumerate((q, *kv))}
+    for name, tensor in {**inputs, **outputs}.items():
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            what = "nested" if tensor.is_nested else _short(tensor.layout)
+            what = _short(tensor.dtype) if tensor.is_quantized else what
+            raise InputError(f"{name} is {what}; expected a dense tensor")
+
+
 def check_devices(device: torch.device, *tensors: Tensor) -> None:
     """Refuse a call that mixes devices, of which torch would run the one that has no data.
 
@@ -195,5 +218,5 @@ def _refuse(
     raise InputError(f"{name} has strides {tensor.stride()}; expected 1 as the last")
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(name: torch.dtype | torch.layout) -> str:
+    return str(name).removeprefix("torch.")

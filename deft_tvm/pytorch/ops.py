@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from deft_tvm.errors import InputError
 from deft_tvm.layer import kernel_operands
-from deft_tvm.pytorch.checks import check_devices, check_inputs, check_outputs
+from deft_tvm.pytorch.checks import check_dense, check_devices, check_inputs, check_outputs
 from deft_tvm.pytorch.gradients import check_no_gradient, refusing
 from deft_tvm.pytorch.loaded import BOTH, CHECKED, Loaded, resolve, spec_of
 from deft_tvm.pytorch.packing import Packed
@@ -120,6 +120,21 @@ def attend(
     Raises:
         InputError: a tensor does not fit the module's spec or the plan.
     """
+    try:
+        return _attend(loaded, step, q, kv, out, lse)
+    except RuntimeError:
+        check_dense(q, kv, out=out, lse=lse)
+        raise
+
+
+def _attend(
+    loaded: Loaded,
+    step: Packed,
+    q: Tensor,
+    kv: Sequence[Tensor],
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     check_no_gradient(q, kv, out=out, lse=lse)
     # Otherwise the run checks them, in a tenth of the time.
     here = loaded.scaled or not step.paged or len(kv) != loaded.tensors or q.dim() != 3

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deft_tvm.errors import InputError, OutOfPages, PageError
+from deft_tvm.errors import InputError, OutOfPages
 from deft_tvm.integrations.huggingface.attention import register
 from deft_tvm.integrations.huggingface.handover import HandoverCache, config_of
 from deft_tvm.integrations.huggingface.model import run_step, specs_of
@@ -176,7 +176,7 @@ class TreeCache(HandoverCache):
         counts = {b: n for b, n in zip(self._branches, rows.counts, strict=True) if n}
         try:
             step = self._room(counts)
-        except PageError:
+        except BaseException:
             self._select(selection)
             raise
         before = dict(zip(self._branches, lengths, strict=True))
