@@ -109,6 +109,24 @@ def test_thousands_of_nodes(grouping: str, deepest: int, kind: str) -> None:
             assert_equal(made(forest, pages), in_python(made)(forest, pages))
 
 
+def test_paths_are_as_long_as_they_have_tokens() -> None:
+    """Not as they have nodes: a hundred thousand without any would be five thousand million."""
+    nodes = 100_000
+    lengths = np.zeros(nodes, np.int32)
+    lengths[[0, nodes - 1]] = 3
+    forest = Forest.from_parents(np.arange(nodes) - 1, lengths, np.ones(nodes, np.int32))
+    plan = recipe(SPEC, WIDE, profile(2), "sequence")(forest, PageTable.contiguous(forest))
+    assert len(plan.runs) == nodes + 1 and plan.num_partials == 0
+
+
+def test_more_pieces_than_can_be_counted_are_refused() -> None:
+    nodes = 70_000
+    ones = np.ones(nodes, np.int32)
+    forest = Forest.from_parents(np.arange(nodes) - 1, ones, ones)
+    with pytest.raises(MemoryError, match="no memory is left to plan in"):
+        recipe(SPEC, WIDE, profile(2), "sequence")(forest, PageTable.contiguous(forest))
+
+
 def test_an_update_is_that_of_the_plan_in_python() -> None:
     forest = large(7, 200, 5)
     made = recipe(SPEC, WIDE, profile())

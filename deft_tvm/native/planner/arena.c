@@ -6,11 +6,13 @@
 
 enum { ALIGNMENT = 16, FIRST_BLOCK = 1 << 16 };
 
+void give_up(Arena *arena) { longjmp(arena->out_of_memory, 1); }
+
 static void add_block(Arena *arena, size_t bytes) {
   size_t size = arena->size ? 2 * arena->size : FIRST_BLOCK;
   while (size < bytes + ALIGNMENT) size *= 2;
   char *block = malloc(size);
-  if (!block) longjmp(arena->out_of_memory, 1);
+  if (!block) give_up(arena);
   *(char **)block = arena->block;
   arena->block = block;
   arena->used = ALIGNMENT;

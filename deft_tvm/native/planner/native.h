@@ -33,6 +33,7 @@ typedef struct { /* Prices: [classes], and the seconds [classes][most_rows + 1] 
 /* arena.c */
 typedef struct Arena Arena;
 void *take(Arena *arena, size_t count, size_t size);
+void give_up(Arena *arena); /* as where no memory is left */
 #define TAKE(arena, type, count) ((type *)take(arena, (size_t)(count), sizeof(type)))
 
 /* walk.c */

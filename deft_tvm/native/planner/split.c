@@ -4,6 +4,7 @@
 #include "native.h"
 
 Groups take_groups(Arena *arena, int64_t count, int64_t pieces) {
+  if (pieces > INT32_MAX) give_up(arena);
   Groups groups = {
       .node = TAKE(arena, int32_t, pieces),
       .begin = TAKE(arena, int64_t, pieces),
@@ -52,10 +53,15 @@ int32_t *covers_of(Arena *arena, const Walk *walk, const Groups *groups) {
 }
 
 Groups by_sequence(Arena *arena, const Walk *walk) {
-  int32_t holders = 0, *depth = TAKE(arena, int32_t, walk->num_nodes);
+  /* How many nodes of each path have tokens, and the last of them above its end. */
+  int32_t *depth = TAKE(arena, int32_t, walk->num_nodes);
+  int32_t *above = TAKE(arena, int32_t, walk->num_nodes);
+  int32_t holders = 0;
   int64_t pieces = 0;
   for (int32_t i = 0; i < walk->num_nodes; ++i) {
-    depth[i] = walk->parent[i] < 0 ? 1 : depth[walk->parent[i]] + 1;
+    int32_t parent = walk->parent[i];
+    above[i] = parent < 0 || walk->length[parent] ? parent : above[parent];
+    depth[i] = (above[i] < 0 ? 0 : depth[above[i]]) + (walk->length[i] > 0);
     if (!walk->own_rows[i]) continue;
     ++holders;
     pieces += depth[i];
@@ -64,7 +70,8 @@ Groups by_sequence(Arena *arena, const Walk *walk) {
   int32_t *path = TAKE(arena, int32_t, walk->num_nodes);
   for (int32_t i = 0; i < walk->num_nodes; ++i) {
     if (!walk->own_rows[i]) continue;
-    for (int32_t node = i; node >= 0; node = walk->parent[node]) path[depth[node] - 1] = node;
+    for (int32_t node = walk->length[i] ? i : above[i]; node >= 0; node = above[node])
+      path[depth[node] - 1] = node;
     for (int32_t level = 0; level < depth[i]; ++level) add_node(&groups, walk, path[level]);
     close_group(&groups, walk->row_begin[i], walk->row_begin[i] + walk->own_rows[i]);
   }
