@@ -35,7 +35,7 @@ from deft_tvm.manifest import (
     write_artifact,
 )
 from deft_tvm.native import PLANNER, RUN, TORCH_POOL, compile_c
-from deft_tvm.schedules import Decision, KernelTask, schedule
+from deft_tvm.schedules import Decision, KernelTask, MergeTask, PartialTask, schedule
 from deft_tvm.schedules.cpu.lowering import compile_cpu
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.schedules.tiles import default_tiles
@@ -69,11 +69,8 @@ def tasks_for(
             "probabilities times small scales are below float16's range"
         )
     threads = device.cores if device.kind == "cpu" else 1
-    partials = (
-        KernelTask("partial", spec, tile, target, features, f"partial_{tile.name}", threads)
-        for tile in tiles
-    )
-    return (*partials, KernelTask("merge", spec, None, target, features, "merge"))
+    partials = (PartialTask(spec, target, features, tile, threads) for tile in tiles)
+    return (*partials, MergeTask(spec, target, features))
 
 
 def lower(tasks: Sequence[KernelTask], decisions: Decisions | None = None) -> IRModule:
@@ -221,7 +218,7 @@ def _manifest(
             heads=task.tile.heads,
         )
         for task, kernel in zip(tasks, partials, strict=False)
-        if task.tile is not None
+        if isinstance(task, PartialTask)
     )
     return Manifest(
         spec=str(spec),

@@ -12,7 +12,7 @@ from deft_tvm.build import compile_module, lower, tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.layer import kernel_operands
 from deft_tvm.plan import Plan, make_plan
-from deft_tvm.schedules import KernelTask, schedule
+from deft_tvm.schedules import KernelTask, schedule, tiles_of
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.workloads import Case
@@ -22,7 +22,7 @@ class Compiled:
     """The functions of a module, in the order of its tile classes."""
 
     def __init__(self, tasks: Sequence[KernelTask], module: tvm.IRModule) -> None:
-        self.tiles: tuple[TileShape, ...] = tuple(t.tile for t in tasks if t.tile is not None)
+        self.tiles = tiles_of(tasks)
         self.executable = compile_module(module, tasks[0].target)
         self.functions = [self.executable[task.symbol] for task in tasks]
 

@@ -20,7 +20,7 @@ from tvm.runtime import load_module
 from deft_tvm.build import compile_module
 from deft_tvm.device import DeviceProfile
 from deft_tvm.native import TORCH_POOL, compile_c
-from deft_tvm.schedules import KernelTask, schedule
+from deft_tvm.schedules import KernelTask, schedule, tiles_of
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.workloads import parse, tensors
 
@@ -54,7 +54,7 @@ class Emulated(Compiled):
     """Kernels whose tile instructions are calls of C functions."""
 
     def __init__(self, tasks: tuple[KernelTask, ...], decisions: list[dict[str, int]], path: Path):
-        self.tiles = tuple(task.tile for task in tasks if task.tile is not None)
+        self.tiles = tiles_of(tasks)
         executable = compile_module(scheduled(tasks, decisions), HERE.target())
         emulation = str(path / "amx.o")
         source = str(Path(__file__).with_name("amx.c"))

@@ -26,6 +26,7 @@ from deft_tvm.cli import main
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import TuningError
 from deft_tvm.manifest import installed_versions
+from deft_tvm.schedules import tiles_of
 from deft_tvm.tuning import fleet as fleets
 from deft_tvm.tuning.fleet import Fleet
 from deft_tvm.tuning.messages import Answer, Outcome, Profiled
@@ -42,7 +43,7 @@ PATIENCE = 60.0
 """Seconds in which everything here ends; a process takes a few to start."""
 
 TASKS = {task.name: task for task in tasks_for(SPEC, DEVICE)}
-TILES = [task.tile for task in TASKS.values() if task.tile is not None]
+TILES = tiles_of(TASKS.values())
 SUBJECT = subjects(SPEC, WORKLOAD, TILES, DEVICE)[0]
 SPACE = Space(SUBJECT, TASKS[SUBJECT.kernel])
 

@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from deft_tvm.build import lower, tasks_for
 from deft_tvm.device import _AMX, _V3, _V4, _ZEN4, DeviceProfile
 from deft_tvm.plan import CostModel
+from deft_tvm.schedules import PartialTask
 from deft_tvm.schedules.cpu.in_place import write_in_place
 from deft_tvm.schedules.cpu.lowering import _pipeline, settle_registers
 from deft_tvm.schedules.cpu.trimmed import BLOCK, LANE_ROWS, LANES, trim_rows
@@ -199,7 +200,7 @@ def _buffers(kernel: tirx.PrimFunc) -> set[str]:
 def _before_trimming(device: str, name: str) -> IRModule:
     """The kernel of the class with `LARGEST` lane rows, as it comes to `trim_rows`."""
     tasks = tasks_for(SPECS[name], DEVICES[device])
-    module = lower([t for t in tasks if t.tile is not None and t.tile.lane_rows == LARGEST])
+    module = lower([t for t in tasks if isinstance(t, PartialTask) and t.tile.lane_rows == LARGEST])
     passes = list(_pipeline()[0].passes)
     names = [each.info.name for each in passes]
     return transform.Sequential(passes[: names.index(trim_rows.info.name)])(module)

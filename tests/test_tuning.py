@@ -20,7 +20,7 @@ from deft_tvm.build import tasks_for
 from deft_tvm.device import FEATURES, DeviceProfile
 from deft_tvm.errors import WorkloadError
 from deft_tvm.native import TORCH_POOL, compile_c
-from deft_tvm.schedules import schedule
+from deft_tvm.schedules import schedule, tiles_of
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region
 from deft_tvm.tuning.budget import allot
@@ -35,7 +35,7 @@ from deft_tvm.tuning.subject import MERGE, subjects
 
 DEVICE = DeviceProfile.detect()
 TASKS = {task.name: task for task in tasks_for(SPEC, DEVICE)}
-TILES = [task.tile for task in TASKS.values() if task.tile is not None]
+TILES = tiles_of(TASKS.values())
 SUBJECTS = {subject.kernel: subject for subject in subjects(SPEC, WORKLOAD, TILES, DEVICE)}
 
 

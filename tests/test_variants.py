@@ -19,7 +19,7 @@ from deft_tvm.plan.cost import kv_bytes, partial_bytes, token_bytes
 from deft_tvm.plan.intensity import shares
 from deft_tvm.pytorch import absorb_query, expand_output
 from deft_tvm.reference import tree_attention
-from deft_tvm.schedules import KernelTask, schedule
+from deft_tvm.schedules import PartialTask, schedule
 from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, Region, TileShape
 from deft_tvm.tree import Forest
@@ -109,7 +109,7 @@ def test_a_tied_state_is_loaded_once_by_the_scheduled_kernel(kind: str) -> None:
     target = device.target() if kind == "llvm" else {"kind": "cuda", "arch": "sm_90a"}
     features = frozenset(device.features if kind == "llvm" else ())
     for tile in default_tiles(spec, kind, features):
-        task = KernelTask("partial", spec, tile, target, features, "partial")
+        task = PartialTask(spec, target, features, tile)
         lines = schedule(task)[0].mod.script().splitlines()
         read = [line for line in lines if re.search(r" = .*_cache\[", line)]
         assert len([line for line in read if "v_cache[" in line]) == 1, tile

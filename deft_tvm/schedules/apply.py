@@ -5,10 +5,10 @@ from __future__ import annotations
 from tvm import IRModule, s_tir
 
 from deft_tvm.schedules import cpu, cuda
-from deft_tvm.schedules.rule import Decision, KernelTask, Knobs, Rule
+from deft_tvm.schedules.rule import Decision, KernelTask, Knobs, PartialTask, Rule
 
 
-def as_written(task: KernelTask, sch: s_tir.Schedule, knobs: Knobs) -> bool:
+def as_written(task: PartialTask, sch: s_tir.Schedule, knobs: Knobs) -> bool:
     """Takes every task and changes nothing: right, and slow."""
     return True
 
@@ -18,6 +18,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "cuda": (*cuda.RULES, as_written),
 }
 """By target kind, in the order in which they are asked."""
+
+MERGES = {"llvm": cpu.schedule_merge, "cuda": cuda.schedule_merge}
+"""By target kind."""
 
 
 def schedule(task: KernelTask, decision: Decision | None = None) -> tuple[s_tir.Schedule, Knobs]:
@@ -44,5 +47,8 @@ def apply_rules(task: KernelTask, sch: s_tir.Schedule, decision: Decision | None
     """
     sch.work_on(sch.mod.get_global_vars()[0].name_hint)
     knobs = Knobs(sch, decision)
-    next(rule for rule in RULES[task.kind] if rule(task, sch, knobs))
+    if isinstance(task, PartialTask):
+        next(rule for rule in RULES[task.kind] if rule(task, sch, knobs))
+    else:
+        MERGES[task.kind](task, sch, knobs)
     return knobs

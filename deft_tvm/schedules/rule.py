@@ -1,20 +1,22 @@
 """The contract between a computation and the schedules for it.
 
-A rule takes a task (which kernel, for which spec, tile and target) and a fresh schedule of its
-computation, and either schedules it or declines by returning False before it touched anything.
-Rules are asked in order (see `apply`); the last one takes every task and leaves it as written.
+A rule takes the task of a partial kernel (for which spec, tile and target) and a fresh schedule of
+its computation, and either schedules it or declines by returning False before it touched anything.
+Rules are asked in order (see `apply`); the last one takes every task and leaves it as written. For
+the merge each target has one schedule.
 
-A rule chooses only through its `Knobs`: each choice has a name, a closed list of candidates and a
-default. So a scheduled kernel is described by a `Decision`, a plain mapping that logs keep, that
+Schedules choose only through their `Knobs`: each choice has a name, a closed list of candidates and
+a default. So a scheduled kernel is described by a `Decision`, a plain mapping that logs keep, that
 people read, and that replays on the dynamic function what was found on a specialised one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from tvm import s_tir, tirx
 
@@ -27,44 +29,77 @@ Decision = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class KernelTask:
+class KernelTask(ABC):
     """One kernel to schedule.
 
     Attributes:
-        kernel: ``partial`` (needs `tile`) or ``merge``.
         spec: the attention.
-        tile: the tile class, None for ``merge``.
         target: TVM target attributes: ``kind``, and ``mattr`` or ``arch``.
         features: instruction sets that the schedule may use, as in `DeviceProfile.features`.
-        symbol: the function's name in the module.
-        threads: that a CPU deals units out to.
     """
 
-    kernel: Literal["partial", "merge"]
     spec: AttentionSpec
-    tile: TileShape | None
     target: Mapping[str, Any]
     features: frozenset[str]
-    symbol: str
-    threads: int = 1
 
     @property
     def kind(self) -> str:
         return str(self.target["kind"])
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The kernel's name in logs and manifests."""
-        return self.kernel if self.tile is None else self.tile.name
+
+    @property
+    @abstractmethod
+    def symbol(self) -> str:
+        """The function's name in the module."""
+
+    @property
+    @abstractmethod
+    def computation(self) -> tirx.PrimFunc:
+        """The unscheduled kernel."""
+
+
+@dataclass(frozen=True)
+class PartialTask(KernelTask):
+    """Stage 1 for one tile class.
+
+    Attributes:
+        tile: the tile class.
+        threads: that a CPU deals units out to.
+    """
+
+    tile: TileShape
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.tile.name
+
+    @property
+    def symbol(self) -> str:
+        return f"partial_{self.tile.name}"
 
     @cached_property
     def computation(self) -> tirx.PrimFunc:
-        """The unscheduled kernel."""
-        if self.kernel == "merge":
-            return merge_partials(self.spec, self.kind, self.symbol)
-        if self.tile is None:
-            raise PlanError("tile is None; expected a TileShape for the partial kernel")
         return partial_attention(self.spec, self.tile, self.kind, self.symbol, self.threads)
+
+
+class MergeTask(KernelTask):
+    """Stage 2."""
+
+    name = symbol = "merge"
+
+    @cached_property
+    def computation(self) -> tirx.PrimFunc:
+        return merge_partials(self.spec, self.kind, self.symbol)
+
+
+def tiles_of(tasks: Iterable[KernelTask]) -> tuple[TileShape, ...]:
+    """The tile classes of the partial kernels among `tasks`."""
+    return tuple(task.tile for task in tasks if isinstance(task, PartialTask))
 
 
 @dataclass
@@ -114,4 +149,4 @@ class Knobs:
         return list(candidates).index(value)
 
 
-Rule = Callable[[KernelTask, s_tir.Schedule, Knobs], bool]
+Rule = Callable[[PartialTask, s_tir.Schedule, Knobs], bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
+from deft_tvm.schedules import tiles_of
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.kernel import Kernel
 from deft_tvm.tuning.log import DEVICE, TuningLog, by_subject
@@ -47,7 +48,7 @@ def logged_kernels(
         )
     spec = AttentionSpec.parse(next(iter(trials.values()))[0].spec)
     tasks = {task.name: task for task in tasks_for(spec, device)}
-    tiles = [task.tile for task in tasks.values() if task.tile is not None]
+    tiles = tiles_of(tasks.values())
     found = []
     for name, work in wanted:
         launched = {each.kernel: each for each in subjects(spec, work, tiles, device)}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from deft_tvm.build import tasks_for
 from deft_tvm.device import DeviceProfile
 from deft_tvm.files import AnyPath
+from deft_tvm.schedules import tiles_of
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tuning.budget import DEFAULT_TRIALS, Budget
 from deft_tvm.tuning.final import seconds_apart, settle
@@ -174,7 +175,7 @@ def kernels_of(
 ) -> list[Kernel]:
     """The kernels with something to decide, each on the first workload that launches it."""
     tasks = {task.name: task for task in tasks_for(spec, device)}
-    tiles = [task.tile for task in tasks.values() if task.tile is not None]
+    tiles = tiles_of(tasks.values())
     chosen: dict[str, Subject] = {}
     for workload in workloads:
         for subject in subjects(spec, workload, tiles, device):

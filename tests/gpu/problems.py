@@ -14,7 +14,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.layer import kernel_operands
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.reference import Exact
-from deft_tvm.schedules import Decision, KernelTask, schedule
+from deft_tvm.schedules import Decision, KernelTask, MergeTask, PartialTask, schedule
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tree import Forest
@@ -76,12 +76,16 @@ def cuda_of(task: KernelTask, decision: Decision = {}) -> str:  # noqa: B006
     return cuda_source(compile_cuda(schedule(task, decision)[0].mod, ARCH))
 
 
-def partial_task(spec: AttentionSpec, tile: TileShape) -> KernelTask:
-    return KernelTask("partial", spec, tile, TARGET, frozenset(), "partial")
+def kernel_of(task: KernelTask, source: Callable[[KernelTask], str] = cuda_of) -> Kernel:
+    return translate(source(task), task.symbol)
 
 
-def merge_task(spec: AttentionSpec) -> KernelTask:
-    return KernelTask("merge", spec, None, TARGET, frozenset(), "merge")
+def partial_task(spec: AttentionSpec, tile: TileShape) -> PartialTask:
+    return PartialTask(spec, TARGET, frozenset(), tile)
+
+
+def merge_task(spec: AttentionSpec) -> MergeTask:
+    return MergeTask(spec, TARGET, frozenset())
 
 
 def partial_arguments(problem: Problem, begin: int, end: int) -> Arguments:
@@ -132,11 +136,11 @@ def run(problem: Problem, folder: Path, source: Callable[[KernelTask], str] = cu
     """Both stages of `problem` in emulation, block after block, from CUDA by `source`."""
     spec, plan = problem.case.spec, problem.plan
     for tile, begin, end in plan.launches:
-        kernel = translate(source(partial_task(spec, plan.tiles[tile])), "partial")
+        kernel = kernel_of(partial_task(spec, plan.tiles[tile]), source)
         blocks = (end - begin) * spec.num_kv_heads
         run_either_way(kernel, folder, blocks, partial_arguments(problem, begin, end), problem)
     if len(plan.merge_rows):
-        kernel = translate(source(merge_task(spec)), "merge")
+        kernel = kernel_of(merge_task(spec), source)
         blocks = len(plan.merge_rows) * spec.num_q_heads
         run_either_way(kernel, folder, blocks, merge_arguments(problem), problem)
 

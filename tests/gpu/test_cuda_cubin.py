@@ -16,7 +16,7 @@ from cubins import Cubin, compiled, disassembler
 from tvm import IRModule
 
 from deft_tvm.device import shared_limit
-from deft_tvm.schedules import KernelTask, schedule
+from deft_tvm.schedules import KernelTask, MergeTask, PartialTask, schedule
 from deft_tvm.schedules.cuda.lowering import compile_cuda, cuda_source, shared_bytes
 from deft_tvm.schedules.cuda.succession import can_overlap
 from deft_tvm.schedules.tiles import default_tiles
@@ -71,8 +71,8 @@ class Compiled:
     cubin: Cubin
 
     @property
-    def partial(self) -> dict[str, KernelTask]:
-        return {name: task for name, task in self.tasks.items() if task.kernel == "partial"}
+    def partial(self) -> dict[str, PartialTask]:
+        return {n: task for n, task in self.tasks.items() if isinstance(task, PartialTask)}
 
     def in_groups(self, name: str) -> bool:
         """Whether the kernel's warps multiply in groups of four."""
@@ -96,12 +96,12 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @cache
 def _compiled(text: str, arch: str, folder: Path) -> Compiled:
     spec, target = AttentionSpec.parse(text), {"kind": "cuda", "arch": arch}
-    tasks, taken, shared, kernels = {}, {}, {}, IRModule()
-    for tile in (*default_tiles(spec, "cuda", frozenset({arch})), None):
-        symbol = "merge" if tile is None else f"partial_{tile.name}"
-        kind = "merge" if tile is None else "partial"
-        tasks[symbol] = KernelTask(kind, spec, tile, target, frozenset(), symbol)
-        scheduled, knobs = schedule(tasks[symbol])
+    tiles = default_tiles(spec, "cuda", frozenset({arch}))
+    partials = [PartialTask(spec, target, frozenset(), tile) for tile in tiles]
+    tasks = {task.symbol: task for task in (*partials, MergeTask(spec, target, frozenset()))}
+    taken, shared, kernels = {}, {}, IRModule()
+    for symbol, task in tasks.items():
+        scheduled, knobs = schedule(task)
         taken[symbol] = knobs.taken
         shared[symbol] = shared_bytes(scheduled.mod, arch)
         kernels.update(scheduled.mod)
@@ -191,12 +191,12 @@ def test_kernels_wait_for_the_one_before(module: Compiled) -> None:
 
 def _fills_the_registers(task: KernelTask) -> bool:
     """Whether the accumulators of one tile are as many as a multiprocessor has registers."""
-    return task.tile is not None and task.tile.lane_rows * task.spec.v_width >= REGISTERS
+    partial = isinstance(task, PartialTask)
+    return partial and task.tile.lane_rows * task.spec.v_width >= REGISTERS
 
 
 def _on_tensor_cores(task: KernelTask) -> bool:
-    assert task.tile is not None
-    return task.tile.operand != "float32"
+    return isinstance(task, PartialTask) and task.tile.operand != "float32"
 
 
 def _allocated(registers: int) -> int:

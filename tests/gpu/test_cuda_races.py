@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from emulate import Arguments, EmulationError, Kernel, sanitizer, translate
+from emulate import Arguments, EmulationError, Kernel, sanitizer
 from problems import (
     BRANCHES,
     Problem,
     check,
-    cuda_of,
+    kernel_of,
     make_problem,
     merge_arguments,
     merge_task,
@@ -142,7 +142,7 @@ def test_what_groups_of_warps_need_is_missed(fence: str, said: str, folder: Path
 def test_merge_has_no_races(folder: Path) -> None:
     spec = AttentionSpec.parse(CASES["scalar"][0])
     problem = make_problem(spec, BRANCHES, (CASES["scalar"][1],))
-    kernel = translate(cuda_of(merge_task(spec)), "merge")
+    kernel = kernel_of(merge_task(spec))
     for partial in (problem.partial_out, problem.partial_lse):
         partial.zero_()
     assert kernel.apart(folder, 4, merge_arguments(problem)).races == 0
@@ -164,7 +164,7 @@ def launch_of(problem: Problem) -> tuple[Kernel, int, Arguments]:
 
 @cache
 def partial_kernel(spec: AttentionSpec, tile: TileShape) -> Kernel:
-    return translate(cuda_of(partial_task(spec, tile)), "partial")
+    return kernel_of(partial_task(spec, tile))
 
 
 def forget(problem: Problem) -> None:

@@ -9,10 +9,8 @@ from deft_tvm.schedules.rule import KernelTask, Knobs
 from deft_tvm.schedules.verbs import power_of_two_in, vectorize_last
 
 
-def merge(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
-    """The rule for the merge kernel; nothing to choose, it is a few microseconds of reading."""
-    if task.kernel != "merge":
-        return False
+def schedule_merge(task: KernelTask, sch: Schedule, knobs: Knobs) -> None:
+    """Nothing to choose, it is a few microseconds of reading."""
     lanes = power_of_two_in(task.spec.v_width, float_lanes(task.features))
     weigh = sch.get_sblock("weigh")
     d, p, share = sch.get_loops(weigh)[-3:]
@@ -21,4 +19,3 @@ def merge(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     sch.vectorize(inner)
     sch.decompose_reduction(weigh, p)
     vectorize_last(sch, "write_out", lanes)
-    return True

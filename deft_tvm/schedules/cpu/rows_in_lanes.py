@@ -34,7 +34,7 @@ from deft_tvm.schedules.cpu.trimmed import (
 )
 from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
-from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.rule import Knobs, PartialTask
 from deft_tvm.schedules.tiles import pairs_fit
 from deft_tvm.schedules.verbs import (
     divisors,
@@ -47,10 +47,10 @@ from deft_tvm.schedules.verbs import (
 )
 
 
-def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+def rows_in_lanes(task: PartialTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: partial kernels whose lane rows fill whole vectors."""
     lanes = float_lanes(task.features)
-    if task.tile is None or task.tile.lane_rows < 16 or task.tile.lane_rows % lanes:
+    if task.tile.lane_rows < 16 or task.tile.lane_rows % lanes:
         return False
     paired = _paired(task)
     tile, spec = task.tile, task.spec
@@ -88,11 +88,10 @@ def rows_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     return True
 
 
-def _paired(task: KernelTask) -> bool:
+def _paired(task: PartialTask) -> bool:
     tile, spec = task.tile, task.spec
     return (
-        tile is not None
-        and tile.operand == "bfloat16"
+        tile.operand == "bfloat16"
         and "avx512bf16" in task.features
         and pairs_fit(spec)
         and tile.kv_tile % 2 == 0

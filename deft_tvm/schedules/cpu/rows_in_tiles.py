@@ -27,13 +27,13 @@ from deft_tvm.schedules.cpu.transposed import narrow_in_pairs, pass_over_rows, t
 from deft_tvm.schedules.cpu.trimmed import over_rows
 from deft_tvm.schedules.cpu.turns import turns_llvm
 from deft_tvm.schedules.cpu.vector import float_lanes
-from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.rule import Knobs, PartialTask
 from deft_tvm.schedules.verbs import divisors, import_llvm, spread, swap, vectorize_over
 
 
-def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+def rows_in_tiles(task: PartialTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: partial kernels of bfloat16 whose tiles are whole AMX tiles."""
-    if task.tile is None or not _accepts(task):
+    if not _accepts(task):
         return False
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     sizes = {
@@ -64,11 +64,10 @@ def rows_in_tiles(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     return True
 
 
-def _accepts(task: KernelTask) -> bool:
+def _accepts(task: PartialTask) -> bool:
     spec, tile = task.spec, task.tile
     return (
-        tile is not None
-        and tile.operand == "bfloat16"
+        tile.operand == "bfloat16"
         and {"amx-bf16", "avx512bf16"} <= task.features
         and all(width % EDGE == 0 for width in (tile.lane_rows, spec.v_width))
         and all(width % DEPTH == 0 for width in (tile.kv_tile, spec.k_width, spec.rope_width))

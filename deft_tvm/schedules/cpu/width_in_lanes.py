@@ -31,7 +31,7 @@ from deft_tvm.schedules.cpu.pairs import pair_values
 from deft_tvm.schedules.cpu.reductions import reduce_rows, reductions_llvm
 from deft_tvm.schedules.cpu.references import REFERENCES_LLVM, refer_to_rows, stored_where
 from deft_tvm.schedules.cpu.vector import REGISTERS, float_lanes, registers
-from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.rule import Knobs, PartialTask
 from deft_tvm.schedules.verbs import (
     divisors,
     import_llvm,
@@ -56,9 +56,9 @@ KEYS = {"scores": "load_k", "scores_rope": "load_rope"}
 """What loads the keys of each product."""
 
 
-def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+def width_in_lanes(task: PartialTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: partial kernels of few rows."""
-    if task.tile is None or not _accepts(task):
+    if not _accepts(task):
         return False
     spec, tile, lanes = task.spec, task.tile, float_lanes(task.features)
     v_lanes, paired = power_of_two_in(spec.v_width, lanes), _paired(task)
@@ -104,28 +104,27 @@ def width_in_lanes(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     return True
 
 
-def _paired(task: KernelTask) -> bool:
+def _paired(task: PartialTask) -> bool:
     """Whether the output's product takes tokens in pairs.
 
     One row is not worth interleaving V for.
     """
     spec, tile = task.spec, task.tile
     return (
-        tile is not None
-        and tile.operand == "bfloat16"
+        tile.operand == "bfloat16"
         and tile.lane_rows > 1
         and spec.v_width % 16 == 0
         and tile.kv_tile % (2 * STRETCH) == 0
     )
 
 
-def _accepts(task: KernelTask) -> bool:
+def _accepts(task: PartialTask) -> bool:
     """float32 rows of some even width; bfloat16 rows where 32 elements are multiplied at once.
 
     Steps are halved until one token is left, so that they must be powers of two.
     """
     spec, tile = task.spec, task.tile
-    if tile is None or tile.kv_tile & (tile.kv_tile - 1):
+    if tile.kv_tile & (tile.kv_tile - 1):
         return False
     widths = [spec.k_width] if spec.rope is None else [spec.k_width, spec.rope_width]
     if tile.operand == "bfloat16":

@@ -16,13 +16,13 @@ from deft_tvm.schedules.cuda.limits import BLOCKS, fits_staged, most_blocks
 from deft_tvm.schedules.cuda.shares import DEALT_THREADS
 from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
-from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.rule import Knobs, PartialTask
 
 TABLES = 4
 """Tables of a tile's tokens that `locate` writes; with a window, positions too."""
 
 
-def locate_tokens(task: KernelTask, sch: Schedule, warps: Any) -> None:
+def locate_tokens(task: PartialTask, sch: Schedule, warps: Any) -> None:
     """A thread for each token; whether the tile is cut is found by every warp for itself."""
     keep(sch, ("seek",), DEALT_THREADS)
     keep(sch, ("find_cut",), "local")
@@ -41,14 +41,13 @@ def locate_tokens(task: KernelTask, sch: Schedule, warps: Any) -> None:
 
 
 def load_tiles(
-    task: KernelTask, sch: Schedule, knobs: Knobs, warps: Any, panel: int | None = None
+    task: PartialTask, sch: Schedule, knobs: Knobs, warps: Any, panel: int | None = None
 ) -> None:
     """Q once an item, K, V and rope once a step, by all threads together.
 
     Args:
         panel: columns of the panels that tiles lie in, whose rows are permuted; None: rows whole.
     """
-    assert task.tile is not None
     spec, operand = task.spec, task.tile.operand
     regions = {"load_v": (spec.v.buffer, spec.v_width)}
     queries = {"load_q": spec.k_width}
@@ -86,7 +85,7 @@ def load_tiles(
 
 
 def _leave_room(
-    task: KernelTask, sch: Schedule, knobs: Knobs, warps: int, stages: int, padding: int
+    task: PartialTask, sch: Schedule, knobs: Knobs, warps: int, stages: int, padding: int
 ) -> None:
     """Bound the registers of a thread, so that others may be on its multiprocessor."""
     most = most_blocks(task, warps, stages, padding)

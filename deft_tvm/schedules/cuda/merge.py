@@ -27,10 +27,8 @@ AHEAD = (1, 2, 4)
 """Partials of a warp whose loads wait for memory together."""
 
 
-def merge_columns(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
-    """The rule: the merge kernel."""
-    if task.kernel != "merge":
-        return False
+def schedule_merge(task: KernelTask, sch: Schedule, knobs: Knobs) -> None:
+    """Partials to warps, columns to their lanes."""
     warps = knobs.pick_number("warps", WARPS, 4)
     ahead = knobs.pick_number("ahead", AHEAD, 2)
     keep(sch, ("largest", "sum"), "local")
@@ -41,7 +39,6 @@ def merge_columns(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
     _weigh(sch, warps, ahead, FOUR if task.spec.v_width % FOUR == 0 else 1)
     deal_threads(sch, "write_out", warps)
     by_first_thread(sch, "write_lse", warps)
-    return True
 
 
 def _weigh(sch: Schedule, warps: int, ahead: int, width: int) -> None:

@@ -28,17 +28,15 @@ from deft_tvm.schedules.cuda.threads import (
     keep,
     reduce_in_warps,
 )
-from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.rule import Knobs, PartialTask
 from deft_tvm.schedules.verbs import nearest
 
 WARPS = (2, 4, 8)
 
 
-def rows_over_warps(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+def rows_over_warps(task: PartialTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: every partial kernel that has no better one."""
     tile = task.tile
-    if tile is None:
-        return False
     products, made = score_products(task.spec), matrices_of_softmax(task.spec)
     warps = knobs.pick_number("warps", WARPS, nearest(WARPS, max(4, tile.lane_rows // 8)))
 

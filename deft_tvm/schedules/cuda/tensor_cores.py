@@ -54,7 +54,7 @@ from deft_tvm.schedules.cuda.threads import (
     keep,
 )
 from deft_tvm.schedules.cuda.warpgroups import MOST_COLUMNS, group_scores, group_sums
-from deft_tvm.schedules.rule import KernelTask, Knobs
+from deft_tvm.schedules.rule import Knobs, PartialTask
 from deft_tvm.schedules.verbs import unroll_all
 
 Place = Callable[[Any, Any], tuple[Any, ...]]
@@ -73,10 +73,10 @@ OTHER_REGISTERS = 80
 """That a thread takes beside a tile's scores and its output (a guess)."""
 
 
-def tensor_cores(task: KernelTask, sch: Schedule, knobs: Knobs) -> bool:
+def tensor_cores(task: PartialTask, sch: Schedule, knobs: Knobs) -> bool:
     """The rule: tiles of 16-bit operands whose sides are multiples of 16."""
     tile, spec = task.tile, task.spec
-    if tile is None or not _fits(task):
+    if not _fits(task):
         return False
     possible = _possible_shares(task)
     if not possible:
@@ -137,9 +137,8 @@ def _hold(sch: Schedule, blocks: Iterable[str], place: Place) -> None:
         sch.transform_layout(sch.get_sblock(block), ("write", 0), place)
 
 
-def _fits(task: KernelTask) -> bool:
+def _fits(task: PartialTask) -> bool:
     tile, spec = task.tile, task.spec
-    assert tile is not None
     sides = [tile.lane_rows, tile.kv_tile, spec.k_width, spec.v_width, spec.rope_width]
     if spec.tied:
         sides.append(spec.k.begin - spec.v.begin)
@@ -150,10 +149,9 @@ def _fits(task: KernelTask) -> bool:
     )
 
 
-def _possible_shares(task: KernelTask) -> list[int]:
+def _possible_shares(task: PartialTask) -> list[int]:
     """Into how many equal parts the warps of a row can divide its tokens and its columns."""
     tile, width = task.tile, task.spec.v_width
-    assert tile is not None
     return [
         shares
         for shares in SHARES
@@ -164,9 +162,8 @@ def _possible_shares(task: KernelTask) -> list[int]:
     ]
 
 
-def _default_shares(task: KernelTask, possible: list[int], grouped: bool) -> int:
+def _default_shares(task: PartialTask, possible: list[int], grouped: bool) -> int:
     """The fewest that give each scheduler of a multiprocessor a warp, beside another block."""
-    assert task.tile is not None
     if grouped:
         return next(n for n in possible if _fits_groups(task, n))
     rows = task.tile.lane_rows // SIDE
@@ -175,10 +172,9 @@ def _default_shares(task: KernelTask, possible: list[int], grouped: bool) -> int
     return next(good, possible[-1])
 
 
-def _can_group(task: KernelTask) -> bool:
+def _can_group(task: PartialTask) -> bool:
     """Whether warps can multiply in groups of four."""
     tile, spec = task.tile, task.spec
-    assert tile is not None
     return (
         can_group(spec, tile.operand, {str(task.target["arch"])})
         and tile.lane_rows % GROUP_ROWS == 0
@@ -187,10 +183,9 @@ def _can_group(task: KernelTask) -> bool:
     )
 
 
-def _fits_groups(task: KernelTask, shares: int) -> bool:
+def _fits_groups(task: PartialTask, shares: int) -> bool:
     """Whether each warp has whole panels of output, and registers for them."""
     tile, width = task.tile, task.spec.v_width // shares
-    assert tile is not None
     threads = tile.lane_rows // SIDE * shares * LANES
     held = SIDE * (width + tile.kv_tile) // LANES + OTHER_REGISTERS
     return width % PANEL == 0 and width <= MOST_COLUMNS and threads * held <= REGISTERS
