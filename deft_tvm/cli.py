@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from deft_tvm.errors import DeftError, installing
 from deft_tvm.exit_codes import FAULT, INTERRUPTED, WRONG_USE
+from deft_tvm.interruption import watched
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command, by default that of this process; always ends in SystemExit."""
+    end_with_code(partial(_run, arguments))
+
+
+def end_with_code(command: Callable[[], object]) -> None:
+    """Run a command to its end, and tell what was refused; always ends in SystemExit."""
     try:
-        _run(arguments)
+        with watched():
+            command()
+        raise SystemExit(0)
     except DeftError as error:
         _refuse(str(error))
     except OSError as error:

@@ -43,7 +43,7 @@ COMPILER = {"kernels", "schedules", "tuning.defaults", "native", "build"}
 #: May import any room, and no room imports them.
 OUTSIDE = {"__init__", "tuning", "workloads", "timing", "limit", "show", "reference"} | {
     *("check", "peers", "bench", "compare", "figures", "cli", "commands", "demo", "wheel"),
-    *("gpu_check", "exit_codes"),
+    *("gpu_check", "exit_codes", "interruption"),
 }
 #: Inside a function only, for one reason each.
 CROSSINGS = {

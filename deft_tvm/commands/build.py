@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from deft_tvm import interruption
 from deft_tvm.commands.common import (
     CHECK_FAILED,
     DEFAULT_SPEC,
@@ -108,7 +109,7 @@ def build(
     for job in jobs:
         folder = out / target.slug / job.spec.slug if several and out is not None else out
         try:
-            with text.status(f"compiling {job.spec} for {target.slug}"):
+            with interruption.kept(), text.status(f"compiling {job.spec} for {target.slug}"):
                 built.append(_build(job, target, folder))
         except Exception as error:  # of whatever kind, the others are built
             if not several:

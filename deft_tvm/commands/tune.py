@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from deft_tvm import interruption
 from deft_tvm.commands.common import (
     DEFAULT_SPEC,
     ApartOption,
@@ -112,7 +113,7 @@ def tune(
     share = None if minutes is None else minutes / len(specs)
     found: list[tuple[AttentionSpec, TuningResult, Path]] = []
     try:
-        with _fleet(rpc, key) as fleet:
+        with interruption.kept(), _fleet(rpc, key) as fleet:
             for one in _tune(specs, workload, trials, share, seed, apart, kind, fleet):
                 found.append(one)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import numpy as np
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
+from deft_tvm import interruption
 from deft_tvm.tuning.space import Space
 
 POOL = 16
@@ -139,7 +140,8 @@ class GreedySearch(ms.search_strategy.PySearchStrategy):
 
     def _candidate(self, number: int) -> ms.MeasureCandidate | None:
         try:
-            return self.space.candidate(number)
+            with interruption.kept():
+                return self.space.candidate(number)
         except Exception as error:
             if number not in self.tried:
                 self.tried[number] = ()

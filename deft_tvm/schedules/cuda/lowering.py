@@ -61,8 +61,6 @@ def compile_cuda(module: IRModule, arch: str) -> Any:
         PlanError: a kernel's tiles take more shared memory than a block of `arch` has.
     """
     register_tir_pipeline(PIPELINE, _pipeline)
-    # So that a refusal inside a pass comes out of TVM as what it is.
-    tvm_ffi.register_error(PlanError.__name__, PlanError)
     return tvm_compile(module, target=cuda_target(arch), tir_pipeline=PIPELINE)
 
 
