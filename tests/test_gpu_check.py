@@ -11,6 +11,7 @@ import pytest
 
 from deft_tvm import gpu_check
 from deft_tvm.cli import main
+from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError
 from deft_tvm.gpu_check import STAGES, Record, Stage, chosen, run
 
@@ -48,6 +49,28 @@ def test_a_stage_that_fails_is_run_again_and_one_that_was_ok_is_not(stage, tmp_p
     assert ok.status == "ok"
     assert run(stage(FAILS), out, "cpu", 60) == ok
     assert run(stage(FAILS), out, "cpu", 60, again=True).status == "failed"
+
+
+def test_a_part_of_a_stage_is_not_the_stage(stage, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    part = run(stage(WORKS), out, "cpu", 60, options=["--only=some"])
+    assert (part.status, part.options) == ("ok", ["--only=some"])
+    assert run(stage(WORKS), out, "cpu", 60).options == []
+
+
+def test_what_was_found_of_a_device_is_not_taken_for_another_s(
+    stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    found = run(stage(WORKS), out, "cpu", 60)
+    assert found.device == DeviceProfile.detect().slug
+    other = DeviceProfile.nominal(cores=999)
+    monkeypatch.setattr(DeviceProfile, "detect", lambda kind="cpu": other)
+    said = rf"--out is '{out}', with what was found of {found.device}; expected a new folder for "
+    with pytest.raises(InputError, match=said + other.slug):
+        run(stage(WORKS), out, "cpu", 60)
+    (out / "device.txt").unlink()
+    assert run(stage(WORKS), out, "cpu", 60).device == other.slug, "nor where the folder is silent"
 
 
 def test_a_stage_that_takes_too_long_is_stopped_and_leaves_what_it_had(

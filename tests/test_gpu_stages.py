@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from built import SMALL, artifact
 from deft_tvm.bench.core import Cell
 from deft_tvm.check import Exactness
 from deft_tvm.device import DeviceProfile
+from deft_tvm.errors import InputError
 from deft_tvm.gpu_check import bench, exact, modules, rates, sanitize, sanitized, speeds, tune
 from deft_tvm.gpu_check.cells import CELLS, DIFFERENT, FORESTS, SPEEDS, Check, forest_of
 from deft_tvm.gpu_check.lines import Lines, last_line
@@ -137,6 +139,31 @@ def test_exact_says_what_had_no_time(ask) -> None:
         "1 had no time; the same command goes on with them",
         "0 of 2 are not exact",
     ]
+
+
+@pytest.mark.parametrize("main", [exact.main, sanitize.main, bench.main])
+def test_no_cell_at_all_is_refused(ask, main) -> None:
+    with pytest.raises(InputError, match="--only is 'nonsense'; expected a part of the name of a"):
+        ask(main, options=("--only", "nonsense"))
+
+
+def test_a_stage_takes_no_folder_of_another_device(ask, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "device.txt").write_text("nvidia-h200\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"what was found of nvidia-h200; expected a new folder"):
+        ask(exact.main, [str(SMALL)], [FEW_SHOT])
+
+
+def test_the_table_of_no_file_is_refused(tmp_path: Path) -> None:
+    for path, told in (
+        ("/nope", "deft-tvm: /nope: No such file or directory\n"),
+        (str(tmp_path), f"deft-tvm: {tmp_path}: Is a directory\n"),
+        (__file__, f"deft-tvm: FILE is {__file__!r}, which has no line of bench; expected bench"),
+    ):
+        command = (sys.executable, "-m", "deft_tvm.gpu_check.table", path)
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert ran.stderr.startswith(told)
 
 
 def test_a_module_that_cannot_be_built_is_told(monkeypatch, ask) -> None:

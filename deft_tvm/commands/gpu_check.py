@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from deft_tvm.commands.common import CHECK_FAILED, console, table
+from deft_tvm.device import Kind
 
 
 def gpu_check(
@@ -57,7 +58,8 @@ def gpu_check(
     for stage in chosen(stages or []):
         typer.echo(f"{stage.name}: {stage.what}", err=True)
         seconds = 60 * minutes
-        records.append(run(stage, out, device, seconds, again=again, options=option or ()))
+        kind = cast(Kind, device)
+        records.append(run(stage, out, kind, seconds, again=again, options=option or ()))
     rows = [(r.stage, r.status, f"{r.seconds:.1f}", str(out / f"{r.stage}.txt")) for r in records]
     console().print(table("", ("stage", "status", "seconds", "printed"), rows))
     raise typer.Exit(0 if all(record.status == "ok" for record in records) else CHECK_FAILED)

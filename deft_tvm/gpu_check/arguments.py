@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from deft_tvm import env
-from deft_tvm.device import Kind
+from deft_tvm.device import DeviceProfile, Kind
+from deft_tvm.errors import InputError
+from deft_tvm.gpu_check.folder import folder_of
+
+T = TypeVar("T")
 
 MINUTES = 9.0
 
@@ -36,12 +40,26 @@ def kind_of(asked: argparse.Namespace) -> Kind:
 
 
 def file_in(asked: argparse.Namespace, name: str) -> Path | None:
-    """A file of the stage's folder, which is made; None where there is none."""
+    """A file of the stage's folder, which is made; None where there is none.
+
+    Raises:
+        InputError: the folder is another device's.
+    """
     if asked.out is None:
         return None
-    folder = cast(Path, asked.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
+    return folder_of(DeviceProfile.detect(kind_of(asked)), asked.out) / name
+
+
+def only(asked: argparse.Namespace, cells: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+    """Cells with ``--only`` in their name.
+
+    Raises:
+        InputError: there are none, so that nothing would be found, and nothing be wrong.
+    """
+    found = [cell for cell in cells if asked.only in name(cell)]
+    if not found:
+        raise InputError(f"--only is {asked.only!r}; expected a part of the name of a cell")
+    return found
 
 
 def use_logs(asked: argparse.Namespace) -> Path | None:

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from deft_tvm.bench.core import Cell
+from deft_tvm.cli import end_with_code
 from deft_tvm.device import DeviceProfile
-from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of, use_logs
+from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, only, parser_of, use_logs
 from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere, last_line
 from deft_tvm.gpu_check.measuring import Measuring, limited
 from deft_tvm.gpu_check.modules import build_missing
 from deft_tvm.gpu_check.rates import rates_here
-from deft_tvm.gpu_check.speeds import PAPERS, Begun, Beside, Found, Ours, cells_of
+from deft_tvm.gpu_check.speeds import FILE, PAPERS, Begun, Beside, Found, Ours, cells_of
 from deft_tvm.gpu_check.table import report
 from deft_tvm.peers import PEERS, QUICK
 
-FILE = "bench.jsonl"
 FLEX = "flex"
 """Compiles for each cell, half a minute each."""
 SLOW = (*QUICK, "tvm")
@@ -39,7 +39,7 @@ def main(cells: Sequence[Cell] | None = None) -> None:
     asked = _parser().parse_args()
     if cells is None:
         cells = cells_of(asked.trees)
-    cells = [cell for cell in cells if asked.only in f"{cell.spec} {cell.workload}"]
+    cells = only(asked, cells, lambda cell: f"{cell.spec} {cell.workload}")
     with torch.inference_mode():
         done = Bench(asked).run(cells)
     sys.exit(0 if done else 1)
@@ -180,4 +180,4 @@ def _said(line: Ours | Beside) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_code(main)

@@ -15,7 +15,8 @@ from typing import TypeVar
 import msgspec
 
 from deft_tvm.check import Exactness
-from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of, use_logs
+from deft_tvm.cli import end_with_code
+from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, only, parser_of, use_logs
 from deft_tvm.gpu_check.cells import CELLS, WORKLOADS, Check, forest_of
 from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere
 from deft_tvm.gpu_check.modules import build_missing
@@ -58,11 +59,12 @@ def main(specs: Sequence[str] | None = None, workloads: Sequence[str] = WORKLOAD
     use_logs(asked)
     left, kind = deadline(asked), kind_of(asked)
     given = [Check(spec, workload) for spec in specs or () for workload in workloads]
-    cells = [
-        cell.canonical
+    possible = [
+        cell
         for cell in (CELLS if specs is None else given)
-        if asked.only in str(cell) and not (kind == "cpu" and cell.way in ON_GPUS_ALONE)
+        if not (kind == "cpu" and cell.way in ON_GPUS_ALONE)
     ]
+    cells = [cell.canonical for cell in only(asked, possible)]
     lines: Lines[Checked] = Lines(file_in(asked, FILE), Checked, asked.again)
     last = {line.cell: line for line in lines.found}
     todo = [c for c in cells if c not in last or not (asked.go_on or last[c].holds)]
@@ -118,4 +120,4 @@ def attempt(call: Callable[[], T]) -> T | str:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_code(main)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from deft_tvm.cli import end_with_code
 from deft_tvm.device import DeviceProfile
 from deft_tvm.files import write_whole
 from deft_tvm.gpu_check.arguments import file_in, kind_of, parser_of, use_logs
@@ -61,4 +62,4 @@ def rates_here(folder: Path | None, device: DeviceProfile) -> Rates:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_code(main)

@@ -15,7 +15,9 @@ from typing import IO, Literal
 
 import msgspec
 
+from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.files import write_whole
+from deft_tvm.gpu_check.folder import folder_of
 from deft_tvm.gpu_check.stages import Stage
 from deft_tvm.manifest import source_commit
 
@@ -34,6 +36,8 @@ class Record(msgspec.Struct, frozen=True):
         code: its exit code, negative for a signal.
         seconds: that it took.
         command: after ``python``.
+        options: those of it that were asked for: it may have done a part of the stage alone.
+        device: the slug of it.
         commit: of this package.
         began: UTC.
     """
@@ -43,6 +47,8 @@ class Record(msgspec.Struct, frozen=True):
     code: int
     seconds: float
     command: list[str]
+    options: list[str]
+    device: str
     commit: str
     began: str
 
@@ -50,7 +56,7 @@ class Record(msgspec.Struct, frozen=True):
 def run(
     stage: Stage,
     out: Path,
-    device: str,
+    device: Kind,
     seconds: float,
     *,
     again: bool = False,
@@ -65,10 +71,14 @@ def run(
         seconds: after which it is stopped, with all its processes; what it printed is kept.
         again: run it whatever it has been, and from its beginning.
         options: of the stage's module.
+
+    Raises:
+        InputError: the folder is another device's.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{stage.name}.json"
-    if not (again or options) and (known := _read(file)) is not None and known.status == "ok":
+    here = DeviceProfile.detect(device)
+    file = folder_of(here, out) / f"{stage.name}.json"
+    known = None if again or options else _read(file)
+    if known is not None and (known.status, known.options, known.device) == ("ok", [], here.slug):
         return known
     command = ["-m", stage.module, "--device", device]
     if stage.resumes:
@@ -87,6 +97,8 @@ def run(
         code,
         round(time.monotonic() - clock, 1),
         command,
+        list(options),
+        here.slug,
         source_commit(),
         began.isoformat(timespec="seconds"),
     )

@@ -16,7 +16,8 @@ from typing import Literal
 
 import msgspec
 
-from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, parser_of
+from deft_tvm.cli import end_with_code
+from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, only, parser_of
 from deft_tvm.gpu_check.cells import DIFFERENT
 from deft_tvm.gpu_check.lines import Lines
 from deft_tvm.gpu_check.modules import build_missing
@@ -64,9 +65,7 @@ def main(specs: Sequence[str] | None = None) -> None:
     left = deadline(asked)
     lines: Lines[Sanitized] = Lines(file_in(asked, FILE), Sanitized, asked.again)
     names = dict.fromkeys(str(AttentionSpec.parse(spec)) for spec in specs or DIFFERENT)
-    wanted = [
-        (tool, name) for tool in asked.tools.split(",") for name in names if asked.only in name
-    ]
+    wanted = [(tool, name) for tool in asked.tools.split(",") for name in only(asked, names)]
     last = {(line.tool, line.spec): line for line in lines.found}
     todo = [
         key
@@ -124,4 +123,4 @@ def sanitize(
 
 
 if __name__ == "__main__":
-    main()
+    end_with_code(main)

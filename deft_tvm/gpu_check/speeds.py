@@ -18,6 +18,7 @@ from deft_tvm.limit import Limit
 from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.tuning.log import measured
 
+FILE = "bench.jsonl"
 # The more telling first, for a run that is cut short.
 WORKLOADS = (
     "few_shot:prompt=4000,branches=32",
