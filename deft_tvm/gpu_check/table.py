@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from deft_tvm.bench.core import Cell
 from deft_tvm.bench.report import short
+from deft_tvm.cli import end_with_code
+from deft_tvm.errors import InputError
 from deft_tvm.gpu_check.lines import Lines
 from deft_tvm.gpu_check.rates import Rates
-from deft_tvm.gpu_check.speeds import PAPERS, Begun, Beside, Found, Ours
+from deft_tvm.gpu_check.speeds import FILE, PAPERS, Begun, Beside, Found, Ours
 from deft_tvm.spec import AttentionSpec
 
 COLUMNS = (
@@ -155,11 +157,21 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print the table of a file."""
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m deft_tvm.gpu_check.table FILE; got {sys.argv[1:]}")
-    print(report(Lines(Path(sys.argv[1]), Found).found))
+    """Print the table of a file.
+
+    Raises:
+        InputError: it has no line of `bench`.
+        OSError: it cannot be read.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", metavar="FILE", type=Path, help=f"{FILE} of a stage's folder")
+    file = parser.parse_args().file
+    file.read_bytes()  # what is not there counts as no lines to those who begin one
+    found: list[Found] = Lines[Found](file, Found).found
+    if not found:
+        raise InputError(f"FILE is {str(file)!r}, which has no line of bench; expected {FILE}")
+    print(report(found))
 
 
 if __name__ == "__main__":
-    main()
+    end_with_code(main)
