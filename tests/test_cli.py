@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deft_tvm import env
 from deft_tvm.bench import Cell
 from deft_tvm.bench.compare import Change, Verdict
 from deft_tvm.cli import main
+from deft_tvm.commands import app, log, show
 from deft_tvm.device import DeviceProfile
 from deft_tvm.workloads import parse
 
@@ -31,6 +33,31 @@ def test_help_says_what_it_does_and_gives_an_example(
     assert overview.code == ran.code == 0
     assert f" {command} " in overview.out
     assert command == "show" or f"Example: deft-tvm {command}" in ran.out
+
+
+NUMBERS = [
+    ((*group, command.callback.__name__.replace("_", "-")), f"--{name}")
+    for group, commands in (((), app), (("log",), log), (("show",), show))
+    for command in commands.registered_commands
+    if command.callback is not None
+    for name, parameter in inspect.signature(command.callback).parameters.items()
+    if "float" in str(parameter.annotation) or parameter.annotation == "ApartOption"
+]
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS)
+@pytest.mark.parametrize("text", ["nan", "inf"])
+def test_numbers_of_options_are_finite(
+    command: tuple[str, ...], option: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = Ran(capsys, *command, option, text)
+    assert ran.code == 2
+    assert f"'{option}'" in ran.err
+
+
+def test_options_that_are_numbers_are_found() -> None:
+    assert len(NUMBERS) >= 5
+    assert {(("tune",), "--minutes"), (("log", "measure"), "--apart")} < {*NUMBERS}
 
 
 @pytest.mark.parametrize("drawing", ["tree", "plan", "tir", "source"])

@@ -147,6 +147,11 @@ def test_no_cell_at_all_is_refused(ask, main) -> None:
         ask(main, options=("--only", "nonsense"))
 
 
+@pytest.mark.parametrize("option", ["--minutes", "--peer-seconds"])
+def test_numbers_of_a_stage_are_finite(ask, option: str) -> None:
+    assert ask(bench.main, options=(option, "nan")) == (2, [])
+
+
 def test_a_stage_takes_no_folder_of_another_device(ask, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "device.txt").write_text("nvidia-h200\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from deft_tvm.commands.common import (
     SpecOption,
     attention_by,
     console,
+    finite,
     parse,
     print_json,
     table,
@@ -50,7 +51,9 @@ def bench(
         str | None,
         typer.Option(help="What to compare with: names, all, or '' for nothing."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="To spend on measuring each.")] = 4.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="To spend on measuring each.")
+    ] = 4.0,
     cold: Annotated[
         bool, typer.Option(help="Empty the caches before each call, as the other layers do.")
     ] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -66,11 +67,25 @@ GroupingOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**63 - 1, help="Another one: other random numbers.")
 ]
+
+
+def finite(number: float | None) -> float | None:
+    """Callback of options: ranges without an end let ``inf`` pass, those of older typers ``nan``.
+
+    Raises:
+        BadParameter: it is ``nan`` or infinite.
+    """
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"it is {number}; expected a number that is finite")
+    return number
+
+
 ApartOption = Annotated[
     float | None,
     typer.Option(
         min=0.0,
         max=86400.0,
+        callback=finite,
         help="Seconds between the passes of the last measurement, each then in a new process; by "
         "default 5, on a GPU 0. On a machine that is all yours 0 does: all passes in one process.",
     ),

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from deft_tvm.commands.common import CHECK_FAILED, console, table
+from deft_tvm.commands.common import CHECK_FAILED, console, finite, table
 from deft_tvm.device import Kind
 
 
@@ -23,7 +23,10 @@ def gpu_check(
     device: Annotated[str, typer.Option(help="cuda, or cpu to see whether all is in place.")] = (
         "cuda"
     ),
-    minutes: Annotated[float, typer.Option(min=0.01, help="After which a stage is stopped.")] = 9.0,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0.01, callback=finite, help="After which a stage is stopped."),
+    ] = 9.0,
     again: Annotated[
         bool, typer.Option(help="Run stages that were ok already, too, from their beginning.")
     ] = False,

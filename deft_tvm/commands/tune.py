@@ -19,6 +19,7 @@ from deft_tvm.commands.common import (
     SeedOption,
     SpecsOption,
     console,
+    finite,
     needs_compiler,
     print_json,
     specs_of,
@@ -64,6 +65,7 @@ def tune(
         typer.Option(
             min=0.1,
             max=1e6,
+            callback=finite,
             help="Time for the search of all specs together; measuring the best again comes on "
             "top, some minutes for each.",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -28,10 +29,21 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="folder of what was found; by default none")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="when to stop by itself")
+    parser.add_argument("--minutes", type=number, default=MINUTES, help="when to stop by itself")
     parser.add_argument("--again", action="store_true", help="forget what was found before")
     parser.add_argument("--go-on", action="store_true", help="leave out what failed before, too")
     return parser
+
+
+def number(text: str) -> float:
+    """Of an option; `float` alone reads ``nan`` and ``inf``, too.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
+    if not math.isfinite(found := float(text)):
+        raise ValueError(text)
+    return found
 
 
 def kind_of(asked: argparse.Namespace) -> Kind:

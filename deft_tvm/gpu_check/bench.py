@@ -18,7 +18,15 @@ import torch
 from deft_tvm.bench.core import Cell
 from deft_tvm.cli import end_with_code
 from deft_tvm.device import DeviceProfile
-from deft_tvm.gpu_check.arguments import deadline, file_in, kind_of, only, parser_of, use_logs
+from deft_tvm.gpu_check.arguments import (
+    deadline,
+    file_in,
+    kind_of,
+    number,
+    only,
+    parser_of,
+    use_logs,
+)
 from deft_tvm.gpu_check.lines import Lines, go_on_elsewhere, last_line
 from deft_tvm.gpu_check.measuring import Measuring, limited
 from deft_tvm.gpu_check.modules import build_missing
@@ -52,7 +60,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--peers", help="with commas between; by default all but flex")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, at the end")
     parser.add_argument("--no-groupings", action="store_true", help="leave out DeFT's groupings")
-    parser.add_argument("--peer-seconds", type=float, default=150.0, help="for one peer in a cell")
+    parser.add_argument("--peer-seconds", type=number, default=150.0, help="for one peer in a cell")
     return parser
 
 
