@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from deft_tvm.demo.model import Shape, Transformer, rotary_angles, rotate
 from deft_tvm.demo.report import CALLS, introduction, report
 from deft_tvm.demo.text import few_shot
 from deft_tvm.device import DeviceProfile
+from deft_tvm.exit_codes import WRONG_USE
 from deft_tvm.peers import SDPA
 from deft_tvm.tuning.lines import Trial
 from deft_tvm.tuning.log import TuningLog
@@ -149,3 +153,16 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     exec(example, names)
     assert names["out"].shape == (2, 32, 128)
     assert names["lse"].isfinite().all()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--seconds", "inf")])
+def test_a_demo_that_is_refused_ends_as_every_command_does(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "DEFT_TVM_LOGS": str(tmp_path / "file")}
+    command = (sys.executable, "-m", "deft_tvm.demo", *arguments)
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == WRONG_USE
+    assert "Traceback" not in ran.stderr
+    assert ("--seconds" if arguments else "deft-tvm: ") in ran.stderr

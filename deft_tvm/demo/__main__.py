@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from deft_tvm.commands.common import CHECK_FAILED, JsonOption, console, print_json
+from deft_tvm.cli import end_with_code
+from deft_tvm.commands.common import CHECK_FAILED, JsonOption, console, finite, print_json
 
 
 def demo(
@@ -15,7 +16,9 @@ def demo(
         int | None,
         typer.Option(min=1, help="Decisions to try for each dtype; by default 10, the first time."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="To spend on measuring each dtype.")] = 6.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="To spend on measuring each dtype.")
+    ] = 6.0,
     as_json: JsonOption = False,
 ) -> None:
     """Decode 32 branches of a text with tree attention that was tuned for this machine.
@@ -44,4 +47,4 @@ def demo(
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    end_with_code(partial(typer.run, demo))

@@ -6,6 +6,7 @@ from functools import partial
 
 import typer
 
+from deft_tvm.cli import end_with_code
 from deft_tvm.commands.common import CHECK_FAILED, console
 from deft_tvm.demo.smollm2.prompts import QUESTION, REPEAT
 
@@ -45,4 +46,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    end_with_code(partial(typer.run, demo))

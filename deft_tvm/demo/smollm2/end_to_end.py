@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deft_tvm.cli import end_with_code
 from deft_tvm.decoding import NGramDrafter, Replay, Sampling
 from deft_tvm.demo.smollm2 import ours, plain, prompts, weights
 from deft_tvm.demo.smollm2.clock import Clock
@@ -220,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with_code(main)
