@@ -17,9 +17,15 @@ def write_whole(path: AnyPath, content: bytes) -> None:
     """Write a new file under another name, onto the disk, then give it its own.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written, by its own name; what was there before still is.
     """
-    final = Path(path)
+    try:
+        _write_whole(Path(path), content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _write_whole(final: Path, content: bytes) -> None:
     handle, scratch = tempfile.mkstemp(prefix=f".{final.name}-", dir=final.parent)
     try:
         with open(handle, "wb") as file:

@@ -130,3 +130,15 @@ def test_tune_refuses_a_folder_of_logs_before_it_measures_anything(
     assert ended.value.code == 2
     assert told.startswith(f"deft-tvm: {tmp_path / 'file'}")
     assert told.endswith("cannot be written: Not a directory; expected a folder that can")
+
+
+def test_what_cannot_be_written_is_told_by_its_own_name(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "page.html"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_whole(path, b"new")
+    assert caught.value.filename == str(path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught_again:
+        write_whole(tmp_path / "folder", b"new")
+    assert caught_again.value.filename == str(tmp_path / "folder")
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]

@@ -21,6 +21,7 @@ from deft_tvm.commands.common import (
 )
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import InputError
+from deft_tvm.files import write_whole
 from deft_tvm.spec import AttentionSpec, TileShape
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _draw(
 ) -> None:
     """A drawing into the file that was asked for, or `told` of it: text, or an object for JSON."""
     if svg is not None:
-        svg.write_text(to_svg(what), encoding="utf-8")
+        write_whole(svg, to_svg(what).encode())
     record = told(what)
     if not isinstance(record, str):
         print_json(record)
