@@ -9,6 +9,7 @@ The same modules make the same bytes.
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 import tempfile
@@ -21,7 +22,7 @@ from hatchling.builders.wheel import WheelBuilder
 from packaging.version import Version
 
 import deft_tvm
-from deft_tvm.errors import ArtifactError
+from deft_tvm.errors import ArtifactError, InputError
 from deft_tvm.files import AnyPath, write_whole
 from deft_tvm.finding import ENTRY_POINTS
 from deft_tvm.manifest import (
@@ -45,6 +46,11 @@ FOLDER = Path(__file__).parent
 '''
 
 
+DATE = "SOURCE_DATE_EPOCH"
+DATES = range(315532800, 4354819200)
+"""The years 1980 to 2107."""
+
+
 class _Builder(WheelBuilder):
     """Of wheels with machine code, for any Python 3 on this platform."""
 
@@ -52,6 +58,20 @@ class _Builder(WheelBuilder):
         platform = re.sub("[-.]", "_", sysconfig.get_platform())
         machine_code = {"tag": f"py3-none-{platform}", "pure_python": False}
         return {**super().get_default_build_data(), **machine_code}
+
+
+def check_date() -> None:
+    """Refuse what hatchling cannot take for the date of the files in a wheel.
+
+    Raises:
+        InputError: SOURCE_DATE_EPOCH is set to something else.
+    """
+    text = os.environ.get(DATE)
+    if text is not None and not (text.isdecimal() and int(text) in DATES):
+        raise InputError(
+            f"{DATE} is {text!r}; expected seconds since 1970 from {DATES[0]} to {DATES[-1]}, as a "
+            "zip file can hold, or none"
+        )
 
 
 def write_wheel(artifacts: Sequence[AnyPath], directory: AnyPath) -> Path:
@@ -67,7 +87,9 @@ def write_wheel(artifacts: Sequence[AnyPath], directory: AnyPath) -> Path:
     Raises:
         ArtifactError: a module is damaged or for another device than the first, or the folder
             cannot be written.
+        InputError: as `check_date`.
     """
+    check_date()
     final = check_folder(directory)
     manifests = {Path(artifact).absolute(): read_manifest(artifact) for artifact in artifacts}
     device = next(iter(manifests.values())).device

@@ -182,6 +182,20 @@ def test_build_refuses_before_anything_is_built(
     assert sentence in ran.err
 
 
+@pytest.mark.parametrize("date", ["abc", "", "-1", "0", "4354819200"])
+def test_a_wheel_of_no_date_is_refused_before_anything_is_built(
+    date: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deft_tvm.build.build", None)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
+    ran = Ran(capsys, "build", "--spec", str(SPEC), "--wheel", str(tmp_path))
+    assert ran.code == 2
+    assert f"SOURCE_DATE_EPOCH is {date!r}; expected seconds since 1970 from" in ran.err
+
+
 def test_without_hatchling_no_wheel_is_begun(
     builder: Builder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,9 @@ def _check_wheel(folder: Path) -> None:
     """Refuse before anything is compiled what could not be packed."""
     if not is_installed("hatchling"):
         raise CompilerMissing(f"--wheel needs hatchling; run {installing('tune')}")
+    from deft_tvm.wheel import check_date
+
+    check_date()
     check_folder(folder)
 
 
