@@ -7,6 +7,7 @@ fault of deft_tvm, with its traceback, 130 interrupted with Ctrl-C.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def end_with_code(command: Callable[[], object]) -> None:
     """Run a command to its end, and tell what was refused; always ends in SystemExit."""
+    _print_anywhere()
     try:
         with watched():
             command()
@@ -37,6 +39,16 @@ def end_with_code(command: Callable[[], object]) -> None:
     except Exception:  # Python would exit with 1, which says that a check failed
         traceback.print_exc()
         raise SystemExit(FAULT) from None
+
+
+def _print_anywhere() -> None:
+    """Print ``?`` for what the encoding of standard output has no sign for, as ASCII for ``×``."""
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper):
+        try:
+            "×├".encode(out.encoding, out.errors or "strict")
+        except UnicodeEncodeError:
+            out.reconfigure(errors="replace")
 
 
 def _run(arguments: Sequence[str] | None) -> None:

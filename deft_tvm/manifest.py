@@ -162,9 +162,14 @@ def check_place(directory: AnyPath) -> Path:
     folders above.
 
     Raises:
-        ArtifactError: something else is there, or it cannot be written.
+        ArtifactError: something else is there, it is the current folder, or it cannot be written.
     """
     final = Path(directory)
+    if final.exists() and final.samefile(os.curdir):
+        raise ArtifactError(
+            f"{directory} is the folder in which this runs; expected another one, as a module's "
+            "folder is replaced by a new one"
+        )
     names: list[str] = []
     with _writing(final):
         _try_to_write(final.parent)

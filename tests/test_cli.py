@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from deft_tvm import check as checking
 from deft_tvm import env
 from deft_tvm.bench import Cell
 from deft_tvm.bench.compare import Change, Verdict
-from deft_tvm.cli import main
+from deft_tvm.cli import end_with_code, main
 from deft_tvm.commands import app, log, show
+from deft_tvm.commands.common import console
 from deft_tvm.device import DeviceProfile
 from deft_tvm.workloads import parse
 
@@ -147,6 +150,38 @@ def test_build_replaces_nothing_but_a_module(
     ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", str(tmp_path / "work" / "thesis.tex"))
     assert "thesis.tex: Not a directory; expected a folder" in ran.err
     assert (tmp_path / "work" / "thesis.tex").is_file()
+
+
+def test_build_does_not_replace_the_folder_in_which_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("deft_tvm.build.lower", None)
+    for name in (".", str(tmp_path / "here")):
+        ran = Ran(capsys, "build", "--spec", str(SPEC), "--out", name)
+        assert ran.code == 2
+        assert f"{name} is the folder in which this runs; expected another one" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("ascii", "1.05? ??"), ("iso-8859-1", "1.05\xd7 ??"), ("utf-8", "1.05× ├─")],
+)
+def test_text_is_printed_in_any_encoding(
+    encoding: str, printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding))
+    with pytest.raises(SystemExit):
+        end_with_code(lambda: console().print("1.05× ├─"))
+    for arguments in (["tree"], ["tree", "--json"]):
+        with pytest.raises(SystemExit) as end:
+            main(["show", *arguments])
+        assert not end.value.code
+    sys.stdout.flush()
+    assert out.getvalue().startswith(f"{printed}\n".encode(encoding))
+    assert out.getvalue().endswith(b"}\n")
 
 
 def test_tune_is_refused_before_it_begins_where_its_module_cannot_be_written(

@@ -143,8 +143,8 @@ def attention_by(
 
 
 def print_json(value: Any) -> None:
-    text = msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2)
-    typer.echo(text.decode())
+    """In UTF-8, as JSON is, whatever the encoding of text is."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[RenderableType]]) -> Table:
