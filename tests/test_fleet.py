@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -33,7 +34,13 @@ from deft_tvm.tuning.messages import Answer, Outcome, Profiled
 from deft_tvm.tuning.probe import write_profile
 from deft_tvm.tuning.space import Space
 from deft_tvm.tuning.subject import subjects
-from deft_tvm.tuning.tracker import Address, free_servers
+from deft_tvm.tuning.tracker import (
+    Address,
+    check_tracker,
+    free_servers,
+    serve_command,
+    tune_command,
+)
 
 T = TypeVar("T")
 
@@ -194,6 +201,42 @@ def test_a_tracker_that_is_not_there_is_refused() -> None:
         TuningError, match=rf"no tracker answers at 127.0.0.1:{port}.*start one with `python -m tvm"
     ):
         soon(lambda: Fleet(f"127.0.0.1:{port}", KEY)).result(PATIENCE)
+
+
+@pytest.mark.parametrize("port", [9190, 9198, 9199, 9391, 65535])
+def test_the_tracker_that_is_told_to_be_started_listens_where_it_is_asked(
+    tmp_path: Path, port: int
+) -> None:
+    address = Address("127.0.0.1", port)
+    try:
+        socket.create_server(address).close()
+    except OSError:
+        pytest.skip(f"port {port} is taken")
+    with pytest.raises(TuningError) as refused:
+        check_tracker(address)
+    python, *command = shlex.split(str(refused.value).split("`")[1])
+    assert python == "python"
+    running = Running.start(tmp_path / "said", *command)
+    try:
+        until(lambda: "bind to" in running.said.read_text())
+        assert f"bind to {address}" in running.said.read_text()
+        until(lambda: answers(address))
+    finally:
+        running.kill_group()
+
+
+def answers(address: Address) -> bool:
+    try:
+        check_tracker(address)
+    except TuningError:
+        return False
+    return True
+
+
+def test_what_is_told_to_be_typed_is_one_argument_each() -> None:
+    address = Address("127.0.0.1", 9391)
+    for command in (serve_command, tune_command):
+        assert shlex.split(command(address, "my epyc"))[-3:] == [str(address), "--key", "my epyc"]
 
 
 def test_something_else_that_listens_is_no_tracker() -> None:

@@ -33,8 +33,8 @@ def serve_device(
     """Let `deft-tvm tune --rpc` on another machine compile and time candidates on this one.
 
     Machines find each other by TVM's tracker, which runs anywhere:
-    `python -m tvm.exec.rpc_tracker --host 127.0.0.1 --port 9190`. Ctrl-C ends the server and all
-    that it has started.
+    `python -m tvm.exec.rpc_tracker --host 127.0.0.1 --port 9190 --port-end 9191`. Ctrl-C ends the
+    server and all that it has started.
 
     TVM's RPC asks nobody who he is and runs what it is given. So everything listens on 127.0.0.1,
     and the machine that tunes, with the tracker on it, comes through ssh; what to type there is
@@ -44,7 +44,7 @@ def serve_device(
     """
     needs_compiler("serve-device")
     from deft_tvm.tuning.serving import device_here, serve
-    from deft_tvm.tuning.tracker import Address, check_tracker
+    from deft_tvm.tuning.tracker import Address, check_tracker, tune_command
 
     address = Address.parse(tracker)
     check_tracker(address)  # before anything takes time
@@ -64,7 +64,7 @@ def serve_device(
     out.print("on the tuning machine:")
     if _is_loopback(host):
         out.print(f"    {tunnel}    (where it is another one)")
-    out.print(f"    deft-tvm tune --rpc {address} --key {key}")
+    out.print(f"    {tune_command(address, key)}")
     try:
         serve(host, port, address, key)
     except KeyboardInterrupt:

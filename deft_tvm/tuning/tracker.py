@@ -10,6 +10,7 @@ import importlib.util
 import json
 import socket
 import struct
+from shlex import quote
 from typing import Any, NamedTuple
 
 from tvm.rpc import base
@@ -70,7 +71,22 @@ def free_servers(tracker: Address, key: str) -> int:
 
 def serve_command(tracker: Address, key: str) -> str:
     """What to type on a device machine."""
-    return f"deft-tvm serve-device --tracker {tracker} --key {key}"
+    return f"deft-tvm serve-device --tracker {tracker} --key {quote(key)}"
+
+
+def tune_command(tracker: Address, key: str) -> str:
+    """What to type on the tuning machine."""
+    return f"deft-tvm tune --rpc {tracker} --key {quote(key)}"
+
+
+def tracker_command(tracker: Address) -> str:
+    """What to type where the tracker shall run.
+
+    TVM's tracker takes the first free port before its ``--port-end``, by default 9199, whatever
+    its ``--port`` is.
+    """
+    ports = f"--port {tracker.port} --port-end {tracker.port + 1}"
+    return f"python -m tvm.exec.rpc_tracker --host {tracker.host} {ports}"
 
 
 def _summary(tracker: Address) -> dict[str, Any]:
@@ -85,7 +101,7 @@ def _summary(tracker: Address) -> dict[str, Any]:
             return dict(summary)
     except (OSError, json.JSONDecodeError) as error:
         needs = "" if importlib.util.find_spec("tornado") else f" (after {installing('rpc')})"
-        start = f"python -m tvm.exec.rpc_tracker --host {tracker.host} --port {tracker.port}"
         raise TuningError(
-            f"no tracker answers at {tracker}: {error}; start one with `{start}`{needs}"
+            f"no tracker answers at {tracker}: {error}; start one with "
+            f"`{tracker_command(tracker)}`{needs}"
         ) from None
