@@ -9,7 +9,8 @@ from small import FEW_SHOT, SPEC, attention, module
 
 from deft_tvm import bench, env
 from deft_tvm.cli import main
-from deft_tvm.commands.progress import told
+from deft_tvm.commands.progress import line, told
+from deft_tvm.tuning.result import Progress
 from deft_tvm.workloads import parse, tensors
 
 
@@ -76,3 +77,10 @@ def test_a_measurement_says_nothing_by_itself(capsys: pytest.CaptureFixture[str]
     case = tensors(parse(FEW_SHOT).forest, SPEC)
     bench.measure(FEW_SHOT, case, attention(), ["masked"], budget=0.01)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_tuning_tells_a_gain_where_there_is_one() -> None:
+    event = Progress("search", "merge: ok", 3, 9, best_us=10.0, limit_us=5.0)
+    assert line(event) == "[3/9] merge: ok · 50% of the limit"
+    known = Progress("final", "merge: the winner", 3, 9, best_us=10.0, gain=1.25)
+    assert line(known) == "[3/9] merge: the winner · 1.25× the default"

@@ -69,6 +69,31 @@ def test_a_tuning_and_one_more(tmp_path) -> None:
     assert more.new_trials == 3 and set(decisions(log).values()) == {1}
 
 
+def test_a_gain_is_told_of_one_measurement_alone(tmp_path) -> None:
+    """Trials of the search have a time each of another moment, in which all may be slower."""
+
+    class Slowing(FakeRunner):
+        def told(self, outcomes: list[Outcome], last: bool) -> list[Outcome]:
+            factor = 1.0 if last else 1.0 + len(self.timed)
+            return [
+                msgspec.structs.replace(
+                    each, latency_us=tuple(factor * us for us in each.latency_us)
+                )
+                for each in outcomes
+            ]
+
+    events: list[Progress] = []
+    result = tuning_run.run(str(tmp_path), 9, runner=Slowing(), listener=events.append)
+    gains = {name: kernel.default_us / kernel.best_us for name, kernel in result.kernels.items()}
+    assert {event.gain for event in events if event.phase == "search"} == {None}
+    told = [event for event in events if event.phase == "final"]
+    known = {event.kernel: event.gain for event in told if event.gain is not None}
+    assert known and known == {name: gains[name] for name in known}
+    tuning_run.run(str(tmp_path), 12, runner=Slowing(), listener=events.append)
+    again = [event for event in events[-100:] if event.phase == "search" and event.gain is not None]
+    assert {event.gain for event in again} <= {*gains.values()}
+
+
 def test_failed_trials_are_kept_and_not_repeated(tmp_path, largest) -> None:
     start = ms.utils.shash2hex(largest.candidate(largest.start).sch.mod)
     result = tuning_run.run(str(tmp_path), 6, runner=FakeRunner(broken=[start]))

@@ -70,8 +70,8 @@ def line(event: Progress) -> str:
 
 def _standing(event: Progress) -> Iterator[str]:
     """The best so far beside the default and the limit, failures, and the time left."""
-    if event.best_us and event.default_us:
-        yield f"{event.default_us / event.best_us:.2f}× the default"
+    if event.gain:
+        yield f"{event.gain:.2f}× the default"
     if event.best_us and event.limit_us:
         yield f"{event.limit_us / event.best_us:.0%} of the limit"
     if event.failures:

@@ -139,7 +139,7 @@ class Journal:
                 kernel.name,
                 outcome.status if outcome else None,
                 kernel.best_us,
-                kernel.default_us,
+                kernel.gain,
                 kernel.limit_us,
                 {status: count for status, count in statuses.items() if status != "ok"},
                 self.budget.seconds_left(made, self.new_trials),

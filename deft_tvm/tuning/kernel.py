@@ -76,6 +76,17 @@ class Kernel:
         found = [trial.median_us for trial in rivals(self.good) if trial.decision == default]
         return found[-1] if found else None
 
+    @property
+    def gain(self) -> float | None:
+        """The default's time in parts of the chosen one's, both of the last measurement in turn.
+
+        Times of the search are not divided: each is of another moment.
+        """
+        default = self.default_us
+        if default is None or not any(trial.final for trial in self.good):
+            return None
+        return default / chosen(self.good).median_us
+
     @cached_property
     def limit_us(self) -> float:
         """What its launch cannot be faster than by the device's rates."""

@@ -28,7 +28,8 @@ class Progress:
         kernel: which one, in ``search`` and ``final``.
         status: how the trial ended.
         best_us: best median of this kernel so far, in µs.
-        default_us: that of the default decision.
+        gain: how many times as fast as the default decision the chosen one is, both in the last
+            measurement in turn; None before there was one.
         limit_us: what the kernel cannot be faster than by the device's measured rates.
         failures: trials in the log that did not work, by how they ended.
         seconds_left: of the search, as far as can be told.
@@ -42,7 +43,7 @@ class Progress:
     kernel: str = ""
     status: Status | None = None
     best_us: float | None = None
-    default_us: float | None = None
+    gain: float | None = None
     limit_us: float | None = None
     failures: Mapping[str, int] = field(default_factory=dict)
     seconds_left: float | None = None
