@@ -98,7 +98,7 @@ class Artifact:
         return self._function(self.manifest.merge.function)
 
     def runner(self, wanted: int) -> tvm_ffi.Function:
-        """All kernels by one packed plan, see `deft_tvm/native/run.c`.
+        """All kernels by one plan, see `deft_tvm/native/run.c`.
 
         Args:
             wanted: address of what tensors must be, which outlives the function.

@@ -22,10 +22,10 @@ from deft_tvm.errors import PageError
 from deft_tvm.native import PLANNER
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, compiled, make_recipe
+from deft_tvm.plan.buffer import PlanBuffer
 from deft_tvm.plan.columns import COLUMNS, HEADER, Item, Run
 from deft_tvm.plan.cost import CostModel
-from deft_tvm.plan.piece import Piece
-from deft_tvm.pytorch.packing import Packed
+from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 
@@ -34,7 +34,7 @@ GROUPS = ("node", "begin", "end", "indptr", "row_begin", "row_end")
 
 @pytest.mark.parametrize("table", [Item, Run])
 def test_columns_are_numbered_alike(table: type[Item | Run]) -> None:
-    text = Path(compiled.__file__).parents[1].joinpath("native", "piece.h").read_text("utf-8")
+    text = Path(compiled.__file__).parents[1].joinpath("native", "plan_buffer.h").read_text("utf-8")
     prefix = table.__name__.upper()
     names = re.findall(rf"\b{prefix}_(\w+)", text)
     assert names == [column.name for column in table]
@@ -55,14 +55,14 @@ def in_python(recipe: Recipe) -> Recipe:
     return replace(recipe, planner=None)
 
 
-def in_one_piece(plan: Plan) -> bool:
-    return isinstance(plan.laid, Piece)
+def in_one_buffer(plan: Plan) -> bool:
+    return isinstance(plan.laid, PlanBuffer)
 
 
 def assert_equal(made: Plan, oracle: Plan) -> None:
-    assert in_one_piece(made) and not in_one_piece(oracle)
+    assert in_one_buffer(made) and not in_one_buffer(oracle)
     assert_same(made, oracle)
-    for part, wanted in zip(Packed.of(made)[:2], Packed.of(oracle)[:2], strict=True):
+    for part, wanted in zip(PlanTensors.of(made)[:2], PlanTensors.of(oracle)[:2], strict=True):
         assert torch.equal(part, wanted) and part.dtype is wanted.dtype
     for name in ARRAYS:
         assert getattr(made, name).dtype == np.int32
@@ -93,7 +93,7 @@ def test_random_forests_get_the_same_plan(case, device, tiles, grouping) -> None
     if case.spec.window is None:
         assert_equal(plan, oracle)
     else:
-        assert not in_one_piece(plan)
+        assert not in_one_buffer(plan)
         assert_same(plan, oracle)
 
 
@@ -144,7 +144,7 @@ def test_room_is_found_for_plans_of_any_size() -> None:
     for forest in (small, huge, small, huge):
         pages = PageTable.contiguous(forest)
         plan = made(forest, pages)
-        assert in_one_piece(plan) and (plan.laid.size > 20000) == (forest is huge)
+        assert in_one_buffer(plan) and (plan.laid.size > 20000) == (forest is huge)
         assert_same(plan, in_python(made)(forest, pages))
 
 
@@ -157,9 +157,9 @@ def test_pages_are_checked_before_any_plan() -> None:
     with pytest.raises(PageError, match="node 2 has 2 tokens from slot 0 on"):
         made(forest, pages)
     pages = PageTable([5, 6, 6, 7], [0, 2, 3, 4], [0, 1, 0], page_size=size)
-    assert in_one_piece(made(forest, pages))
+    assert in_one_buffer(made(forest, pages))
     for lengths in ([size + 1, size - 1, size], [2, 3, 2]):
-        assert in_one_piece(made(forest.with_lengths(lengths), pages))
+        assert in_one_buffer(made(forest.with_lengths(lengths), pages))
     with pytest.raises(PageError, match="page 6 is shared by nodes 0 and 1"):
         made(forest.with_lengths([size + 2, 3, 2]), pages)
     for other in (forest.from_parents([-1], [3]), forest.from_parents([-1] * 4, [1] * 4)):
@@ -171,12 +171,12 @@ def test_what_it_does_not_plan_is_planned_in_python() -> None:
     forest = large(3, 50, 4)
     pages = PageTable.contiguous(forest)
     for grouping in ("node", "node_chunk", "flatten"):
-        assert not in_one_piece(recipe(SPEC, WIDE, profile(), grouping)(forest, pages))
-    assert not in_one_piece(recipe(SPEC, WIDE, profile(), chunk=64)(forest, pages))
-    assert not in_one_piece(recipe(SPEC, WIDE, profile(), deterministic=True)(forest, pages))
+        assert not in_one_buffer(recipe(SPEC, WIDE, profile(), grouping)(forest, pages))
+    assert not in_one_buffer(recipe(SPEC, WIDE, profile(), chunk=64)(forest, pages))
+    assert not in_one_buffer(recipe(SPEC, WIDE, profile(), deterministic=True)(forest, pages))
     windowed = replace(plain(16), window=8)
     plan = recipe(windowed, TILES[0], profile())(forest, pages)
-    assert not in_one_piece(plan) and len(plan.row_positions) == forest.num_rows
+    assert not in_one_buffer(plan) and len(plan.row_positions) == forest.num_rows
 
 
 def test_structures_are_those_of_the_header() -> None:

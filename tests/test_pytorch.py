@@ -25,7 +25,7 @@ from deft_tvm.pytorch import TreeAttention, TreeAttentionModule, eager, merge_st
 from deft_tvm.pytorch import attention as attending
 from deft_tvm.pytorch.loaded import FIRST_STAGE, SECOND_STAGE, resolve, spec_of
 from deft_tvm.pytorch.ops import arguments
-from deft_tvm.pytorch.packing import Packed
+from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, parse, tensors
 
@@ -257,9 +257,9 @@ def plan_of(workload: str) -> Plan:
 
 
 @pytest.mark.parametrize("workload", ["few_shot", "speculative", "sequences"])
-def test_packing_loses_nothing(workload: str) -> None:
+def test_a_plan_s_tensors_have_all_of_it(workload: str) -> None:
     plan = plan_of(workload)
-    whole, layout = Packed.of(plan)[:2]
+    whole, layout = PlanTensors.of(plan)[:2]
     *scalars, pages, rows, positions, runs, dests, merged, first, second = layout.tolist()
     assert scalars == [1, plan.max_page + 1, plan.num_partials]
     sizes = {"header": 8, "page_indices": pages, "row_order": rows, "row_positions": positions}
@@ -269,9 +269,9 @@ def test_packing_loses_nothing(workload: str) -> None:
         assert part.tolist() == getattr(plan, name).reshape(-1).tolist(), name
     items = {tile: end - begin for tile, begin, end in plan.launches}
     assert (items.get(0, 0), items.get(1, 0)) == (first, second)
-    packed = Packed.of_tensors(whole, layout, num_tiles=2)
-    assert packed[2:] == Packed.of(plan)[2:]
-    assert (packed.rows, packed.partials) == (plan.num_rows, plan.num_partials)
+    found = PlanTensors.of_tensors(whole, layout, num_tiles=2)
+    assert found[2:] == PlanTensors.of(plan)[2:]
+    assert (found.rows, found.partials) == (plan.num_rows, plan.num_partials)
 
 
 def test_one_stage_alone_or_both() -> None:
@@ -279,7 +279,7 @@ def test_one_stage_alone_or_both() -> None:
     case = planned(attention, "few_shot:prompt=900,branches=5,tokens=7")
     out, lse = attention.run(case.q, case.buffers)
     step, loaded = (
-        Packed.of(attention.last_plan),
+        PlanTensors.of(attention.last_plan),
         resolve(attention.operands.module, "cpu"),
     )
     again, its_lse = torch.full_like(out, torch.nan), torch.full_like(lse, torch.nan)

@@ -59,12 +59,12 @@ def parts(case: Case, attention: TreeAttention, out: Tensor, lse: Tensor) -> Cal
     """
     from deft_tvm.pytorch.loaded import FIRST_STAGE, SECOND_STAGE, resolve
     from deft_tvm.pytorch.ops import arguments
-    from deft_tvm.pytorch.packing import Packed
+    from deft_tvm.pytorch.plan_tensors import PlanTensors
 
     plan, layout, module = attention.operands
     loaded = resolve(module, case.q.device.type)
-    packed = Packed.of_tensors(plan, layout, loaded.num_tiles)
-    given = arguments(loaded, packed, case.q, case.layer, out, lse)
+    tensors = PlanTensors.of_tensors(plan, layout, loaded.num_tiles)
+    given = arguments(loaded, tensors, case.q, case.layer, out, lse)
     return {
         RUN: running(case, attention),
         PARTIAL: lambda: loaded.run(FIRST_STAGE, *given),

@@ -2,7 +2,7 @@
 
 torch_pool.c  lets a CPU's kernels run on torch's own threads, see `deft_tvm.threads`
 planner/      makes the plans of decoding, see `deft_tvm.plan.compiled`
-run.c         runs the kernels by a packed plan, see `deft_tvm.pytorch.ops`
+run.c         runs the kernels by a plan in one buffer, see `deft_tvm.pytorch.ops`
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-/* A run of one plan by the kernels of a module: what they read is cut out of the packed plan here,
+/* A run of one plan by the kernels of a module: what they read is cut out of the plan's buffer here,
  * where a view costs nothing, and not in Python. */
 #include <stdlib.h>
 #include <string.h>
 #include <tvm/ffi/c_api.h>
 
-#include "piece.h"
+#include "plan_buffer.h"
 
 enum { FIRST_STAGE = 1, SECOND_STAGE = 2, CHECKED = 4 };
 

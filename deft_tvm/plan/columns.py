@@ -1,6 +1,6 @@
 """Columns of a plan's two tables, by which planners write them and kernels read them.
 
-``native/piece.h`` numbers them, too. What each holds is told by `Plan.runs` and `Plan.items`.
+``native/plan_buffer.h`` numbers them, too. What each holds is told by `Plan.runs` and `Plan.items`.
 """
 
 from __future__ import annotations

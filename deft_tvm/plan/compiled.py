@@ -15,8 +15,8 @@ from array import array
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
+from deft_tvm.plan.buffer import FIXED, INT32, INT64, PlanBuffer
 from deft_tvm.plan.cost import Prices
-from deft_tvm.plan.piece import FIXED, INT32, INT64, Piece
 
 if TYPE_CHECKING:
     import tvm_ffi
@@ -87,7 +87,7 @@ class Compiled:
         self._grouping = GROUPINGS.index(grouping)
         self._scratch = _Scratch(prices.classes)
 
-    def __call__(self, forest: Forest, pages: PageTable) -> Piece:
+    def __call__(self, forest: Forest, pages: PageTable) -> PlanBuffer:
         """The arrays of a plan.
 
         Args:
@@ -116,7 +116,7 @@ class Compiled:
             if not needed:
                 grouping, size, total = scratch.sizes[:_BEFORE_LAYOUT]
                 layout = scratch.sizes[_BEFORE_LAYOUT:]
-                return Piece(scratch.out[:total], size, layout, GROUPINGS[grouping])
+                return PlanBuffer(scratch.out[:total], size, layout, GROUPINGS[grouping])
             if needed == _UNCHECKED:
                 pages.check(forest)
             elif needed < 0:

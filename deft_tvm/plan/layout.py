@@ -28,7 +28,7 @@ from deft_tvm.spec import TileShape
 
 if TYPE_CHECKING:
     from deft_tvm.pages import PageTable
-    from deft_tvm.plan.piece import Piece
+    from deft_tvm.plan.buffer import PlanBuffer
     from deft_tvm.plan.planner import Recipe
     from deft_tvm.tree import Forest
 
@@ -94,7 +94,7 @@ class Plan:
         recipe: what was asked for, with the grouping that came of it.
     """
 
-    laid: Laid | Piece
+    laid: Laid | PlanBuffer
     forest: Forest
     pages: PageTable
     recipe: Recipe

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deft_tvm.errors import PlanError
+from deft_tvm.plan.buffer import PlanBuffer
 from deft_tvm.plan.compiled import GROUPINGS as COMPILED
 from deft_tvm.plan.compiled import Compiled
 from deft_tvm.plan.cost import CostModel, Floats, Ints, Prices, prices
@@ -24,7 +25,6 @@ from deft_tvm.plan.layout import (
     number_partials,
 )
 from deft_tvm.plan.packed import packed
-from deft_tvm.plan.piece import Piece
 from deft_tvm.plan.split import (
     Groups,
     Walk,
@@ -164,7 +164,7 @@ class Recipe:
                 f"pages have page_size {pages.page_size}; expected the spec's, which is "
                 f"{self.page_size}, or PageTable.contiguous"
             )
-        laid: Laid | Piece
+        laid: Laid | PlanBuffer
         if self._compiled is not None:
             laid = self._compiled(forest, pages)
         else:

@@ -21,7 +21,7 @@ from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.eager import is_plain
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend, outputs
-from deft_tvm.pytorch.packing import Packed
+from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.pytorch.watch import Asked, Watch
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -32,7 +32,7 @@ class _Step(NamedTuple):
     """A plan and what its runs need of it."""
 
     plan: Plan
-    packed: Packed
+    tensors: PlanTensors
     watch: Watch | None
 
 
@@ -210,7 +210,7 @@ class TreeAttention:
 
     def _follow(self, plan: Plan) -> Plan:
         watch = self._asked and self._asked.watch(self.spec, plan)
-        self._step = _Step(plan, Packed.of(plan, self._away), watch)
+        self._step = _Step(plan, PlanTensors.of(plan, self._away), watch)
         return plan
 
     def run(
@@ -255,7 +255,7 @@ class TreeAttention:
         usual = step.watch is None and sinks is None and not self.spec.sinks
         usual = usual and type(kv) in (tuple, list) and not torch.compiler.is_dynamo_compiling()
         if usual and is_plain(q, kv, out, lse):
-            return attend(self._loaded, step.packed, q, kv, out, lse)
+            return attend(self._loaded, step.tensors, q, kv, out, lse)
         check_types(self.spec, q, kv, sinks, out=out, lse=lse)
         layer = kv if sinks is None else (*kv, sinks)
         if step.watch is not None and not torch.compiler.is_compiling():
@@ -266,7 +266,7 @@ class TreeAttention:
         self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_dynamo_compiling() and is_plain(q, kv, out, lse):
-            return attend(self._loaded, step.packed, q, kv, out, lse)
+            return attend(self._loaded, step.tensors, q, kv, out, lse)
         return self._dispatch(step, q, kv, out, lse)
 
     def _dispatch(
@@ -294,7 +294,7 @@ class TreeAttention:
         return self._operands(self._planned("operands"))
 
     def _operands(self, step: _Step) -> Operands:
-        return Operands(step.packed.plan, step.packed.layout, self._key)
+        return Operands(step.tensors.plan, step.tensors.layout, self._key)
 
     @property
     def traffic(self) -> Traffic:

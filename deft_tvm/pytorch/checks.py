@@ -15,7 +15,7 @@ from deft_tvm.errors import InputError, PlanError
 from deft_tvm.plan import Plan
 from deft_tvm.pytorch.gradients import input_name, refuse_gradient
 from deft_tvm.pytorch.loaded import Loaded
-from deft_tvm.pytorch.packing import Packed
+from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.spec import AttentionSpec, TileShape
 
 
@@ -73,7 +73,7 @@ def check_types(
         _refuse_number(_cache_names(spec), kv)
 
 
-def check_inputs(loaded: Loaded, step: Packed, q: Tensor, kv: Sequence[Tensor]) -> None:
+def check_inputs(loaded: Loaded, step: PlanTensors, q: Tensor, kv: Sequence[Tensor]) -> None:
     """Refuse q or a cache buffer that does not fit the module's spec or the plan.
 
     Raises:
@@ -128,7 +128,7 @@ PAIR_BYTES = 4
 """Of two elements of 16 bits."""
 
 
-def check_outputs(loaded: Loaded, step: Packed, out: Tensor, lse: Tensor) -> None:
+def check_outputs(loaded: Loaded, step: PlanTensors, out: Tensor, lse: Tensor) -> None:
     """Refuse outputs that kernels cannot write to.
 
     Raises:
@@ -180,7 +180,9 @@ def check_devices(device: torch.device, *tensors: Tensor) -> None:
             )
 
 
-def _refuse_cache(loaded: Loaded, step: Packed, kv: Sequence[Tensor], device: torch.device) -> None:
+def _refuse_cache(
+    loaded: Loaded, step: PlanTensors, kv: Sequence[Tensor], device: torch.device
+) -> None:
     """Find the buffer that does not fit, and say why."""
     unit = "pages" if step.paged else "tokens"
     shapes = loaded.page_shapes if step.paged else loaded.token_shapes

@@ -35,7 +35,7 @@ class Loaded:
         artifact: the module and its manifest.
         spec: the attention.
         num_tiles: how many tile classes it has kernels for.
-        run: both stages by one packed plan, or one of them: ``run(stages, *arguments)``, with
+        run: both stages by one plan, or one of them: ``run(stages, *arguments)``, with
             `FIRST_STAGE`, `SECOND_STAGE` or `BOTH`, and `deft_tvm.pytorch.ops.arguments`. With
             `CHECKED`, for caches with pages that are not in 8 bits, it answers False and does
             nothing where `deft_tvm.pytorch.checks` would refuse a tensor.

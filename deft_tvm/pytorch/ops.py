@@ -1,9 +1,9 @@
 """The operators ``torch.ops.deft_tvm.tree_attention`` and ``tree_attention_out``.
 
 They take in ``kv`` all of a layer's tensors: the cache buffers, the scales of those in 8 bits, the
-sinks; ``plan`` and ``layout`` as `deft_tvm.pytorch.packing` makes them, and ``module``, a key as
-`deft_tvm.pytorch.loaded` describes it. So an exported program holds tensors and a string, and finds
-its module in whatever process it runs.
+sinks; ``plan`` and ``layout`` as `deft_tvm.pytorch.plan_tensors` makes them, and ``module``, a key
+as `deft_tvm.pytorch.loaded` describes it. So an exported program holds tensors and a string, and
+finds its module in whatever process it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deft_tvm.layer import kernel_operands
 from deft_tvm.pytorch.checks import check_dense, check_devices, check_inputs, check_outputs
 from deft_tvm.pytorch.gradients import check_no_gradient, refusing
 from deft_tvm.pytorch.loaded import BOTH, CHECKED, Loaded, resolve, spec_of
-from deft_tvm.pytorch.packing import Packed
+from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.pytorch.workspace import workspace
 
 _INPUTS = "Tensor q, Tensor[] kv, Tensor plan, Tensor layout, str module"
@@ -45,7 +45,7 @@ def _tree_attention(
     q: Tensor, kv: Sequence[Tensor], plan: Tensor, layout: Tensor, module: str
 ) -> tuple[Tensor, Tensor]:
     loaded = resolve(module, q.device.type)
-    return attend(loaded, Packed.of_tensors(plan, layout, loaded.num_tiles), q, kv)
+    return attend(loaded, PlanTensors.of_tensors(plan, layout, loaded.num_tiles), q, kv)
 
 
 @torch.library.register_fake("deft_tvm::tree_attention", lib=_library)
@@ -67,7 +67,7 @@ def _tree_attention_out(
     lse: Tensor,
 ) -> None:
     loaded = resolve(module, q.device.type)
-    attend(loaded, Packed.of_tensors(plan, layout, loaded.num_tiles), q, kv, out, lse)
+    attend(loaded, PlanTensors.of_tensors(plan, layout, loaded.num_tiles), q, kv, out, lse)
 
 
 @torch.library.register_fake("deft_tvm::tree_attention_out", lib=_library)
@@ -109,7 +109,7 @@ def outputs(
 
 def attend(
     loaded: Loaded,
-    step: Packed,
+    step: PlanTensors,
     q: Tensor,
     kv: Sequence[Tensor],
     out: Tensor | None = None,
@@ -129,7 +129,7 @@ def attend(
 
 def _attend(
     loaded: Loaded,
-    step: Packed,
+    step: PlanTensors,
     q: Tensor,
     kv: Sequence[Tensor],
     out: Tensor | None,
@@ -156,7 +156,7 @@ def _attend(
 
 
 def arguments(
-    loaded: Loaded, step: Packed, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor
+    loaded: Loaded, step: PlanTensors, q: Tensor, kv: Sequence[Tensor], out: Tensor, lse: Tensor
 ) -> tuple[Tensor, ...]:
     """What `Loaded.run` takes after the stages."""
     if not step.paged:

@@ -1,8 +1,8 @@
-/* The arrays of deft_tvm/plan/layout.py, in one piece. */
+/* The arrays of deft_tvm/plan/layout.py, in one buffer. */
 #include <stdlib.h>
 #include <string.h>
 
-#include "../piece.h"
+#include "../plan_buffer.h"
 #include "native.h"
 
 typedef struct {

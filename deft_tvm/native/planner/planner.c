@@ -1,4 +1,4 @@
-/* Recipe of deft_tvm/plan/planner.py for three groupings: from a forest to packed arrays. */
+/* Recipe of deft_tvm/plan/planner.py for three groupings: from a forest to one buffer. */
 #include <tvm/ffi/c_api.h>
 
 #include "arena.h"

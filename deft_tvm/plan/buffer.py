@@ -1,8 +1,9 @@
-"""A plan's arrays in one piece: as the compiled planner writes them, and kernels get them.
+"""A plan's arrays in one buffer: as the compiled planner writes them, and kernels get them.
 
-The *layout* says how the piece is divided: whether there are pages, the pages (or tokens) that a
+The *layout* says how it is divided: whether there are pages, the pages (or tokens) that a
 cache must have, the partial slots; the lengths of page_indices, row_order, row_positions, runs,
-dests and merge_rows; the items of each tile class. `deft_tvm/native/piece.h` has the same order.
+dests and merge_rows; the items of each tile class. `deft_tvm/native/plan_buffer.h` has the same
+order.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def part_sizes(layout: Sequence[int]) -> list[int]:
     return [*sizes, sum(items) * COLUMNS]
 
 
-def in_one_piece(plan: Plan) -> tuple[array[int], int, array[int]]:
-    """`whole`, `size` and `layout` of a `Piece` that has all that kernels read of `plan`."""
+def in_one_buffer(plan: Plan) -> tuple[array[int], int, array[int]]:
+    """`whole`, `size` and `layout` of a `PlanBuffer` that has all that kernels read of `plan`."""
     laid = plan.laid
-    if isinstance(laid, Piece):
+    if isinstance(laid, PlanBuffer):
         return laid.whole, laid.size, laid.layout
     rows = (plan.row_order, plan.row_positions)
     arrays = (plan.page_indices, *rows, plan.runs, plan.dests, plan.merge_rows)
@@ -55,8 +56,8 @@ def in_one_piece(plan: Plan) -> tuple[array[int], int, array[int]]:
     return whole, len(whole), array(INT64, layout)
 
 
-class Piece:
-    """What a planner wrote in one piece, with the groups behind what kernels read. Arrays are cut
+class PlanBuffer:
+    """What the compiled planner wrote, with the groups behind what kernels read. Arrays are cut
     out when they are asked for, which decoding never does.
 
     Attributes:

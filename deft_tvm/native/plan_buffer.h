@@ -1,6 +1,6 @@
-/* How a plan lies in one piece, and the numbers of its layout: see deft_tvm/plan/piece.py. */
-#ifndef DEFT_TVM_PIECE_H
-#define DEFT_TVM_PIECE_H
+/* How a plan lies in one buffer, and the numbers of its layout: see deft_tvm/plan/buffer.py. */
+#ifndef DEFT_TVM_PLAN_BUFFER_H
+#define DEFT_TVM_PLAN_BUFFER_H
 
 enum { HEADER = 8, COLUMNS = 7 };
 

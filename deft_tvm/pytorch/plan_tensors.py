@@ -1,4 +1,4 @@
-"""A plan as two tensors: what kernels read, in one piece, and how it is divided.
+"""A plan as two tensors: what kernels read, in one buffer, and how it is divided.
 
 Two, so that a GPU gets one transfer, and that a compiled program sees the one size of a plan change
 and not those of ten arrays, of which each being 0, 1 or more would compile it again. The layout
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError
 from deft_tvm.plan import Plan
-from deft_tvm.plan.piece import FIXED, in_one_piece, part_sizes
+from deft_tvm.plan.buffer import FIXED, in_one_buffer, part_sizes
 
 
-class Packed(NamedTuple):
+class PlanTensors(NamedTuple):
     """A plan as kernels take it, and what of the layout is asked for in every call.
 
     Attributes:
-        plan: int32[N] on the device; see `deft_tvm.plan.piece`.
+        plan: int32[N] on the device; see `deft_tvm.plan.buffer`.
         layout: int64, how it is divided, on the CPU.
         paged: whether there are pages.
         needed: pages, or tokens, that every cache buffer must have.
@@ -42,16 +42,16 @@ class Packed(NamedTuple):
         return self.plan.device
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device | None = None) -> Packed:
+    def of(cls, plan: Plan, device: torch.device | None = None) -> PlanTensors:
         """`device`: where to copy it; None for a CPU, of which torch takes long to ask."""
-        whole, size, numbers = in_one_piece(plan)
+        whole, size, numbers = in_one_buffer(plan)
         made = torch.frombuffer(whole, dtype=torch.int32, count=size)
         if device is not None:
             made = made.to(device)
         return cls._divided(made, torch.frombuffer(numbers, dtype=torch.int64), numbers)
 
     @classmethod
-    def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> Packed:
+    def of_tensors(cls, plan: Tensor, layout: Tensor, num_tiles: int) -> PlanTensors:
         """
         Raises:
             InputError: `plan` and `layout` are not what `of` makes for so many tile classes.
@@ -68,7 +68,7 @@ class Packed(NamedTuple):
         return cls._divided(plan, layout, numbers)
 
     @classmethod
-    def _divided(cls, plan: Tensor, layout: Tensor, numbers: Sequence[int]) -> Packed:
+    def _divided(cls, plan: Tensor, layout: Tensor, numbers: Sequence[int]) -> PlanTensors:
         """As `layout` says, whose `numbers` are given."""
         paged, needed, partials, _, rows = numbers[:5]
         return cls(plan, layout, bool(paged), needed, partials, rows)
