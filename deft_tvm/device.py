@@ -179,7 +179,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def target(self) -> dict[str, Any]:
         """TVM target attributes of the device."""
-        return self.llvm_target() if self.kind == "cpu" else _cuda_target(self.features[-1])
+        return self.llvm_target() if self.kind == "cpu" else cuda_target(self.features[-1])
 
     def llvm_target(self) -> dict[str, Any]:
         """TVM target attributes for the best LLVM processor whose every feature is here.
@@ -222,7 +222,12 @@ def shared_limit(arch: str) -> int:
     return LEAST_SHARED_BYTES if kib is None else kib * 1024
 
 
-def _cuda_target(arch: str) -> dict[str, Any]:
+def cuda_target(arch: str) -> dict[str, Any]:
+    """TVM target attributes of a GPU; TVM has no table of shared memory sizes of its own.
+
+    Args:
+        arch: as nvcc names it, ``sm_90a``.
+    """
     return {
         "kind": "cuda",
         "arch": arch,

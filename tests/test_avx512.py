@@ -13,9 +13,10 @@ import pytest
 import tvm
 import tvm_ffi
 from compiled import Compiled, scheduled, tasks_with, worst
+from test_device import ZEN4
 from tvm import tirx
 
-from deft_tvm.device import _ZEN4, DeviceProfile
+from deft_tvm.device import DeviceProfile
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.workloads import parse, tensors
 
@@ -56,7 +57,7 @@ ONE_VECTOR = {"score_rows": 16, "score_tokens": 16, "out_rows": 16, "out_dims": 
 def test_wider_vectors_are_right(name: str, lane_rows: int, decision: dict[str, int]) -> None:
     spec = SPECS[name]
     operand = "bfloat16" if name.endswith("bf16") else "float32"
-    tasks = tasks_with(_ZEN4, spec, [TileShape(lane_rows, 32, operand)])
+    tasks = tasks_with(ZEN4, spec, [TileShape(lane_rows, 32, operand)])
     module = scheduled(tasks, [decision, {}])
     if "avx512bf16" not in HERE.features:
         module = _without_bfloat16(module)

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 
 from deft_tvm import device as rooms
-from deft_tvm.device import FEATURES, DeviceProfile, required_features, shared_limit
+from deft_tvm.device import FEATURES, DeviceProfile, cuda_target, required_features, shared_limit
 from deft_tvm.errors import InputError, LogError
-from deft_tvm.schedules.cuda.lowering import cuda_target
 
 V3 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt")
 V4 = (*V3, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
@@ -148,19 +149,41 @@ def test_detect_here() -> None:
         ("", "unknown"),
     ],
 )
-def test_model_of_a_name(name: str, model: str) -> None:
-    assert rooms._model(name) == model
+def test_model_of_a_name(
+    name: str, model: str, cpuinfo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo.write_text(f"model name\t: {name}\nflags\t\t: fpu\n")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "")
+    assert DeviceProfile.detect().slug == f"generic-{model}-x86-64-4c"
 
 
-def test_gpu_binaries_run_on_newer_minors_and_specific_ones_at_home() -> None:
-    assert rooms._cuda_features(8, 9)[-1] == "sm_89"
-    assert "sm_80" in rooms._cuda_features(8, 9)
-    assert rooms._cuda_features(9, 0) == ("sm_90", "sm_90a")
-    assert "sm_90a" not in rooms._cuda_features(10, 0)
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], DeviceProfile]:
+    """The profile of a GPU with a compute capability, as torch would tell of it."""
+
+    def detected(major: int, minor: int) -> DeviceProfile:
+        told = SimpleNamespace(
+            major=major, minor=minor, name="NVIDIA H200", multi_processor_count=132, L2_cache_size=1
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
+        return DeviceProfile.detect("cuda")
+
+    return detected
+
+
+def test_gpu_binaries_run_on_newer_minors_and_specific_ones_at_home(gpu) -> None:
+    assert gpu(8, 9).features[-1] == "sm_89"
+    assert "sm_80" in gpu(8, 9).features
+    assert gpu(9, 0).features == ("sm_90", "sm_90a")
+    assert gpu(9, 0).target() == cuda_target("sm_90a")
+    assert "sm_90a" not in gpu(10, 0).features
 
 
 def test_cuda_target_states_its_shared_memory() -> None:
-    target = rooms._cuda_target("sm_90a")
+    target = cuda_target("sm_90a")
     assert (target["arch"], target["max_shared_memory_per_block"]) == ("sm_90a", 227 * 1024)
     assert required_features(target) == ("sm_90a",)
 
@@ -170,9 +193,11 @@ def test_cuda_target_states_its_shared_memory() -> None:
     [("sm_80", 163), ("sm_89", 99), ("sm_100a", 227), ("sm_121a", 99), ("sm_1", 48)],
 )
 def test_schedules_and_plans_count_on_the_same_shared_memory(arch: str, kib: int) -> None:
+    tvm = pytest.importorskip("tvm", reason="apache-tvm parses targets")
     assert shared_limit(arch) == kib * 1024
-    assert rooms._cuda_target(arch)["max_shared_memory_per_block"] == kib * 1024
-    assert cuda_target(arch).attrs["max_shared_memory_per_block"] == kib * 1024
+    assert cuda_target(arch)["max_shared_memory_per_block"] == kib * 1024
+    parsed = tvm.target.Target(cuda_target(arch), host="llvm")
+    assert parsed.attrs["max_shared_memory_per_block"] == kib * 1024
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -6,12 +6,13 @@ from functools import cache
 
 import pytest
 import tvm_ffi
+from test_device import AMX, V3, V4, ZEN4
 from tvm import IRModule, tirx, transform
 from tvm.s_tir import SBlockRealize
 from tvm.script import tirx as T
 
 from deft_tvm.build import lower, tasks_for
-from deft_tvm.device import _AMX, _V3, _V4, _ZEN4, DeviceProfile
+from deft_tvm.device import DeviceProfile
 from deft_tvm.plan import CostModel
 from deft_tvm.schedules import PartialTask
 from deft_tvm.schedules.cpu.in_place import write_in_place
@@ -36,7 +37,7 @@ SPECS = {
 }
 DEVICES = {
     name: DeviceProfile.nominal(features=features, vendor="amd")
-    for name, features in {"avx2": _V3, "avx512": _V4, "zen4": _ZEN4, "amx": _AMX}.items()
+    for name, features in {"avx2": V3, "avx512": V4, "zen4": ZEN4, "amx": AMX}.items()
 }
 KERNELS = [
     ("avx2", "gqa"),

@@ -12,7 +12,11 @@ from pool_machine import run
 
 from deft_tvm import pool as room
 from deft_tvm.errors import OutOfPages, PageError
+from deft_tvm.pages import PageTable
 from deft_tvm.pool import ROOT, PagePool
+from deft_tvm.pool.ledger import Ledger
+from deft_tvm.pool.nodes import Nodes
+from deft_tvm.tree import Forest
 
 
 def test_documented_example() -> None:
@@ -178,10 +182,10 @@ def test_a_token_that_would_move_back_stays() -> None:
 
 
 def test_what_was_to_come_where_a_token_stays_is_forgotten() -> None:
-    pool = PagePool(4, page_size=4)
+    nodes = Nodes(Ledger(4, page_size=4))
     for source, target in ((0, 4), (8, 0), (4, 0)):
-        pool._nodes.move(np.array([source]), np.array([target]))
-    assert moves(pool) == [(0, 4)]
+        nodes.move(np.array([source]), np.array([target]))
+    assert nodes.moves == {4: 0}
 
 
 def test_a_draft_that_is_refused_as_a_whole_leaves_no_page() -> None:
@@ -309,15 +313,18 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_topology_is_found_anew_after_a_change(name: str) -> None:
-    pool, (one, two, three) = forked(3, 3, 3)
-    four = pool.fork(three)[0]
-    pool.append({}, {four: [ROOT, 0]})
-    rows = {one: 0, two: 0, four: 0}
-    pool.forest(rows)
-    CHANGES[name](pool, one, two)
-    known, pages = pool.forest(rows)
-    pool._known = None
-    found, anew = pool.forest(rows)
+    def changed(*, asked_before: bool) -> tuple[Forest, PageTable]:
+        pool, (one, two, three) = forked(3, 3, 3)
+        four = pool.fork(three)[0]
+        pool.append({}, {four: [ROOT, 0]})
+        rows = {one: 0, two: 0, four: 0}
+        if asked_before:
+            pool.forest(rows)
+        CHANGES[name](pool, one, two)
+        return pool.forest(rows)
+
+    known, pages = changed(asked_before=True)
+    found, anew = changed(asked_before=False)
     assert known.same_topology(found) and known.lengths.tolist() == found.lengths.tolist()
     assert pages.page_indices.tolist() == anew.page_indices.tolist()
 
@@ -373,10 +380,10 @@ def test_refusals_change_nothing() -> None:
     pool.append({}, {two: [ROOT, 0, ROOT]})
     pool.forest({one: 1, two: 0})
     for refused, text in refusals(pool, one, two):
-        before = pickle.dumps((pool._leaves, pool._ledger, pool._nodes))
+        before = pickle.dumps(pool)
         with pytest.raises(PageError, match=re.escape(text)):
             refused()
-        assert pickle.dumps((pool._leaves, pool._ledger, pool._nodes)) == before, text
+        assert pickle.dumps(pool) == before, text
 
 
 def test_without_pages_nothing_changes() -> None:

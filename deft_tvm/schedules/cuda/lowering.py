@@ -20,7 +20,7 @@ from tvm.tirx.compilation_pipeline import (
     register_tir_pipeline,
 )
 
-from deft_tvm.device import LEAST_SHARED_BYTES, shared_limit
+from deft_tvm.device import LEAST_SHARED_BYTES, cuda_target
 from deft_tvm.errors import PlanError
 from deft_tvm.kernels.work import OF_PLAN
 from deft_tvm.schedules.cuda.allocations import lift_registers
@@ -61,7 +61,11 @@ def compile_cuda(module: IRModule, arch: str) -> Any:
         PlanError: a kernel's tiles take more shared memory than a block of `arch` has.
     """
     register_tir_pipeline(PIPELINE, _pipeline)
-    return tvm_compile(module, target=cuda_target(arch), tir_pipeline=PIPELINE)
+    return tvm_compile(module, target=_target(arch), tir_pipeline=PIPELINE)
+
+
+def _target(arch: str) -> Target:
+    return Target(cuda_target(arch), host="llvm")
 
 
 def cuda_source(executable: Any) -> str:
@@ -69,23 +73,9 @@ def cuda_source(executable: Any) -> str:
     return str(executable.mod.imports[0].inspect_source())
 
 
-def cuda_target(arch: str) -> Target:
-    """The TVM target for `arch`; TVM has no table of shared memory sizes of its own."""
-    return Target(
-        {
-            "kind": "cuda",
-            "arch": arch,
-            "max_shared_memory_per_block": shared_limit(arch),
-            "max_threads_per_block": 1024,
-            "thread_warp_size": 32,
-        },
-        host="llvm",
-    )
-
-
 def shared_bytes(module: IRModule, arch: str) -> int:
     """Shared memory that one block of the module's hungriest kernel takes, static and dynamic."""
-    bound = tirx.transform.BindTarget(cuda_target(arch))(module)
+    bound = tirx.transform.BindTarget(_target(arch))(module)
     kernels = transform.Sequential(_threaded())(bound).functions.values()
     return max(_shared_bytes(kernel.body) for kernel in kernels)
 
