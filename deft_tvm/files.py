@@ -1,4 +1,4 @@
-"""Files that a reader sees as they were or as they are, and never in between."""
+"""Files that a reader sees as they were or as they are, and never in between; and JSON in them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,26 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 AnyPath = str | os.PathLike[str]
+
+T = TypeVar("T")
+
+
+def from_json(content: bytes, type: type[T]) -> T:
+    """What JSON says, as a `type`.
+
+    Raises:
+        msgspec.MsgspecError: it is damaged. Bytes that are no UTF-8 and brackets without end are
+            so, too, for which msgspec itself raises errors of Python's.
+    """
+    try:
+        return msgspec.json.decode(content, type=type)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def write_whole(path: AnyPath, content: bytes) -> None:

@@ -22,6 +22,8 @@ from deft_tvm.tuning.log import TuningLog
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
+TIME = "2026-11-21T10:00:00+00:00"
+
 
 def test_build_writes_a_module_that_info_finds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -64,7 +66,7 @@ def builder(not_a_module: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 def write_log(folder: Path, spec: AttentionSpec, trial: int = 0) -> TuningLog:
     log = TuningLog(folder / spec.slug)
-    log.append(trial_line(trial, "merge", spec=str(spec), latency_us=(1.0,), time="2026-11-21"))
+    log.append(trial_line(trial, "merge", spec=str(spec), latency_us=(1.0,), time=TIME))
     return log
 
 
@@ -83,8 +85,8 @@ def test_build_all_takes_every_log_of_the_device(
     ran = Ran(capsys, "build", "--all", "--out", str(tmp_path / "out"))
     assert ran.code == 0
     assert builder.made == {
-        SPEC: f"{here} trial 3, 2026-11-21",
-        OTHER: f"{here} trial 5, 2026-11-21",
+        SPEC: f"{here} trial 3, {TIME}",
+        OTHER: f"{here} trial 5, {TIME}",
     }
     for spec in (SPEC, OTHER):
         folder = tmp_path / "out" / here / spec.slug
@@ -136,7 +138,7 @@ def test_build_takes_a_folder_of_logs_as_the_device(
     elsewhere.write(folder / "device.json")
     built = Ran(capsys, "build", "--all", *device, "--json").json["modules"]
     assert [entry["manifest"]["device"] for entry in built] == [elsewhere.slug]
-    assert builder.made == {SPEC: "copied trial 6, 2026-11-21"}
+    assert builder.made == {SPEC: f"copied trial 6, {TIME}"}
     out = tmp_path / "out"
     Ran(capsys, "build", "--spec", str(OTHER), "--spec", str(SPEC), *device, "--out", str(out))
     assert builder.made[OTHER] == DEFAULT

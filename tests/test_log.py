@@ -83,12 +83,61 @@ def test_a_line_without_its_end_of_line_is_whole(log) -> None:
     assert [one.trial for one in log.read()] == [0, 1]
 
 
-@pytest.mark.parametrize("damage", [b"\x00\xff\x00", b"{}", b'{"schema": 1}', b"[1, 2]", b"null"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"\x00\xff\x00", b"{}", b'{"schema": 1}', b"[1, 2]", b"null"),
+        b'{"schema": 1, "run": "\xff"}',
+        b'{"schema": 1, "run": ' + b"[" * 100_000,
+    ],
+)
 def test_a_damaged_line_is_skipped_and_counted(log, damage) -> None:
     log.append(trial(0))
     log.path.write_bytes(damage + b"\n" + log.path.read_bytes())
     assert [one.trial for one in log.read()] == [0]
     assert log.read().skipped == 1
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"latency_us": []},
+        {"latency_us": [3.0, 0.0]},
+        {"latency_us": [-1.0]},
+        {"latency_us": [None]},  # as JSON has neither ∞ nor what is no number
+        {"latency_us": "1.0"},
+        {"anchor_us": [0.0, 1.0, 1.0]},
+        {"probe_us": {"read": [-1.0, 1.0, 1.0]}},
+        {"limit_us": 0.0},
+        {"passes": [-1, 4]},
+        {"passes": [1.5, 1.5]},
+        {"passes": 3},
+        {"time": "yesterday"},
+        {"time": "2026-11-20"},
+        {"time": "2026-11-20T10:00:00"},
+        {"trial": -1},
+    ],
+    ids=str,
+)
+def test_values_that_nothing_measured_are_damage(log, field) -> None:
+    log.append(trial(0))
+    line = msgspec.json.decode(log.path.read_bytes())
+    with log.path.open("ab") as file:
+        file.write(msgspec.json.encode(line | field) + b"\n")
+    assert [one.trial for one in log.read()] == [0]
+    assert log.read().skipped == 1
+
+
+def test_a_latency_that_is_infinite_is_damage(log) -> None:
+    log.append(trial(0))
+    log.path.write_bytes(log.path.read_bytes().replace(b"[3.0,", b"[1e999,"))
+    assert (len(log.read()), log.read().skipped) == (0, 1)
+
+
+def test_a_run_at_no_time_is_damage(log) -> None:
+    log.append(run_line())
+    log.path.write_bytes(log.path.read_bytes().replace(b"2026-11-20T10", b"then"))
+    assert (log.read().runs, log.read().skipped) == ({}, 1)
 
 
 def test_an_unknown_status_is_damage(log) -> None:

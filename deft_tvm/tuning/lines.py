@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import statistics
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import field
+from msgspec import Meta, field
 
 from deft_tvm.errors import LogError
+from deft_tvm.files import from_json
 from deft_tvm.spec import TileShape
 
 #: Version of a line's fields; a reader refuses a newer one.
 SCHEMA = 2
 
 Status = Literal["ok", "compile", "runtime", "timeout", "wrong", "refused", "lost"]
+#: A time that was measured.
+Microseconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=0)]
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _check_time(text: str) -> None:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"time is {text!r}; expected one with its zone, as in {_now()}")
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -97,6 +106,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["run"] = "run"
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        _check_time(self.time)
+
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One decision that was tried for one kernel on one workload.
@@ -140,7 +152,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     run: str
-    trial: int
+    trial: Count
     kernel: str
     spec: str
     workload: str
@@ -148,23 +160,28 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     device: str
     tile: TileShape | None = None
-    latency_us: tuple[float, ...] = ()
+    latency_us: tuple[Microseconds, ...] = ()
     compile_s: float | None = None
     max_error: float | None = None
-    anchor_us: tuple[float, ...] = ()
-    probe_us: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    limit_us: float | None = None
+    anchor_us: tuple[Microseconds, ...] = ()
+    probe_us: dict[str, tuple[Microseconds, ...]] = field(default_factory=dict)
+    limit_us: Microseconds | None = None
     error: str = ""
     best_us: float | None = None
     default: bool = False
     final: bool = False
     alone: bool = False
-    passes: tuple[int, ...] = ()
+    passes: tuple[Count, ...] = ()
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     time: str = field(default_factory=_now)
     type: Literal["trial"] = "trial"
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        _check_time(self.time)
+        if self.status == "ok" and not self.latency_us:
+            raise ValueError("latency_us is empty; expected a time, as status is 'ok'")
 
     @property
     def median_us(self) -> float:
@@ -198,10 +215,10 @@ def decode(line: bytes) -> Line:
         LogError: it is of a newer schema.
         msgspec.MsgspecError: it is damaged.
     """
-    header = msgspec.json.decode(line, type=_Header)
+    header = from_json(line, _Header)
     if header.schema > SCHEMA:
         raise LogError(f"schema is {header.schema}; expected {SCHEMA} or older: update deft_tvm")
     kind = _KINDS.get(header.type)
     if kind is None:
         raise msgspec.ValidationError(f"type is {header.type!r}; expected run or trial")
-    return msgspec.json.decode(line, type=kind)
+    return from_json(line, kind)
