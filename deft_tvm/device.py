@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from deft_tvm.errors import InputError, LogError
-from deft_tvm.files import write_whole
+from deft_tvm.files import from_json, write_whole
 
 _V3 = ("sse4.2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt")
 _V4 = (*_V3, "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl")
@@ -29,6 +30,8 @@ _AMX = (*_ZEN4, "avx512fp16", "avxvnni", "amx-tile", "amx-int8", "amx-bf16")
 _ARM = ("neon", "fullfp16", "dotprod", "bf16", "i8mm", "sve", "sve2")
 
 Kind = Literal["cpu", "cuda"]
+Positive = Annotated[float, Meta(gt=0)]
+Bytes = Annotated[int, Meta(ge=0)]
 
 #: Names of instruction sets that a profile may hold, LLVM's spelling.
 FEATURES = (*_AMX, *_ARM)
@@ -102,15 +105,21 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slug: str
     name: str
     kind: Kind
-    cores: int
+    cores: Annotated[int, Meta(gt=0)]
     features: tuple[str, ...]
-    l2_bytes: int
-    l3_bytes: int
-    read_bandwidth: float
-    matrix_rate: dict[str, float]
-    launch_seconds: float
+    l2_bytes: Bytes
+    l3_bytes: Bytes
+    read_bandwidth: Positive
+    matrix_rate: dict[str, Positive]
+    launch_seconds: Positive
     measured: bool = False
     date: str = ""
+
+    def __post_init__(self) -> None:
+        if "float32" not in self.matrix_rate:
+            raise InputError(f"matrix_rate is {self.matrix_rate}; expected one of float32")
+        if self.kind == "cuda" and not self.features:
+            raise InputError("features are empty; expected the architectures that a GPU runs")
 
     @classmethod
     def nominal(
@@ -155,11 +164,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             LogError: the file is missing or is not a profile.
         """
         try:
-            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+            return from_json(Path(path).read_bytes(), cls)
         except OSError as error:
             raise LogError(f"device profile {path}: {error.strerror}; expected a file") from None
         except msgspec.MsgspecError as error:
-            raise LogError(f"device profile {path} cannot be read: {error}") from None
+            raise LogError(
+                f"device profile {path} cannot be read: {error}; remove it and tune, or run "
+                "`deft-tvm info --measure`, to measure the device again"
+            ) from None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as indented JSON."""

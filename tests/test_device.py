@@ -225,13 +225,42 @@ def test_json_round_trip(tmp_path: Path) -> None:
         (None, "No such file or directory; expected a file"),
         ("{", "cannot be read: Input data was truncated"),
         ('{"slug": 3}', r"cannot be read: Expected `str`, got `int` - at `\$.slug`"),
+        ("{", "remove it and tune, or run `deft-tvm info --measure`, to measure the device again"),
+        (b"\xff", "cannot be read: "),
+        (b'{"slug": "\xff"}', "cannot be read: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
-def test_a_damaged_profile_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_damaged_profile_is_refused(
+    tmp_path: Path, text: str | bytes | None, message: str
+) -> None:
     path = tmp_path / "device.json"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(LogError, match=f"device profile {path}.*{message}"):
+        DeviceProfile.read(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"read_bandwidth": -3e10}, r"Expected `float` > 0.0 - at `\$.read_bandwidth`"),
+        ({"read_bandwidth": "fast"}, r"Expected `float`, got `str` - at `\$.read_bandwidth`"),
+        ({"matrix_rate": {"float32": 0.0}}, r"Expected `float` > 0.0 - at `\$.matrix_rate"),
+        ({"matrix_rate": {}}, r"matrix_rate is {}; expected one of float32"),
+        ({"launch_seconds": 0}, r"Expected `float` > 0.0 - at `\$.launch_seconds`"),
+        ({"cores": 0}, r"Expected `int` >= 1 - at `\$.cores`"),
+        ({"l3_bytes": -1}, r"Expected `int` >= 0 - at `\$.l3_bytes`"),
+        ({"kind": "cuda", "features": []}, r"features are empty; expected the architectures"),
+    ],
+    ids=str,
+)
+def test_a_profile_of_no_device_is_refused(
+    tmp_path: Path, field: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "device.json"
+    given = msgspec.to_builtins(DeviceProfile.nominal()) | field
+    path.write_bytes(msgspec.json.encode(given))
+    with pytest.raises(LogError, match=message):
         DeviceProfile.read(path)
 
 
