@@ -318,6 +318,43 @@ def test_info_counts_damaged_lines(
     assert Ran(capsys, "info", "--json").json["logs"][0]["skipped"] == 2
 
 
+def test_info_lists_a_log_of_a_newer_version_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path])
+    device = tmp_path / DeviceProfile.detect().slug
+    newer, other = write_log(device, SPEC), write_log(device, OTHER)
+    newer.path.write_bytes(newer.path.read_bytes().replace(b'"schema":2', b'"schema":3'))
+    why = f"{newer.path}: schema is 3; expected 2 or older: update deft_tvm"
+    ran, told = Ran(capsys, "info"), Ran(capsys, "info", "--json").json["logs"]
+    assert ran.code == 0
+    assert f"{newer.directory}\n    {why}\n" in ran.out
+    assert f"{other.directory}\n    1 trials, 1 of them good\n" in ran.out
+    assert {log["path"]: log["refused"] for log in told} == {
+        str(newer.directory): why,
+        str(other.directory): "",
+    }
+    ran = Ran(capsys, "info", "--spec", str(SPEC))
+    assert ran.code == 0 and "KV bytes" in ran.out
+    assert f"a module built from a log that cannot be read\n        passed over: {why}" in ran.out
+
+
+def test_info_measures_where_the_profile_is_damaged(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = DeviceProfile.detect()
+    monkeypatch.setattr("deft_tvm.tuning.probe.probe", lambda: here)
+    path = Path(Ran(capsys, "info", "--measure", "--json").json["profile"])
+    path.write_bytes(path.read_bytes().replace(b'"read_bandwidth": ', b'"read_bandwidth": -'))
+    for refused in (Ran(capsys, "info"), Ran(capsys, "show", "plan", "few_shot")):
+        assert (refused.code, refused.out) == (2, "")
+        assert refused.err.startswith(f"deft-tvm: device profile {path} cannot be read: Expected")
+        assert "or run `deft-tvm info --measure`, to measure the device again" in refused.err
+    assert Ran(capsys, "info", "--measure").code == 0
+    assert Ran(capsys, "info").code == 0
+    assert DeviceProfile.read(path) == here
+
+
 def test_build_takes_the_profile_that_info_writes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

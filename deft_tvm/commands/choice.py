@@ -11,7 +11,7 @@ from rich.console import Console
 from deft_tvm import env
 from deft_tvm.commands.common import is_installed
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import installing
+from deft_tvm.errors import LogError, installing
 from deft_tvm.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ def _found(candidate: Candidate, spec: AttentionSpec) -> Found:
 def _default(spec: AttentionSpec, device: DeviceProfile, needed: bool) -> Default:
     from deft_tvm.tuning.log import find_log
 
-    log = None if env.UNTUNED.get() else find_log(spec, device)
+    try:
+        log = None if env.UNTUNED.get() else find_log(spec, device)
+    except LogError as error:
+        return Default("a log that cannot be read", False, str(error))
     decisions = "the defaults that ship" if log is None else f"the log {log.directory}"
     if not needed:
         return Default(decisions, False, "not needed")

@@ -22,7 +22,7 @@ from deft_tvm.commands.common import (
     table,
 )
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import ArtifactError, InputError
+from deft_tvm.errors import ArtifactError, InputError, LogError
 from deft_tvm.plan.intensity import Share, shares
 from deft_tvm.spec import AttentionSpec
 
@@ -32,12 +32,16 @@ MATRIX = ("amx-bf16", "amx-int8", "avx512bf16", "avx512fp16", "bf16", "i8mm", "s
 
 @dataclass(frozen=True)
 class FittingLog:
-    """A tuning log of this device: where, how many trials were good, and lines were damaged."""
+    """A tuning log of this device: how many trials were good, and lines were damaged.
+
+    `refused` says why none of it can be read, and is empty where it can.
+    """
 
     path: Path
-    trials: int
-    good: int
-    skipped: int
+    trials: int = 0
+    good: int = 0
+    skipped: int = 0
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,7 @@ def info(
     from deft_tvm.tuning.log import measured
 
     named = _named(spec, model, dtype)
-    device, profile = measured(DeviceProfile.detect()), None
-    if measure:
-        device, profile = _measured_now()
+    device, profile = _measured_now() if measure else (measured(DeviceProfile.detect()), None)
     if named:
         found = [SpecShares.of(each, device) for each in named]
         if as_json:
@@ -128,7 +130,11 @@ def fitting_logs(device: DeviceProfile) -> list[FittingLog]:
 
     found = []
     for log in logs_of(root / device.slug for root in log_roots()):
-        trials = log.read()
+        try:
+            trials = log.read()
+        except LogError as error:
+            found.append(FittingLog(log.directory, refused=str(error)))
+            continue
         good = sum(trial.status == "ok" for trial in trials)
         found.append(FittingLog(log.directory, len(trials), good, trials.skipped))
     return found
@@ -172,7 +178,8 @@ def _print(device: DeviceProfile, logs: list[FittingLog], modules: list[FittingM
     out.print("\nlogs of this device" if logs else "\nno log: `deft-tvm tune` makes one")
     for log in logs:
         damaged = f"; {log.skipped} damaged lines skipped" if log.skipped else ""
-        out.print(f"{log.path}\n    {log.trials} trials, {log.good} of them good{damaged}")
+        held = log.refused or f"{log.trials} trials, {log.good} of them good{damaged}"
+        out.print(f"{log.path}\n    {held}")
     out.print("\nmodules for it" if modules else "\nno module: `deft-tvm build` makes one")
     for module in modules:
         decisions = "tuned" if module.tuned else "default"
