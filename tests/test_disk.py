@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tuning_run
 from comparable import SPEC, run_line, trial_line
 from toy_artifact import manifest_for
 
@@ -19,6 +20,7 @@ from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import ArtifactError, LogError
 from deft_tvm.files import write_whole
 from deft_tvm.manifest import MODULE, read_manifest, write_artifact
+from deft_tvm.tuning.database import FILES, Database
 from deft_tvm.tuning.log import TuningLog
 from deft_tvm.tuning.merge import merge
 from deft_tvm.tuning.probe import write_profile
@@ -88,6 +90,30 @@ def test_a_merge_without_room_leaves_the_log_as_it_was(tmp_path: Path) -> None:
     with room_for(len(before) + 10), pytest.raises(OSError):
         merge([source.directory], target)
     assert first.log.path.read_bytes() == before
+
+
+def test_a_tuning_goes_on_where_its_database_had_no_room(tmp_path: Path) -> None:
+    """For a workload, for a new record, and for adding it to the others; the log had some."""
+
+    def refused(room: int) -> None:
+        with room_for(room), pytest.raises(LogError) as ended:
+            tuning_run.run(str(tmp_path), 4)
+        told = str(ended.value)
+        assert told.startswith(f"MetaSchedule's database in {log.directory} cannot be written: ")
+        assert told.endswith("in the log beside it, and the same command goes on from there")
+
+    log = TuningLog(tmp_path / DeviceProfile.detect().slug / tuning_run.SPEC.slug)
+    refused(100_000)
+    tuning_run.run(str(tmp_path), 2)
+    kept = {name: (log.directory / name).read_bytes() for name in FILES}
+    before = log.read().trials
+    refused(log.path.stat().st_size + 4_000)
+    assert log.read().trials[:-1] == before, "the trial is not lost"
+    refused(len(kept[FILES[1]]) + 100)
+    assert {name: (log.directory / name).read_bytes() for name in FILES} == kept
+    again = tuning_run.run(str(tmp_path), 4)
+    searched = [trial.decision for trial in log.read() if not trial.final]
+    assert again.new_trials == 1 and len(Database(log.directory)) == len(searched) == 4
 
 
 def test_an_artifact_without_room_leaves_the_one_that_was_there(tmp_path: Path) -> None:
