@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -64,6 +64,15 @@ class Artifact:
                 or needs an instruction set that the device lacks.
         """
         directory = Path(directory).resolve()
+        # Another process may have replaced it between its manifest and its library.
+        with suppress(ArtifactError):
+            return cls._load(directory, device, spec)
+        return cls._load(directory, device, spec)
+
+    @classmethod
+    def _load(
+        cls, directory: Path, device: DeviceProfile | None, spec: AttentionSpec | None
+    ) -> Artifact:
         manifest = read_manifest(directory)
         # The machine too, whatever `device` says: an instruction that it lacks ends the process.
         for where in filter(None, (device, _device_here(manifest))):
@@ -187,6 +196,8 @@ def _load_module(directory: Path, sha256: str, needs: tuple[str, ...], spec: str
         _load_tvm_runtime(path)
     with _own_name(path) as name:
         module = tvm_ffi.load_module(name)
+        if read_manifest(directory).sha256 != sha256:
+            raise ArtifactError(f"{directory} was replaced while it was loaded: load it again")
         if "torch_pool" in needs:
             threads.adopt_pool(name)
     return module

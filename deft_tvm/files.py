@@ -89,9 +89,14 @@ def replace_folder(new: str | os.PathLike[str], final: str | os.PathLike[str]) -
     Raises:
         OSError: one of them cannot be moved.
     """
-    if not os.path.exists(final):
+    try:
         os.replace(new, final)
-    elif not _exchange(new, final):
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
+        return
+    if not _exchange(new, final):
         old = f"{os.fspath(new)}.old"
         os.replace(final, old)
         os.replace(new, final)

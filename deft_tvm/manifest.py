@@ -22,7 +22,7 @@ import platformdirs
 from deft_tvm.device import DeviceProfile, Kind
 from deft_tvm.dtypes import Dtype
 from deft_tvm.errors import ArtifactError
-from deft_tvm.files import AnyPath, replace_folder
+from deft_tvm.files import AnyPath, from_json, replace_folder
 from deft_tvm.spec import AttentionSpec, TileShape
 
 #: Version of the manifest's fields; a reader refuses a newer one.
@@ -126,12 +126,12 @@ def read_manifest(directory: AnyPath) -> Manifest:
     path = Path(directory, MANIFEST)
     try:
         text = path.read_bytes()
-        header = msgspec.json.decode(text, type=_Header)
+        header = from_json(text, _Header)
         if header.schema > SCHEMA:
             refuse(path, "schema", header.schema, f"{SCHEMA} or older: update deft_tvm")
         if header.kernel_abi != KERNEL_ABI:
             refuse(path, "kernel_abi", header.kernel_abi, f"{KERNEL_ABI}: build the module again")
-        return msgspec.json.decode(text, type=Manifest)
+        return from_json(text, Manifest)
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}; expected a manifest") from None
     except msgspec.MsgspecError as error:

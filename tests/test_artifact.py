@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from toy_artifact import HERE, OTHER, SPEC, manifest_for
 
-from deft_tvm import manifest
+from deft_tvm import artifact, manifest
 from deft_tvm.artifact import Artifact
 from deft_tvm.errors import ArtifactError
 from deft_tvm.manifest import KERNEL_ABI, Kernel, write_artifact
@@ -61,6 +63,33 @@ def test_a_replaced_module_is_loaded_again(
     write_artifact(directory, manifest_for(), changed)
     with pytest.raises(RuntimeError, match="another element!"):
         Artifact.load(directory).merge(negative)
+
+
+@pytest.mark.parametrize("after", ["read_manifest", "check_whole"])
+def test_a_module_that_is_replaced_while_it_is_loaded_is_the_new_one(
+    directory: Path,
+    module_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: str,
+) -> None:
+    """By another process, after the manifest was read or after the library was."""
+    changed = tmp_path / "changed.so"
+    changed.write_bytes(module_file.read_bytes().replace(b"negative element", b"another element!"))
+    step = getattr(artifact, after)
+
+    def then_replace(*given: Any) -> Any:
+        monkeypatch.setattr(artifact, after, step)
+        found = step(*given)
+        write_artifact(directory, manifest_for(created="new"), changed)
+        return found
+
+    monkeypatch.setattr(artifact, after, then_replace)
+    loaded = Artifact.load(directory)
+    assert loaded.manifest == manifest.read_manifest(directory) and loaded.manifest.created == "new"
+    with pytest.raises(RuntimeError, match="another element!"):
+        loaded.merge(torch.tensor([-1], dtype=torch.int32))
+    assert Artifact.load(directory).module is loaded.module
 
 
 @pytest.mark.parametrize(
@@ -119,6 +148,23 @@ def test_an_artifact_is_replaced_whole(tmp_path: Path, not_a_module: Path) -> No
     assert manifest.read_manifest(target).created == "2"
     assert sorted(os.listdir(target)) == ["manifest.json", "module.so"]
     assert os.listdir(target.parent) == ["a"]
+
+
+def test_several_artifacts_are_written_to_one_new_folder_at_once(
+    tmp_path: Path, not_a_module: Path
+) -> None:
+    together = threading.Barrier(4)
+
+    def write(folder: Path) -> Path:
+        together.wait()
+        return write_artifact(folder, manifest_for(), not_a_module)
+
+    with ThreadPoolExecutor(together.parties) as pool:
+        for number in range(25):
+            folder = tmp_path / "out" / str(number)
+            assert set(pool.map(write, [folder] * together.parties)) == {folder}
+            assert sorted(os.listdir(folder)) == ["manifest.json", "module.so"]
+    assert len(os.listdir(tmp_path / "out")) == 25, "nothing is left behind"
 
 
 def test_what_is_no_artifact_is_not_replaced(tmp_path: Path, not_a_module: Path) -> None:
