@@ -2,7 +2,7 @@
 
 One module holds the partial kernels of all tile classes and the merge, and what `deft_tvm.native`
 brings: the planner, the run, and on a CPU torch's threads. Decisions come from the
-tuning log of the device if there is one, else they are the defaults that ship.
+tuning logs of the device if there are any, else they are the defaults that ship.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from deft_tvm.schedules.tiles import default_tiles
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_for
 from deft_tvm.tuning.lines import Trial
-from deft_tvm.tuning.log import TuningLog, best, find_log
+from deft_tvm.tuning.log import TuningLog, best_of, find_logs
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def build(
         device: by default this machine's CPU.
         out: the artifact's folder, by default its place in the user's cache.
         tiles: tile classes, by default those that suit the spec and the device.
-        decisions: by default the best of the device's tuning log.
+        decisions: by default the best of the device's tuning logs.
 
     Returns:
         The artifact's folder, complete.
@@ -127,7 +127,7 @@ def build(
     Raises:
         ArtifactError: `out` cannot be written, or holds something else; found before compiling.
         CompilerMissing: there is no C compiler to link with.
-        LogError: the device's tuning log cannot be read.
+        LogError: one of the device's tuning logs cannot be read.
         PlanError: a decision is not among its schedule's candidates.
     """
     device = device or DeviceProfile.detect()
@@ -161,42 +161,39 @@ def build_default(spec: AttentionSpec, device: DeviceProfile) -> Path:
     return build(spec, device, out=untuned if env.UNTUNED.get() else place)
 
 
-def logged_decisions(
-    spec: AttentionSpec, device: DeviceProfile, log: TuningLog | None = None
-) -> Decisions:
-    """The best decisions of `log`, by default of the device's for `spec`; none without one.
+def logged_decisions(spec: AttentionSpec, device: DeviceProfile, *logs: TuningLog) -> Decisions:
+    """The best decisions of `logs`, by default of the device's for `spec`; see `log.best_of`.
 
     Those of an older version may have choices that schedules no longer offer. Their kernels take
     the default, with a warning.
     """
-    log = None if env.UNTUNED.get() else log or find_log(spec, device)
-    if log is None:
+    if env.UNTUNED.get():
         return Decisions()
-    winners = dict(_offered(best(log), spec, device, log))
+    winners = dict(_offered(best_of(logs or find_logs(spec, device)), spec, device))
     return Decisions(
-        {name: dict(trial.decision) for name, trial in winners.items()},
+        {name: dict(trial.decision) for name, (_, trial) in winners.items()},
         {
             name: f"{log.directory.parent.name} trial {trial.trial}, {trial.time}"
-            for name, trial in winners.items()
+            for name, (log, trial) in winners.items()
         },
     )
 
 
 def _offered(
-    winners: Mapping[str, Trial], spec: AttentionSpec, device: DeviceProfile, log: TuningLog
-) -> Iterator[tuple[str, Trial]]:
+    winners: Mapping[str, tuple[TuningLog, Trial]], spec: AttentionSpec, device: DeviceProfile
+) -> Iterator[tuple[str, tuple[TuningLog, Trial]]]:
     """Winners whose decision today's schedule of their kernel takes."""
-    for task in tasks_for(spec, device):
-        trial = winners.get(task.name)
-        if trial is None:
+    for task in tasks_for(spec, device) if winners else ():
+        if task.name not in winners:
             continue
+        log, trial = winners[task.name]
         try:
             schedule(task, trial.decision)
         except PlanError as error:
             text = f"{log.path}: {task.name}: {error}; the default is taken instead: tune again"
             warnings.warn(text, stacklevel=3)
         else:
-            yield task.name, trial
+            yield task.name, (log, trial)
 
 
 def _manifest(

@@ -97,6 +97,29 @@ def test_build_all_takes_every_log_of_the_device(
     assert cached["modules"][0]["module"].endswith(f"deft_tvm/modules/{here}/{SPEC.slug}")
 
 
+def test_a_tuning_that_was_stopped_hides_no_log_that_was_finished(
+    tmp_path: Path,
+    builder: Builder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = DeviceProfile.detect().slug
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "a" / here / SPEC.slug).mkdir(parents=True)
+    stopped = TuningLog(tmp_path / "a" / here / SPEC.slug)
+    stopped.path.write_bytes(b'{"type":"ru')
+    finished = write_log(tmp_path / "b" / here, SPEC, trial=4)
+    for _ in range(2):
+        assert Ran(capsys, "build", "--all").code == 0
+        assert builder.made == {SPEC: f"{here} trial 4, {TIME}"}
+        told = Ran(capsys, "info", "--spec", str(SPEC)).out
+        assert f"a module built from the log {finished.directory}\n" in told
+        stopped.append(run_line(spec=str(SPEC), device=here))
+    stopped.append(trial_line(1, "r4t16f32", spec=str(SPEC)))
+    told = Ran(capsys, "info", "--spec", str(SPEC)).out
+    assert f"from the log {stopped.directory} and the log {finished.directory}\n" in told
+
+
 def test_one_spec_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     builder: Builder,

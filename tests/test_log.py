@@ -11,7 +11,7 @@ from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec, TileShape
 from deft_tvm.tuning.defaults import default_decision
 from deft_tvm.tuning.lines import Trial
-from deft_tvm.tuning.log import TuningLog, best, find_log, log_roots, measured
+from deft_tvm.tuning.log import TuningLog, best, best_of, find_logs, log_roots, measured
 from deft_tvm.tuning.probe import write_profile
 
 SPEC = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=32, page_size=4)
@@ -207,17 +207,21 @@ def test_best_never_compares_workloads(log) -> None:
     assert best(log)["r16t64f32"].trial == 2
 
 
+def spoken() -> dict:
+    """Of each kernel the root of the log whose decision is taken."""
+    found = best_of(find_logs(SPEC, DEVICE))
+    return {kernel: log.directory.parents[1] for kernel, (log, _) in found.items()}
+
+
 def test_logs_are_found_in_order(roots, tmp_path, monkeypatch) -> None:
-    assert find_log(SPEC, DEVICE) is None
+    assert find_logs(SPEC, DEVICE) == []
     for root in reversed(roots):
         TuningLog(root / DEVICE.slug / SPEC.slug).append(trial())
-        found = find_log(SPEC, DEVICE)
-        assert found is not None and found.directory.is_relative_to(root)
+        assert spoken() == {"r16t64f32": root}
     named = tmp_path / "named"
     monkeypatch.setenv("DEFT_TVM_LOGS", str(named))
     assert log_roots()[0] == named
-    found = find_log(SPEC, DEVICE)
-    assert found is not None and found.directory.is_relative_to(roots[0])
+    assert spoken() == {"r16t64f32": roots[0]}
 
 
 def test_a_log_in_which_nothing_worked_hides_no_other(roots) -> None:
@@ -226,14 +230,27 @@ def test_a_log_in_which_nothing_worked_hides_no_other(roots) -> None:
     other.append(trial())
     stopped.append(run_line(spec=str(SPEC), device=DEVICE.slug))
     stopped.append(trial(status="timeout", latency_us=()))
-    found = find_log(SPEC, DEVICE)
-    assert found is not None and found.directory == other.directory
+    assert spoken() == {"r16t64f32": roots[1]}
+
+
+def test_a_tuning_that_was_stopped_hides_no_kernel_of_a_log_that_was_finished(roots) -> None:
+    """It has the defaults of some kernels, and searches whose best looks better than it is."""
+    user, shipped = (TuningLog(root / DEVICE.slug / SPEC.slug) for root in roots)
+    for number, kernel in enumerate(("both", "one", "searched")):
+        shipped.append(trial(number, kernel=kernel, final=kernel != "searched"))
+    user.append(trial(0, kernel="both", latency_us=(0.5,)))
+    user.append(trial(1, kernel="searched"))
+    user.append(trial(2, kernel="new"))
+    of_user = {"searched": roots[0], "new": roots[0]}
+    assert spoken() == {"both": roots[1], "one": roots[1], **of_user}
+    user.append(trial(3, kernel="both", final=True))
+    assert spoken() == {"both": roots[0], "one": roots[1], **of_user}
 
 
 def test_a_log_of_another_device_is_not_found(roots) -> None:
     other = DeviceProfile.nominal(cores=64)
     TuningLog(roots[0] / other.slug / SPEC.slug).append(trial())
-    assert find_log(SPEC, DEVICE) is None
+    assert find_logs(SPEC, DEVICE) == []
 
 
 def test_measured_rates_replace_nominal_ones(roots) -> None:

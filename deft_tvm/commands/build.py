@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What to build, and the log whose decisions it takes, where there is one."""
+    """What to build, and the logs whose decisions it takes, where there are any."""
 
     spec: AttentionSpec
-    log: TuningLog | None
+    logs: Sequence[TuningLog]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _check_wheel(folder: Path) -> None:
     check_folder(folder)
 
 
-def _target(device: Path | None) -> tuple[DeviceProfile, dict[str, TuningLog]]:
+def _target(device: Path | None) -> tuple[DeviceProfile, dict[str, list[TuningLog]]]:
     """The device to build for, and its logs by the slug of their spec."""
     from deft_tvm.tuning.log import DEVICE, device_logs, log_roots
 
@@ -149,30 +149,32 @@ def _target(device: Path | None) -> tuple[DeviceProfile, dict[str, TuningLog]]:
     return target, device_logs(root / target.slug for root in log_roots())
 
 
-def _logged(target: DeviceProfile, logs: Mapping[str, TuningLog]) -> tuple[list[Job], list[Failed]]:
+def _logged(
+    target: DeviceProfile, logs: Mapping[str, Sequence[TuningLog]]
+) -> tuple[list[Job], list[Failed]]:
     """All that was tuned, and the logs that do not tell what that was."""
     from deft_tvm.tuning.log import logged_spec
 
     if not logs:
         raise LogError(f"--all finds no log of {target.slug}; expected one: run `deft-tvm tune`")
     jobs, failed = [], []
-    for log in logs.values():
+    for of_spec in logs.values():
         try:
-            jobs.append(Job(logged_spec(log), log))
+            jobs.append(Job(logged_spec(of_spec), of_spec))
         except DeftError as error:
-            failed.append(Failed(str(log.directory), str(error)))
+            failed.append(Failed(str(of_spec[0].directory), str(error)))
     return jobs, failed
 
 
-def _named(texts: Sequence[str], logs: Mapping[str, TuningLog]) -> list[Job]:
-    return [Job(spec, logs.get(spec.slug)) for spec in specs_of(texts, model=None, dtype=None)]
+def _named(texts: Sequence[str], logs: Mapping[str, Sequence[TuningLog]]) -> list[Job]:
+    return [Job(spec, logs.get(spec.slug, ())) for spec in specs_of(texts, model=None, dtype=None)]
 
 
 def _build(job: Job, target: DeviceProfile, out: Path | None) -> Built:
     from deft_tvm.build import build as make
     from deft_tvm.build import logged_decisions
 
-    decisions = logged_decisions(job.spec, target, job.log)
+    decisions = logged_decisions(job.spec, target, *job.logs)
     directory = make(job.spec, target, out=out, decisions=decisions)
     return Built(directory, read_manifest(directory))
 

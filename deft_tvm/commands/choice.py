@@ -78,13 +78,14 @@ def _found(candidate: Candidate, spec: AttentionSpec) -> Found:
 
 
 def _default(spec: AttentionSpec, device: DeviceProfile, needed: bool) -> Default:
-    from deft_tvm.tuning.log import find_log
+    from deft_tvm.tuning.log import best_of, find_logs
 
     try:
-        log = None if env.UNTUNED.get() else find_log(spec, device)
+        best = {} if env.UNTUNED.get() else best_of(find_logs(spec, device))
     except LogError as error:
         return Default("a log that cannot be read", False, str(error))
-    decisions = "the defaults that ship" if log is None else f"the log {log.directory}"
+    folders = list(dict.fromkeys(str(log.directory) for log, _ in best.values()))
+    decisions = f"the log {' and the log '.join(folders)}" if folders else "the defaults that ship"
     if not needed:
         return Default(decisions, False, "not needed")
     if not is_installed("tvm"):

@@ -151,6 +151,21 @@ def best(log: TuningLog) -> dict[str, Trial]:
     return {trial.kernel: trial for trial in winners}
 
 
+def best_of(logs: Iterable[TuningLog]) -> dict[str, tuple[TuningLog, Trial]]:
+    """The winning trial of each kernel in logs of one spec on one device, and which log has it.
+
+    The first log speaks in which the kernel was measured again after the search; where that is in
+    none, the first in which it worked. A tuning that was stopped has a few trials of some kernels,
+    and the best of them looks better than it is: it hides no log that was finished.
+    """
+    found: dict[str, tuple[TuningLog, Trial]] = {}
+    for log in logs:
+        for kernel, trial in best(log).items():
+            if kernel not in found or (trial.final and not found[kernel][1].final):
+                found[kernel] = log, trial
+    return found
+
+
 def by_subject(trials: Iterable[Trial]) -> dict[tuple[str, str], list[Trial]]:
     """Trials by kernel and workload, in order."""
     groups: defaultdict[tuple[str, str], list[Trial]] = defaultdict(list)
@@ -232,11 +247,10 @@ def writable_root(root: AnyPath | None = None) -> Path:
     return Path(root) if root is not None else env.LOGS.get() or user_logs()
 
 
-def find_log(spec: AttentionSpec, device: DeviceProfile) -> TuningLog | None:
-    """The first log of `spec` on this very device in which a trial worked; None without one."""
+def find_logs(spec: AttentionSpec, device: DeviceProfile) -> list[TuningLog]:
+    """The logs of `spec` on this very device, in the order of `log_roots`."""
     logs = (TuningLog(root / device.slug / spec.slug) for root in log_roots())
-    worked = (log for log in logs if any(trial.status == "ok" for trial in log.read()))
-    return next(worked, None)
+    return [log for log in logs if log.exists()]
 
 
 def measured(device: DeviceProfile) -> DeviceProfile:
@@ -260,22 +274,22 @@ def logs_of(folders: Iterable[Path]) -> Iterator[TuningLog]:
             yield TuningLog(file.parent)
 
 
-def device_logs(folders: Iterable[Path]) -> dict[str, TuningLog]:
-    """The logs in a device's folders by their spec's slug; the first folder that has one speaks."""
-    found: dict[str, TuningLog] = {}
+def device_logs(folders: Iterable[Path]) -> dict[str, list[TuningLog]]:
+    """The logs in a device's folders by their spec's slug, those of the first folder first."""
+    found: defaultdict[str, list[TuningLog]] = defaultdict(list)
     for log in logs_of(folders):
-        found.setdefault(log.directory.name, log)
-    return found
+        found[log.directory.name].append(log)
+    return dict(found)
 
 
-def logged_spec(log: TuningLog) -> AttentionSpec:
-    """What was tuned.
+def logged_spec(logs: Sequence[TuningLog]) -> AttentionSpec:
+    """What was tuned in logs of one spec, as the first line says that can be read.
 
     Raises:
         LogError: no line tells.
     """
-    found = log.read()
-    named = [trial.spec for trial in found] or [run.spec for run in found.runs.values()]
-    if not named:
-        raise LogError(f"{log.path} has no line that can be read; expected one that names its spec")
-    return AttentionSpec.parse(named[0])
+    for found in (log.read() for log in logs):
+        for line in (*found, *found.runs.values()):
+            return AttentionSpec.parse(line.spec)
+    path = logs[0].path
+    raise LogError(f"{path} has no line that can be read; expected one that names its spec")
