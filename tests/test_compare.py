@@ -18,7 +18,7 @@ from deft_tvm.compare.sources import Source
 from deft_tvm.compare.statistics import Samples, change, holm, mean_ratio, shared
 from deft_tvm.compare.text import markdown
 from deft_tvm.device import DeviceProfile
-from deft_tvm.errors import InputError, LogError
+from deft_tvm.errors import LogError
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.timing import Summary
 from deft_tvm.tuning.log import TuningLog
@@ -362,51 +362,6 @@ def test_several_specs_and_damaged_lines(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes() + b"half a li")
     source = Source.read(tmp_path)
     assert len(source.tuned) == 3 and source.skipped == 1
-
-
-# Gates
-
-
-def test_gates_are_read_and_refused() -> None:
-    assert Gates.parse("5%", ["missing", "geomean:2.5%"]) == Gates(0.05, 0.025, True)
-    assert Gates.parse(None) == Gates()
-    with pytest.raises(InputError, match=r"--fail-on-regression is '5'; expected percent, as in 5"):
-        Gates.parse("5")
-    for wrong in ("absent", "geomean", "geomean:x"):
-        with pytest.raises(InputError, match="expected"):
-            Gates.parse(None, [wrong])
-
-
-def test_gates_name_what_failed(tmp_path: Path) -> None:
-    one, two = kernels(2)
-    before = write_log(tmp_path / "a", equal(2))
-    after = write_log(tmp_path / "b", {one: 120.0}, seed=1)
-    found = compared(before, after)
-    (slow,) = Gates(regression=0.05).failures(found)
-    assert slow.startswith(f"{one} on few_shot is ") and slow.endswith("expected 5% or less")
-    assert Gates(regression=0.5).failures(found) == []
-    assert Gates(missing=True).failures(found) == [f"{two} on few_shot has no time in B"]
-    (mean,) = Gates(geomean=0.02).failures(found)
-    assert mean.startswith("the geometric mean is ")
-    assert (
-        Gates(regression=0.01, geomean=0.01, missing=True).failures(compared(before, before)) == []
-    )
-
-
-def test_a_gate_wants_its_percents_and_a_time_in_b(tmp_path: Path) -> None:
-    """3 % is no 5 %; a failure of A is no miss of B."""
-    one = kernels(1)[0]
-    before = write_log(tmp_path / "a", equal(1), latency_us=(100.0,) * ROUNDS, **STEADY)
-    after = write_log(tmp_path / "b", equal(1), latency_us=(103.0,) * ROUNDS, **STEADY)
-    (row,) = compared(before, after).rows
-    assert row.sure and row.surely_slower_by == pytest.approx(0.03)
-    assert Gates(regression=0.05).failures(compared(before, after)) == []
-    (told,) = Gates(regression=0.025).failures(compared(before, after))
-    assert told == f"{one} on few_shot is 3.0% slower; expected 2.5% or less"
-    failed = TuningLog(tmp_path / "c" / DEVICE.slug / SPEC.slug)
-    failed.append(trial_line(0, one, status="timeout"))
-    assert Gates(missing=True).failures(compared(tmp_path / "c", after)) == []
-    assert Gates(missing=True).failures(compared(after, tmp_path / "c"))
 
 
 # The command

@@ -9,6 +9,7 @@ from enum import Enum
 
 from deft_tvm.compare.sources import Source, Subject, Surroundings, Tuned
 from deft_tvm.compare.statistics import (
+    ALIKE,
     LIMIT,
     Samples,
     change,
@@ -126,6 +127,19 @@ class Comparison:
     mean: Summary | None
     shared: float
     differences: Mapping[str, tuple[str, str]]
+
+    @property
+    def surely_slower_by(self) -> float:
+        """By what part at the least in the geometric mean; 0 where nothing is sure.
+
+        By the rule for each row: only rows that were tested count, of which chance and `ALIKE` must
+        not explain the mean, and not what most rows have in common either.
+        """
+        tested = (row._ratios for row in self.rows if row.p is not None)
+        means = [mean for ratios in zip(*tested, strict=True) if (mean := mean_ratio(ratios))]
+        if not means or any(mean.low <= 1 + ALIKE for mean in means):
+            return 0.0
+        return min(mean.median for mean in means) - 1
 
     @property
     def across_devices(self) -> bool:
