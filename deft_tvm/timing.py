@@ -27,6 +27,8 @@ DIGITS = 8
 """Of a time that is kept: ten nanoseconds, below which no clock tells the truth."""
 FEWEST_ROUNDS = 6
 """Fewer samples have no 95 % interval of the median: 2 · 0.5⁶ is 3 %, 2 · 0.5⁵ is 6 %."""
+SMALLEST = 0.05
+"""A change of a median that is worth a word."""
 LEAD_BYTES = 1 << 30
 """A GPU that reads 4 TB/s needs a quarter of a millisecond for them: a host launches meanwhile."""
 

@@ -192,6 +192,36 @@ def test_slower_is_what_noise_and_the_machine_do_not_explain(
     assert [change.verdict for change in compare(before, _record(after, machine))] == [verdict]
 
 
+def test_records_of_two_devices_or_of_nothing_in_common_are_refused() -> None:
+    one = _record([2.0] * 6)
+    origin = msgspec.structs.replace(one.origin, device="elsewhere")
+    told = rf"is of elsewhere; expected one of {one.origin.device}, as shares of two devices"
+    with pytest.raises(InputError, match=told):
+        compare(msgspec.structs.replace(one, origin=origin), one)
+    (found,) = one.measurements
+    other = msgspec.structs.replace(found, workload="beam")
+    told = rf"has 1 other measurements; expected some of the same, as of {FEW_SHOT} with gqa:"
+    with pytest.raises(InputError, match=told):
+        compare(msgspec.structs.replace(one, measurements=(other,)), one)
+    assert len(compare(msgspec.structs.replace(one, measurements=(other, found)), one)) == 1
+
+
+def test_a_record_has_a_place_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "record.jsonl"):
+        measuring = iter([measured(peers=())])
+        with pytest.raises(LogError, match=f"{path} cannot be written: .*; expected a file in a"):
+            Record.of(measuring, path)
+        assert next(measuring), "it was not asked for"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_record_without_a_measurement_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Record.of((1 // 0 for _ in range(1)), tmp_path / "record.jsonl")  # type: ignore
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tables_say_what_was_measured() -> None:
     found = measured(peers=["masked"], groupings=("node",), between=True)
     for columns, rows in (

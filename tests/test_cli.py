@@ -271,6 +271,36 @@ def test_bench_keeps_a_record_and_compares_with_it(
     assert "slower" in slower.out
 
 
+def test_bench_refuses_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it could not keep, or not compare."""
+    options = ("--peers", "", "--seconds", "0.01", "--module", str(module()))
+    kept = tmp_path / "record.jsonl"
+    assert (
+        Ran(capsys, "bench", FEW_SHOT, "--spec", str(SPEC), *options, "--out", str(kept)).code == 0
+    )
+    monkeypatch.setattr("deft_tvm.bench.measure", None)
+    monkeypatch.setattr("deft_tvm.bench.run.measure", None)
+
+    def told(*arguments: str) -> str:
+        ran = Ran(capsys, "bench", *arguments)
+        assert (ran.code, ran.out) == (2, "") and ran.err.count("\n") == 1
+        return ran.err
+
+    for name, why in (("", "Is a directory"), ("record.jsonl/new", "File exists")):
+        path = str(tmp_path / name) if name else str(tmp_path)
+        assert f"{path} cannot be written: {why}" in told(FEW_SHOT, *options, "--out", path)
+        assert f"{path} cannot be written: {why}" in told("core", "--only", "beam", "--out", path)
+    beside = ("--compare", str(kept))
+    assert "has 1 other measurements; expected some of the same, as of beam" in told(
+        "core", "--only", "beam", *beside
+    )
+    kept.write_bytes(kept.read_bytes().replace(DeviceProfile.detect().slug.encode(), b"elsewhere"))
+    here = ("--spec", str(SPEC))
+    assert "is of elsewhere; expected one of" in told(FEW_SHOT, *here, *options, *beside)
+
+
 def test_bench_measures_core_cells(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

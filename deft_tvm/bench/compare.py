@@ -2,19 +2,22 @@
 
 Times of two days on a shared machine differ by what else ran. So a cell's time is taken as its
 share of the limit, which was probed in the same rounds.
+
+`deft_tvm.compare` has a stricter rule, which cannot be applied here: its samples are passes, in
+processes of their own and some time apart, and it needs at least five and six. A record has the
+rounds of one pass, one sample by that rule, which proves nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum
 
 import msgspec
 
 from deft_tvm.bench.record import Record
-from deft_tvm.timing import Summary
-
-SMALLEST = 0.05
-"""A difference of the medians that is worth a word."""
+from deft_tvm.errors import InputError
+from deft_tvm.timing import SMALLEST, Summary
 
 
 class Verdict(Enum):
@@ -47,8 +50,37 @@ class Change(msgspec.Struct, frozen=True):
         return Verdict.SAME
 
 
+def check_comparable(before: Record, device: str, cells: Collection[tuple[str, str]]) -> None:
+    """Refuse what would compare nothing, before it is measured.
+
+    Args:
+        before: an earlier record.
+        device: slug of what is measured.
+        cells: workload and spec of each measurement.
+
+    Raises:
+        InputError: it is of another device, or has none of the cells.
+    """
+    if before.origin.device != device:
+        raise InputError(
+            f"the record to compare with is of {before.origin.device}; expected one of {device}, "
+            "as shares of two devices' limits say nothing of a change"
+        )
+    if before.by_cell.keys().isdisjoint(cells):
+        names = " or ".join(f"{workload} with {spec}" for workload, spec in [*cells][:2])
+        raise InputError(
+            f"the record to compare with has {len(before.by_cell)} other measurements; expected "
+            f"some of the same, as of {names}"
+        )
+
+
 def compare(before: Record, after: Record) -> list[Change]:
-    """The cells that are in both, in the order of `after`."""
+    """The cells that are in both, in the order of `after`.
+
+    Raises:
+        InputError: as `check_comparable`.
+    """
+    check_comparable(before, after.origin.device, after.by_cell.keys())
     earlier = before.by_cell
     return [
         Change(*cell, earlier[cell].share, measured.share)

@@ -8,6 +8,7 @@ A file that is being written has another name, and takes its own once it is whol
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -21,7 +22,7 @@ import torch
 from deft_tvm.bench.measure import Measurement
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
-from deft_tvm.files import AnyPath
+from deft_tvm.files import AnyPath, from_json
 from deft_tvm.manifest import installed_versions, source_commit
 from deft_tvm.tuning.process import HUGE_PAGES
 
@@ -77,7 +78,11 @@ class Record(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, measuring: Iterable[Measurement], path: AnyPath | None = None) -> Record:
-        """All that is measured; at `path`, if that is given, each as soon as it is there."""
+        """All that is measured; at `path`, if that is given, each as soon as it is there.
+
+        Raises:
+            LogError: no file can be written at `path`; found before anything is measured.
+        """
         origin = Origin.here()
         if path is None:
             return cls(origin, tuple(measuring))
@@ -99,11 +104,11 @@ class Record(msgspec.Struct, frozen=True):
         """
         try:
             first, *rest = Path(path).read_bytes().splitlines()
-            schema = msgspec.json.decode(first, type=_Versioned).schema
+            schema = from_json(first, _Versioned).schema
             if schema > SCHEMA:
                 raise LogError(f"{path}: schema is {schema}; expected at most {SCHEMA}")
-            origin = msgspec.json.decode(first, type=Origin)
-            found = [msgspec.json.decode(line, type=Measurement) for line in rest]
+            origin = from_json(first, Origin)
+            found = [from_json(line, Measurement) for line in rest]
         except OSError as error:
             raise LogError(f"{path}: {error.strerror}; expected a file of measurements") from None
         except (ValueError, msgspec.MsgspecError) as error:
@@ -118,20 +123,29 @@ class _Versioned(msgspec.Struct):
 class _Writer:
     """Lines on the disk, one at a time; within ``with`` the file has a name of its own.
 
-    Where the block ends in an exception, what was written stays under that name.
+    Where the block ends in an exception, what was measured stays under that name.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._scratch = path.with_name(f"{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._lines = path, 0
 
     def __enter__(self) -> _Writer:
-        self._file = open(self._scratch, "wb")
+        try:
+            if self._path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._scratch = self._path.with_name(f"{self._path.name}.partial")
+            self._file = open(self._scratch, "wb")
+        except OSError as error:
+            raise LogError(
+                f"{self._path} cannot be written: {error.strerror}; expected a file in a folder "
+                "that can"
+            ) from None
         return self
 
     def add(self, line: Line) -> Line:
         """Append one; it is on the disk when this returns it."""
+        self._lines += 1
         self._file.write(msgspec.json.encode(line) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -146,3 +160,5 @@ class _Writer:
         self._file.close()
         if kind is None:
             os.replace(self._scratch, self._path)
+        elif self._lines < 2:  # where from, and no measurement
+            self._scratch.unlink()

@@ -29,8 +29,10 @@ from deft_tvm.errors import InputError
 from deft_tvm.workloads.notation import HELP as WORKLOADS_HELP
 
 if TYPE_CHECKING:
-    from deft_tvm.bench import Measurement
+    from deft_tvm.bench import Cell, Measurement
     from deft_tvm.bench.compare import Change
+    from deft_tvm.spec import AttentionSpec
+    from deft_tvm.workloads import Workload
 
 ALL, CORE = "all", "core"
 
@@ -68,7 +70,10 @@ def bench(
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(help="An earlier such file: exit with 1 if anything is slower beyond noise."),
+        typer.Option(
+            help="An earlier such file of this device: exit with 1 if anything is slower beyond "
+            "noise."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,9 +85,11 @@ def bench(
 
     Example: deft-tvm bench core --only speculative --out new.jsonl --compare old.jsonl
     """
-    from deft_tvm.bench.compare import Verdict
+    from deft_tvm.bench import Cell
+    from deft_tvm.bench.compare import Verdict, check_comparable
     from deft_tvm.bench.compare import compare as compare_records
     from deft_tvm.bench.record import Record
+    from deft_tvm.device import DeviceProfile
 
     if only and workload != CORE:
         raise InputError(f"--only is {only!r} and the workload {workload!r}; expected core")
@@ -96,14 +103,17 @@ def bench(
     given = ", ".join(name for name, is_given in of_one.items() if is_given)
     if given and workload == CORE:
         raise InputError(f"{given} with core, whose cells say all that; expected another workload")
+    cells = _core(only) if workload == CORE else [Cell(workload, spec)]
+    parsed = [parse(cell.spec, cell.workload) for cell in cells]
     before = None if compare is None else Record.read(compare)
+    if before is not None:
+        names = [(each.name, str(each_spec)) for each_spec, each in parsed]
+        check_comparable(before, DeviceProfile.detect().slug, names)
     with told() as say:
         if workload == CORE:
-            measuring = _core(only, peers, seconds, say)
+            measuring = _all(cells, peers, seconds, say)
         else:
-            measuring = iter(
-                [_one(workload, spec, module, grouping, peers, seconds, cold, between, say)]
-            )
+            measuring = _one(*parsed[0], module, grouping, peers, seconds, cold, between, say)
         record = Record.of(measuring, out)
     changes = [] if before is None else compare_records(before, record)
     if as_json:
@@ -115,8 +125,8 @@ def bench(
 
 
 def _one(
-    workload: str,
-    spec: str,
+    spec: AttentionSpec,
+    workload: Workload,
     module: Path | None,
     grouping: str,
     peers: str | None,
@@ -124,17 +134,17 @@ def _one(
     cold: bool,
     between: bool,
     say: Callable[[str], None],
-) -> Measurement:
+) -> Iterator[Measurement]:
+    """As `_all`, of one workload; nothing is built or measured before it is asked for."""
     from deft_tvm.bench import measure
     from deft_tvm.peers import QUICK
     from deft_tvm.workloads import tensors
 
-    attention_spec, chosen = parse(spec, workload)
-    attention = attention_by(attention_spec, module, grouping, say)
-    say(f"random tensors for {chosen.name}")
-    return measure(
-        chosen.name,
-        tensors(chosen.forest, attention_spec),
+    attention = attention_by(spec, module, grouping, say)
+    say(f"random tensors for {workload.name}")
+    yield measure(
+        workload.name,
+        tensors(workload.forest, spec),
         attention,
         _named(peers, QUICK),
         budget=seconds,
@@ -144,16 +154,21 @@ def _one(
     )
 
 
-def _core(
-    only: str, peers: str | None, seconds: float, say: Callable[[str], None]
-) -> Iterator[Measurement]:
+def _core(only: str) -> list[Cell]:
     from deft_tvm.bench import CORE as CELLS
-    from deft_tvm.bench.run import run
-    from deft_tvm.peers import PEERS
 
     cells = [cell for cell in CELLS if any(only in part for part in cell)]
     if not cells:
         raise InputError(f"--only is {only!r}; expected a part of a core cell's workload or spec")
+    return cells
+
+
+def _all(
+    cells: Sequence[Cell], peers: str | None, seconds: float, say: Callable[[str], None]
+) -> Iterator[Measurement]:
+    from deft_tvm.bench.run import run
+    from deft_tvm.peers import PEERS
+
     return run(cells, _named(peers, tuple(PEERS)), budget=seconds, say=say)
 
 

@@ -18,10 +18,8 @@ from deft_tvm.compare.statistics import (
     mean_ratio,
     shared,
 )
-from deft_tvm.timing import Summary
+from deft_tvm.timing import SMALLEST, Summary
 
-SMALLEST = 0.05
-"""A change that is worth a word."""
 SURE = 0.05
 """Largest p, corrected for the number of rows, at which a change is believed."""
 

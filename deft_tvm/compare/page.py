@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jinja2
 
 from deft_tvm.compare import drawing, words
-from deft_tvm.compare.comparison import SMALLEST, SURE, Comparison, Verdict
-from deft_tvm.timing import Summary
+from deft_tvm.compare.comparison import SURE, Comparison, Verdict
+from deft_tvm.timing import SMALLEST, Summary
 
 MARKS = {
     Verdict.SLOWER: ("worse", "▲"),

@@ -13,10 +13,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 from deft_tvm.bench.report import short
 from deft_tvm.compare import words
-from deft_tvm.compare.comparison import SMALLEST, Comparison, Row
+from deft_tvm.compare.comparison import Comparison, Row
 from deft_tvm.compare.drawing import Axis, searches
 from deft_tvm.figures import BLUE, ORANGE, plain, pyplot, save
 from deft_tvm.files import AnyPath
+from deft_tvm.timing import SMALLEST
 
 BAND = "#e8e8e8"
 STYLES: dict[str, dict[str, Any]] = {

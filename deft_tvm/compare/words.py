@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deft_tvm.compare.comparison import SMALLEST, Comparison, Row, Verdict
+from deft_tvm.compare.comparison import Comparison, Row, Verdict
 from deft_tvm.compare.convergence import convergence
 from deft_tvm.compare.sources import Source, Tuned
-from deft_tvm.timing import Summary
+from deft_tvm.timing import SMALLEST, Summary
 from deft_tvm.tuning.lines import Run
 
 GROUPS: dict[str, tuple[Verdict | None, ...]] = {
