@@ -11,6 +11,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from emulate import Arguments, EmulationError, Kernel, sanitizer
@@ -18,6 +19,7 @@ from problems import (
     BRANCHES,
     Problem,
     check,
+    cuda_of,
     kernel_of,
     make_problem,
     merge_arguments,
@@ -36,20 +38,27 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is miss
 # than are located at a time.
 FOREST = Forest.from_parents([-1, 0], [270, 17], [0, 4])
 
+MLA = "mla:hq=8,d=128,rope=16,dtype=bf16,scale=0.1"
+EIGHT_BITS = "gqa:hq=4,hkv=1,d=64,kv_dtype=e4m3,dtype=f32,window=40"
+
+
+class Case(NamedTuple):
+    """A spec, its tile class, and of how many tiles there is room; None: by default."""
+
+    spec: str
+    tile: TileShape
+    stages: int | None = None
+
+
 CASES = {
-    "scalar": ("gqa:hq=4,hkv=1,d=64,dtype=f32", TileShape(16, 32, "float32")),
-    "scalar, 8 bits": (
-        "gqa:hq=4,hkv=1,d=64,kv_dtype=e4m3,dtype=f32,window=40",
-        TileShape(16, 32, "float32"),
-    ),
-    "tensor cores": ("gqa:hq=4,hkv=1,d=64,dtype=f16", TileShape(32, 32, "float16")),
-    "tensor cores, rope": (
-        "mla:hq=8,d=128,rope=16,dtype=bf16,scale=0.1",
-        TileShape(16, 32, "bfloat16"),
-    ),
-    "groups": ("gqa:hq=4,hkv=1,d=64,dtype=bf16", TileShape(64, 32, "bfloat16")),
+    "scalar": Case("gqa:hq=4,hkv=1,d=64,dtype=f32", TileShape(16, 32, "float32")),
+    "scalar, 8 bits": Case(EIGHT_BITS, TileShape(16, 32, "float32")),
+    "tensor cores": Case("gqa:hq=4,hkv=1,d=64,dtype=f16", TileShape(32, 32, "float16")),
+    "tensor cores, rope": Case(MLA, TileShape(16, 32, "bfloat16")),
+    "tensor cores, rope, 4 stages": Case(MLA, TileShape(16, 32, "bfloat16"), 4),
+    "groups": Case("gqa:hq=4,hkv=1,d=64,dtype=bf16", TileShape(64, 32, "bfloat16")),
+    "groups, 3 stages": Case("gqa:hq=4,hkv=1,d=64,dtype=bf16", TileShape(64, 32, "bfloat16"), 3),
 }
-"""Names, specs and tile classes."""
 
 COPIES = [name for name in CASES if "8 bits" not in name]
 
@@ -68,7 +77,7 @@ def _sanitized() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_races(case: str, folder: Path) -> None:
-    kernel, *launch = launch_of(problem_of(case))
+    _, kernel, *launch = launch_of(case)
     ascending, descending = (kernel.apart(folder, *launch, way) for way in (False, True))
     assert (ascending.races, ascending.failure) == (0, "")
     assert ascending == descending
@@ -77,7 +86,7 @@ def test_no_races(case: str, folder: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_missing_barrier_is_reported(case: str, folder: Path) -> None:
     """Barriers are taken out one after the other, as long as that changes nothing."""
-    kernel, *launch = launch_of(problem_of(case))
+    _, kernel, *launch = launch_of(case)
     right = kernel.apart(folder, *launch, watched=False)
     idle: set[int] = set()
     for barrier in range(kernel.barriers):
@@ -98,8 +107,7 @@ def test_a_missing_barrier_is_reported(case: str, folder: Path) -> None:
 @pytest.mark.parametrize("case", COPIES)
 def test_a_missing_wait_gives_wrong_results(case: str, folder: Path) -> None:
     """Copies land at the wait in emulation, as late as they may."""
-    problem = problem_of(case)
-    kernel, blocks, arguments = launch_of(problem)
+    problem, kernel, blocks, arguments = launch_of(case)
     assert kernel.waits, "copies run beside the work"
     kernel.run(folder, blocks, arguments)
     check(problem)
@@ -113,8 +121,7 @@ def test_a_missing_wait_gives_wrong_results(case: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", COPIES)
 def test_a_wait_that_leaves_one_group_more_gives_wrong_results(case: str, folder: Path) -> None:
-    problem = problem_of(case)
-    kernel, blocks, arguments = launch_of(problem)
+    problem, kernel, blocks, arguments = launch_of(case)
     kernel.run(folder, blocks, arguments)
     check(problem)
     forget(problem)
@@ -131,8 +138,7 @@ def test_a_wait_that_leaves_one_group_more_gives_wrong_results(case: str, folder
     ],
 )
 def test_what_groups_of_warps_need_is_missed(fence: str, said: str, folder: Path) -> None:
-    problem = problem_of("groups")
-    kernel, blocks, arguments = launch_of(problem)
+    _, kernel, blocks, arguments = launch_of("groups")
     assert kernel.cpp.count(fence), "kernels have it"
     without = replace(kernel, cpp=kernel.cpp.replace(fence, ""))
     with pytest.raises(EmulationError, match=said):
@@ -140,31 +146,29 @@ def test_what_groups_of_warps_need_is_missed(fence: str, said: str, folder: Path
 
 
 def test_merge_has_no_races(folder: Path) -> None:
-    spec = AttentionSpec.parse(CASES["scalar"][0])
-    problem = make_problem(spec, BRANCHES, (CASES["scalar"][1],))
+    spec = AttentionSpec.parse(CASES["scalar"].spec)
+    problem = make_problem(spec, BRANCHES, (CASES["scalar"].tile,))
     kernel = kernel_of(merge_task(spec))
     for partial in (problem.partial_out, problem.partial_lse):
         partial.zero_()
     assert kernel.apart(folder, 4, merge_arguments(problem)).races == 0
 
 
-def problem_of(case: str) -> Problem:
-    """An item has all that its rows see, and nothing is left to merge."""
-    text, tile = CASES[case]
-    return make_problem(AttentionSpec.parse(text), FOREST, (tile,), "flatten", chunk=1024)
-
-
-def launch_of(problem: Problem) -> tuple[Kernel, int, Arguments]:
-    """The first launch: its kernel, blocks and arguments."""
-    (tile, begin, end), *_ = problem.plan.launches
-    spec = problem.case.spec
-    kernel = partial_kernel(spec, problem.plan.tiles[tile])
-    return kernel, (end - begin) * spec.num_kv_heads, partial_arguments(problem, begin, end)
+def launch_of(case: str) -> tuple[Problem, Kernel, int, Arguments]:
+    """A problem, and the kernel, blocks and arguments of its first launch. An item has all that its
+    rows see, and nothing is left to merge."""
+    text, tile, stages = CASES[case]
+    problem = make_problem(AttentionSpec.parse(text), FOREST, (tile,), "flatten", chunk=1024)
+    _, begin, end = problem.plan.launches[0]
+    blocks = (end - begin) * problem.case.spec.num_kv_heads
+    kernel = partial_kernel(problem.case.spec, tile, stages)
+    return problem, kernel, blocks, partial_arguments(problem, begin, end)
 
 
 @cache
-def partial_kernel(spec: AttentionSpec, tile: TileShape) -> Kernel:
-    return kernel_of(partial_task(spec, tile))
+def partial_kernel(spec: AttentionSpec, tile: TileShape, stages: int | None) -> Kernel:
+    decision = {} if stages is None else {"stages": stages}
+    return kernel_of(partial_task(spec, tile), lambda task: cuda_of(task, decision))
 
 
 def forget(problem: Problem) -> None:

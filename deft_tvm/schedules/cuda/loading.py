@@ -18,6 +18,8 @@ from deft_tvm.schedules.cuda.staging import load_ahead
 from deft_tvm.schedules.cuda.threads import LANES, TABLE_SCOPE, TILE_SCOPE, deal_threads, keep
 from deft_tvm.schedules.rule import Knobs, PartialTask
 
+STAGES = (2, 3, 4)
+"""Tiles of K and V for which there may be room, that of the step's own included."""
 TABLES = 4
 """Tables of a tile's tokens that `locate` writes; with a window, positions too."""
 
@@ -48,7 +50,7 @@ def load_tiles(
     Args:
         panel: columns of the panels that tiles lie in, whose rows are permuted; None: rows whole.
     """
-    spec, operand = task.spec, task.tile.operand
+    spec, tile, operand = task.spec, task.tile, task.tile.operand
     regions = {"load_v": (spec.v.buffer, spec.v_width)}
     queries = {"load_q": spec.k_width}
     if not spec.tied:
@@ -67,11 +69,12 @@ def load_tiles(
         spec.buffers[buffer].dtype == operand and whole_lanes(operand, operand, width) > 1
         for buffer, width in regions.values()
     )
+    located = located_tiles(tile)
     # Only copies of 16 bytes run beside the work; what is converted passes through registers.
-    two = whole and fits_staged(task, 2, padding)
+    ahead = [n for n in STAGES if whole and n - 1 <= located and fits_staged(task, n, padding)]
     # Panels are read by hardware of its own, to which only waits for copies show them.
-    possible = (2,) if panel is not None else (1, 2) if two else (1,)
-    stages = knobs.pick_number("stages", possible, possible[-1])
+    possible = ahead if panel is not None else [1, *ahead]
+    stages = knobs.pick_number("stages", possible, 2 if ahead else 1)
     for block, width in queries.items():
         # Beside the search for the first tokens, with which they are waited for.
         lanes = whole_lanes(spec.dtype, operand, width)
@@ -80,7 +83,7 @@ def load_tiles(
     for block, (buffer, width) in regions.items():
         lanes = whole_lanes(spec.buffers[buffer].dtype, operand, width)
         load_tile(sch, block, warps, lanes, NOW, panel is not None)
-    load_ahead(sch, stages, located_tiles(task.tile), fenced=panel is not None)
+    load_ahead(sch, stages, located, fenced=panel is not None)
     _leave_room(task, sch, knobs, int(warps), stages, padding)
 
 

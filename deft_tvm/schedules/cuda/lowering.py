@@ -38,7 +38,7 @@ from deft_tvm.schedules.cuda.shares import (
     QUAD_ROWS,
     keep_own_share,
 )
-from deft_tvm.schedules.cuda.staging import fetch_one_tile_ahead
+from deft_tvm.schedules.cuda.staging import fetch_tiles_ahead
 from deft_tvm.schedules.cuda.statements import substitute
 from deft_tvm.schedules.cuda.succession import overlap_launches
 from deft_tvm.schedules.passes import tidy
@@ -195,7 +195,7 @@ def _threaded() -> list[transform.Pass]:
         lower.CompactBufferAllocation(),
         lower.UnifyThreadBinding(),
         lower.LowerMatchBuffer(),
-        fetch_one_tile_ahead,
+        fetch_tiles_ahead,
         copy_whole_vectors,
         look_up_first,
         keep_own_share(FRAGMENT),

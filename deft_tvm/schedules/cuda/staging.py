@@ -1,8 +1,8 @@
-"""Loading one tile ahead: double buffers and asynchronous copies.
+"""Loading tiles ahead: buffers for several of them, and asynchronous copies.
 
-A schedule annotates the loop over tiles with `STAGES`, and with `AHEAD` those stages of its body
-that only fetch. Where the value is 2, the pass here doubles what these write for the others, in
-shared memory, and turns
+A schedule annotates the loop over tiles with `STAGES`, of how many tiles there is room, and with
+`AHEAD` those stages of its body that only fetch. From 2 on the pass here multiplies what these
+write for the others, in shared memory, and turns
 
     for step: fetch(step); use(step)
 
@@ -10,9 +10,13 @@ into
 
     fetch(0); for step: wait; if step + 1 is a tile: fetch(step + 1); use(step)
 
-with ``cp.async`` for the copies, which run while the step before is worked on. Both halves of a
-buffer are its first axis. TVM's own software pipeline is not used: with a number of tiles known
-only at run time it puts the last step under a condition, where TVM can place no barrier.
+or, with more than one tile under way (`n` is `STAGES` - 1),
+
+    for step < n: fetch(step); for step: wait; if step + n is a tile: fetch(step + n); use(step)
+
+with ``cp.async`` for the copies, which run while the steps before are worked on. Parts of a buffer
+follow each other on its first axis. TVM's own software pipeline is not used: with a number of tiles
+known only at run time it puts the last step under a condition, where TVM can place no barrier.
 """
 
 from __future__ import annotations
@@ -41,16 +45,23 @@ FENCED = "deft_tvm.fenced"
 """Annotation of the same loop: what was copied is read by hardware of its own, not by threads."""
 
 WAIT = """
-__device__ __forceinline__ void deft_wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+__device__ __forceinline__ void deft_wait_for_copies%(but)s() {
+  asm volatile("cp.async.%(wait)s;" ::: "memory");
 }
 """
 WAIT_AND_FENCE = """
-__device__ __forceinline__ void deft_wait_for_copies_and_fence() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+__device__ __forceinline__ void deft_wait_for_copies%(but)s_and_fence() {
+  asm volatile("cp.async.%(wait)s;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 """
+COMMIT = """
+__device__ __forceinline__ void deft_close_group_of_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+"""
+TABLES = 2
+"""Parts of what `LOCATE` writes: it is located for at least as many tiles as are fetched ahead."""
 
 
 def load_ahead(sch: Schedule, stages: Any, located: int, fenced: bool) -> None:
@@ -67,22 +78,22 @@ def load_ahead(sch: Schedule, stages: Any, located: int, fenced: bool) -> None:
         sch.annotate(sch.get_loops(sch.get_sblock(block))[-1], AHEAD, value)
 
 
-@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.FetchOneTileAhead")
-def fetch_one_tile_ahead(
+@tirx.transform.prim_func_pass(opt_level=0, name="deft_tvm.FetchTilesAhead")
+def fetch_tiles_ahead(
     func: tirx.PrimFunc, _module: Any, _context: transform.PassContext
 ) -> tirx.PrimFunc:
-    """Rewrite the loops annotated with two `STAGES`."""
-    doubled: list[Any] = []
+    """Rewrite the loops annotated with two `STAGES` or more."""
+    parts: dict[Any, int] = {}
 
     def rewrite(loop: tirx.For) -> tirx.Stmt:
         if int(loop.annotations.get(STAGES, 1)) == 1:
             return loop
         staged = _Staged(loop)
-        doubled.extend(staged.doubled)
+        parts.update(staged.parts)
         return staged.statement()
 
     body = tvm_ffi.structural_map(func.body, [(tirx.For, rewrite)], order="post")
-    return func.with_body(_grown(body, doubled)) if doubled else func
+    return func.with_body(_grown(body, parts)) if parts else func
 
 
 class _Staged:
@@ -94,34 +105,61 @@ class _Staged:
         self.bind, *stages = list(self.block.body.seq)
         self.ahead = [stage for stage in stages if _mark(stage)]
         self.rest = [stage for stage in stages if not _mark(stage)]
+        self.stages = int(loop.annotations[STAGES])
         self.located = int(loop.annotations[LOCATED])
         self.fenced = bool(loop.annotations[FENCED])
         self.tables = _buffers([s for s in self.ahead if _mark(s) == LOCATE], stores=True)
         self.written = _buffers(self.ahead, stores=True)
         used = _buffers(self.rest, stores=False)
-        self.doubled = [buffer for buffer in self.written if _among(buffer, used)]
+        self.parts = {
+            buffer: TABLES if _among(buffer, self.tables) else self.stages
+            for buffer in self.written
+            if _among(buffer, used)
+        }
 
     def statement(self) -> tirx.Stmt:
-        """The loop with all that comes before it, in a block that owns the doubled buffers."""
+        """The loop with all that comes before it, in a block that owns the multiplied buffers."""
         loop, step = self.loop, self.loop.loop_var
-        zero, one = (tirx.IntImm("int32", value) for value in (0, 1))
-        name, text = "deft_wait_for_copies", WAIT
-        if self.fenced:
-            name, text = "deft_wait_for_copies_and_fence", WAIT_AND_FENCE
-        wait = tirx.Evaluate(T.cuda.func_call(name, source_code=text))
-        following = self._fetch(step + one, step + one < loop.extent)
+        following = step + tirx.IntImm("int32", self.stages - 1)
+        fetch = [*self._fetch(following, following < loop.extent), *self._close_group()]
         rest = [self._at(stage, step) for stage in self.rest]
-        body = tirx.SeqStmt([wait, _barrier(), *following, self.bind, *rest])
+        body = tirx.SeqStmt([self._wait(), _barrier(), *fetch, self.bind, *rest])
         realize = SBlockRealize(
             loop.body.iter_values,
             loop.body.predicate,
             with_allocations(self.block, body, list(self.block.alloc_buffers)),
         )
         inner = tirx.For(step, loop.min, loop.extent, loop.kind, realize, loop.thread_binding, {})
-        whole = SBlock(
-            [], [], [], "staged", tirx.SeqStmt([*self._fetch(zero, None), inner]), None, [], [], {}
-        )
+        first = tirx.SeqStmt([*self._first(), inner])
+        whole = SBlock([], [], [], "staged", first, None, [], [], {})
         return SBlockRealize([], True, lift(whole, lambda b: _among(b, self.written)))
+
+    def _first(self) -> list[tirx.Stmt]:
+        """What is fetched before the loop. There is a first tile, but maybe no second one."""
+        zero = tirx.IntImm("int32", 0)
+        if self.stages == 2:
+            return self._fetch(zero, None)
+        tile = Var("first", "int32")
+        fetch = [*self._fetch(tile, tile < self.loop.extent), *self._close_group()]
+        return [tirx.For(tile, zero, self.stages - 1, tirx.ForKind.SERIAL, tirx.SeqStmt(fetch))]
+
+    def _wait(self) -> tirx.Stmt:
+        """Until the copies of this step's tile have landed: of one group, or of all."""
+        later = self.stages - 2
+        said = {"but": f"_but_{later}", "wait": f"wait_group {later}"}
+        if later == 0:
+            said = {"but": "", "wait": "wait_all"}
+        name, text = f"deft_wait_for_copies{said['but']}", WAIT
+        if self.fenced:
+            name, text = f"{name}_and_fence", WAIT_AND_FENCE
+        return tirx.Evaluate(T.cuda.func_call(name, source_code=text % said))
+
+    def _close_group(self) -> list[tirx.Stmt]:
+        """After a fetch, also where there was nothing to fetch, since groups are counted."""
+        if self.stages == 2:
+            return []
+        call = T.cuda.func_call("deft_close_group_of_copies", source_code=COMMIT)
+        return [tirx.Evaluate(call)]
 
     def _fetch(self, tile: Any, condition: Any) -> list[tirx.Stmt]:
         """The stages that go ahead, for tile number `tile`."""
@@ -142,42 +180,39 @@ class _Staged:
             fetched.append(moved)
         return fetched
 
-    def _half(self, buffer: Any, tile: Any) -> Any:
-        """In which half of a doubled buffer tile number `tile` is."""
+    def _part(self, buffer: Any, tile: Any) -> Any:
+        """In which part of a multiplied buffer tile number `tile` is."""
         if _among(buffer, self.tables):
             tile = tirx.floordiv(tile, tirx.IntImm("int32", self.located))
-        return tirx.floormod(tile, tirx.IntImm("int32", 2))
+        return tirx.floormod(tile, tirx.IntImm("int32", self.parts[buffer]))
 
     def _at(self, statement: tirx.Stmt, tile: Any) -> tirx.Stmt:
-        """`statement` on the doubled buffers' halves for tile number `tile`."""
+        """`statement` on the multiplied buffers' parts for tile number `tile`."""
 
         def shifted(buffer: Any, indices: Any) -> list[Any]:
-            return [indices[0] + self._half(buffer, tile) * buffer.ty.shape[0], *indices[1:]]
+            return [indices[0] + self._part(buffer, tile) * buffer.ty.shape[0], *indices[1:]]
 
         def store(node: Any) -> Any:
-            if not self._is_doubled(node.buffer):
+            if node.buffer not in self.parts:
                 return node
             return tirx.BufferStore(node.buffer, node.value, shifted(node.buffer, node.indices))
 
         def load(node: Any) -> Any:
-            if not self._is_doubled(node.source):
+            if node.source not in self.parts:
                 return node
             return tirx.BufferLoad(node.source, shifted(node.source, node.indices))
 
         def pointer(call: Any) -> Any:
             buffer = _pointed(call)
-            if buffer is None or not self._is_doubled(buffer):
+            if buffer is None or buffer not in self.parts:
                 return call
             kind, data, offset, *others = call.args
-            half = buffer.offset_of([buffer.ty.shape[0], *[0] * (len(buffer.ty.shape) - 1)])[0]
-            arguments = (kind, data, offset + self._half(buffer, tile) * half, *others)
+            part = buffer.offset_of([buffer.ty.shape[0], *[0] * (len(buffer.ty.shape) - 1)])[0]
+            arguments = (kind, data, offset + self._part(buffer, tile) * part, *others)
             return tirx.call_intrin("handle", "tirx.tvm_access_ptr", *arguments)
 
         uses = [(tirx.BufferStore, store), (TensorLoad, load), (Call, pointer)]
         return tvm_ffi.structural_map(statement, uses, order="post")
-
-    def _is_doubled(self, buffer: Any) -> bool:
-        return _among(buffer, self.doubled)
 
 
 def _barrier() -> tirx.Stmt:
@@ -222,17 +257,17 @@ def _pointed(call: Any) -> Any:
     return data.args[0] if isinstance(data, Call) else data
 
 
-def _grown(body: tirx.Stmt, doubled: list[Any]) -> tirx.Stmt:
-    """`body` with twice the room in each doubled buffer."""
-    twice: dict[Any, Any] = {}
-    for buffer in doubled:
+def _grown(body: tirx.Stmt, parts: dict[Any, int]) -> tirx.Stmt:
+    """`body` with room for so many parts in each buffer."""
+    grown: dict[Any, Any] = {}
+    for buffer, count in parts.items():
         whole = buffer.ty
         rows, *columns = whole.shape
-        twice[buffer] = tirx.decl_buffer(
-            [rows * 2, *columns],
+        grown[buffer] = tirx.decl_buffer(
+            [rows * count, *columns],
             whole.dtype,
             buffer.name,
             strides=list(whole.strides),
             scope=buffer.scope(),
         )
-    return tvm_ffi.structural_map(body, [(Var, lambda var: twice.get(var, var))], order="post")
+    return tvm_ffi.structural_map(body, [(Var, lambda var: grown.get(var, var))], order="post")
