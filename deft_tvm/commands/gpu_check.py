@@ -19,7 +19,9 @@ def gpu_check(
             "default all, in this order."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of what they find.")] = Path("gpu-check"),
+    out: Annotated[Path, typer.Option(help="Folder of what they find, of one device.")] = Path(
+        "gpu-check"
+    ),
     device: Annotated[str, typer.Option(help="cuda, or cpu to see whether all is in place.")] = (
         "cuda"
     ),
