@@ -19,6 +19,7 @@ from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, Recipe, Traffic, make_recipe, traffic
 from deft_tvm.pytorch.checks import check_plan, check_types
 from deft_tvm.pytorch.eager import is_plain
+from deft_tvm.pytorch.gradients import check_no_gradient, check_no_tangent
 from deft_tvm.pytorch.loaded import make_key, remember
 from deft_tvm.pytorch.ops import TREE_ATTENTION, TREE_ATTENTION_OUT, Operands, attend, outputs
 from deft_tvm.pytorch.plan_tensors import PlanTensors
@@ -273,6 +274,9 @@ class TreeAttention:
         self, step: _Step, q: Tensor, kv: Sequence[Tensor], out: Tensor | None, lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """By the operators, which torch sees."""
+        check_no_gradient(q, kv, out=out, lse=lse)
+        if not torch.compiler.is_dynamo_compiling():
+            check_no_tangent(q, kv)
         if out is None and lse is None:
             return cast(tuple[Tensor, Tensor], TREE_ATTENTION(q, kv, *self._operands(step)))
         out, lse = outputs(q, self.spec.v_width, out, lse)

@@ -1,17 +1,18 @@
 """No gradient is lost silently: there is no backward, and no derivative forwards.
 
-Tensors say themselves that they require grad. What `torch.func.grad` wraps and what has a tangent
-shows where torch would differentiate, at its dispatch key for autograd.
+What `torch.func` wraps says so before it is dispatched, and no more where the operators run: torch
+takes it off there. So a program that was compiled with `torch.func.grad` in it has torch's own
+warning alone. A kernel at torch's key for autograd would see it, but cost each call of an operator
+as much as all of its checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from deft_tvm.errors import InputError
@@ -45,21 +46,13 @@ def input_name(index: int) -> str:
     return f"kv[{index - 1}]" if index else "q"
 
 
-def refusing(operator: OpOverload) -> Callable[..., Any]:
-    """What `operator` does at autograd's key: it refuses what it would lose, and goes on below."""
+def check_no_tangent(q: Tensor, kv: Sequence[Tensor]) -> None:
+    """Refuse tensors whose derivative forwards would silently be lost.
 
-    def at_autograd(keys: Any, q: Tensor, kv: Sequence[Tensor], *rest: Any) -> Any:
-        check_no_gradient(q, kv, **dict(zip(("out", "lse"), rest[3:], strict=False)))
-        _check_no_tangent((q, *kv))
-        with torch._C._AutoDispatchBelowAutograd():
-            below = keys & torch._C._after_autograd_keyset
-            return operator.redispatch(below, q, kv, *rest)
-
-    return at_autograd
-
-
-def _check_no_tangent(tensors: Sequence[Tensor]) -> None:
-    for i, tensor in enumerate(tensors):
+    Raises:
+        InputError: an input has a tangent.
+    """
+    for i, tensor in enumerate((q, *kv)):
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise InputError(
                 f"{input_name(i)} has a tangent, and there is no derivative forwards; expected "

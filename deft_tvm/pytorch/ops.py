@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from deft_tvm.errors import InputError
 from deft_tvm.layer import kernel_operands
 from deft_tvm.pytorch.checks import check_dense, check_devices, check_inputs, check_outputs
-from deft_tvm.pytorch.gradients import check_no_gradient, refusing
+from deft_tvm.pytorch.gradients import check_no_gradient
 from deft_tvm.pytorch.loaded import BOTH, CHECKED, Loaded, resolve, spec_of
 from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.pytorch.workspace import workspace
@@ -84,16 +84,12 @@ def _(
     check_no_gradient(q, kv, out=out, lse=lse)
 
 
+for _device in ("CPU", "CUDA"):
+    _library.impl("tree_attention", _tree_attention, _device)
+    _library.impl("tree_attention_out", _tree_attention_out, _device)
+
 TREE_ATTENTION = torch.ops.deft_tvm.tree_attention.default
 TREE_ATTENTION_OUT = torch.ops.deft_tvm.tree_attention_out.default
-
-for _overload, _implementation in (
-    (TREE_ATTENTION, _tree_attention),
-    (TREE_ATTENTION_OUT, _tree_attention_out),
-):
-    _library.impl(_overload, refusing(_overload), "Autograd", with_keyset=True)
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_overload, _implementation, _device)
 
 
 def outputs(
