@@ -75,6 +75,16 @@ def test_a_table_that_was_checked_answers_as_a_new_one(drawn, others):
         assert answer(used, tried) == answer(new, tried)
 
 
+def test_a_node_may_grow_up_to_the_next_one_in_its_page():
+    table = PageTable([5, 5], [0, 1, 2], [0, 2], page_size=4)
+    forest = Forest.from_parents([-1, -1], [1, 1])
+    table.check(forest)
+    assert table.room.lengths.tolist() == [2, 2]
+    table.check(forest.with_lengths([2, 2]))
+    with pytest.raises(PageError, match="page 5 is shared by nodes 0 and 1 in overlapping slots"):
+        table.check(forest.with_lengths([3, 1]))
+
+
 def test_attributes():
     table = PageTable([4, 9, 4], np.array([0, 2, 3]), page_size=16)
     assert table.first_slot.tolist() == [0, 0]
@@ -107,6 +117,8 @@ def test_a_contiguous_table_is_for_its_lengths_alone():
         table.check(PAIR.with_lengths([7, 3]))
     with pytest.raises(PageError, match=r"forest has 1073741825 tokens; expected at most 2\^30"):
         PageTable.contiguous(PAIR.with_lengths([2**30, 1]))
+    most = PAIR.with_lengths([2**30 - 1, 1])
+    PageTable.contiguous(most).check(most)
 
 
 def test_branches_may_go_on_in_the_middle_of_a_page():
@@ -150,6 +162,17 @@ def test_block_tables_are_found_again(batch):
         assert path_slots(forest, end, node_slots, begins) == expected
     assert forest.num_tokens == len({slot for one in wanted for slot in one})
     assert forest.num_rows == len(tables)
+
+
+def test_sequences_of_the_same_blocks_go_on_one_from_the_other():
+    """The shorter one first, of lengths of any number of bytes too."""
+    blocks = list(range(32))
+    forest, indices, indptr, first = Forest.from_block_tables([blocks] * 3, [256, 255, 256], 16)
+    assert forest.parents.tolist() == [1, -1, 0] and forest.lengths.tolist() == [1, 255, 0]
+    assert indptr.tolist() == [0, 1, 17, 17] and first.tolist() == [15, 0, 0]
+    assert indices.tolist() == [15, *range(16)]
+    *_, indptr, _ = Forest.from_block_tables([[7]] * 2, [3, 3], 16)
+    assert indptr.tolist() == [0, 1, 1], "no page for no tokens"
 
 
 def test_block_tables_may_be_a_padded_matrix():
@@ -210,6 +233,7 @@ def test_refusals_of_arrays(indices, indptr, first, size, text):
     ("indices", "indptr", "first", "text"),
     [
         ([1, 2], [0, 2], None, r"page_indptr has 2 entries; expected one more than .* which is 2"),
+        ([1, 2, 3], [0, 2, 3, 3], None, r"page_indptr has 4 entries; expected one more .* is 2"),
         ([1, 2, 3], [0, 1, 3], None, r"node 0 has 6 tokens from slot 0 on; expected no more than"),
         ([1, 2, 3], [0, 2, 3], [0, 2], r"node 1 has 3 tokens from slot 2 on; .* its 1 pages of 4"),
         ([1, 2, 2], [0, 2, 3], None, r"page 2 is shared by nodes 0 and 1 in overlapping slots"),
@@ -267,5 +291,7 @@ def test_a_copy_has_a_room_of_its_own(copied: Callable[[PageTable], PageTable]) 
 def test_no_page_size_is_that_of_a_cache_without_pages() -> None:
     with pytest.raises(PageError, match="page_size is 1073741824; expected less than 2"):
         PageTable([500], [0, 0, 0], [0, 6], page_size=1 << 30)
+    with pytest.raises(PageError, match="page_size is 1073741824; expected less than 2"):
+        PageTable([0], [0, 1], page_size=1 << 30)
     with pytest.raises(PageError, match="page_size is 2147483648; expected less than 2"):
         PageTable([0], [0, 1], page_size=1 << 31)

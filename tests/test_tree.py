@@ -104,8 +104,23 @@ def test_preorder_levels_and_starts(nodes):
         above = path_to(parents, parents[n])
         assert forest.level[n] == len(above)
         assert forest.start[n] == sum(lengths[m] for m in above)
+        assert forest.diagonal[n] == max(0, lengths[n] - nodes[2][n])
         subtree = forest.preorder[forest.position[n] : forest.subtree_end[n]].tolist()
         assert subtree == preorder(parents, n)
+
+
+@given(forests())
+def test_rows_are_at_the_last_tokens_of_their_nodes(nodes):
+    """Those of a node of length 0 are all where the path above it ends."""
+    parents, lengths, rows = nodes
+    forest = Forest.from_parents(*nodes)
+    found = np.empty(forest.num_rows, np.int32)
+    found[forest.row_order] = forest.row_positions
+    wanted = []
+    for node, count in enumerate(rows):
+        end = sum(lengths[n] for n in path_to(parents, node))
+        wanted += range(end - count, end) if lengths[node] else [end - 1] * count
+    assert found.tolist() == wanted
 
 
 @given(forests(), st.data())
@@ -246,6 +261,8 @@ def test_equal_branches_have_a_row_each():
     assert forest.parents.tolist() == [2, 0, -1, 1]
     assert forest.lengths.tolist() == [1, 0, 1, 0]
     assert ends.tolist() == [0, 1, 2, 3]
+    forest, _ = Forest.from_branches([[4, 4]] * 100)
+    assert forest.parents.tolist() == [*range(-1, 99)], "each below the one before it"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +271,7 @@ def test_equal_branches_have_a_row_each():
         ([[1], [2, -5]], r"branches\[1\]\[1\] is -5; expected 0 or more"),
         ([[1], [2.5]], r"branches\[1\] is float64 of shape \(1,\); expected integers"),
         (np.zeros(3, int), r"branches has shape \(3,\); expected two dimensions"),
+        (np.zeros((3, 2, 1), int), r"branches has shape \(3, 2, 1\); expected two dimensions"),
     ],
 )
 def test_refusals_of_branches(branches, text):
