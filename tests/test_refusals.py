@@ -12,6 +12,7 @@ import pytest
 import torch
 from built import SMALL, artifact
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import deft_tvm
 from deft_tvm.errors import (
@@ -84,6 +85,13 @@ INPUTS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
     ),
     "q sparse": ("q", Tensor.to_sparse, "q is sparse_coo; expected a dense tensor"),
     "v sparse": ("v", Tensor.to_sparse, "kv[1] is sparse_coo; expected a dense tensor"),
+    "q nested": (
+        "q",
+        lambda q: torch.nested.nested_tensor(list(q)),
+        "q is nested; expected a dense tensor",
+    ),
+    "out sparse": ("out", Tensor.to_sparse, "out is sparse_coo; expected a dense tensor"),
+    "lse sparse": ("lse", Tensor.to_sparse, "lse is sparse_coo; expected a dense tensor"),
     "out type": ("out", Tensor.numpy, "out is ndarray; expected a torch.Tensor"),
     "lse type": ("lse", Tensor.tolist, "lse is list; expected a torch.Tensor"),
     "v missing": ("v", lambda v: None, "kv[1] is NoneType; expected a torch.Tensor"),
@@ -114,6 +122,7 @@ INPUTS: dict[str, tuple[str, Callable[[Tensor], Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_tensor_that_does_not_fit(attention: TreeAttention, name: str) -> None:
     key, change, sentence = INPUTS[name]
@@ -123,6 +132,45 @@ def test_a_tensor_that_does_not_fit(attention: TreeAttention, name: str) -> None
     given[key] = change(given[key])
     with refused(InputError, sentence):
         attention.run(given["q"], (given["k"], given["v"]), given["out"], given["lse"])
+
+
+def test_an_output_alone_that_has_no_strides(attention: TreeAttention) -> None:
+    with refused(InputError, "lse is sparse_coo; expected a dense tensor"):
+        attention.run(case().q, case().buffers, lse=torch.empty(2, 4).to_sparse())
+
+
+@pytest.mark.parametrize("name", [name for name in INPUTS if name.startswith(("out ", "lse "))])
+def test_an_output_that_does_not_fit_beside_a_cache_without_pages(
+    module: TreeAttention, name: str
+) -> None:
+    """Whose tensors are looked at elsewhere than those in pages."""
+    key, change, sentence = INPUTS[name]
+    contiguous = tensors(FOREST, SMALL, contiguous=True)
+    module.plan(FOREST)
+    given = {"out": torch.empty(2, 4, 16), "lse": torch.empty(2, 4)}
+    given[key] = change(given[key])
+    with refused(InputError, sentence):
+        module.run(contiguous.q, contiguous.buffers, **given)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_an_operator_without_data_takes_no_tensor_of_another_device(
+    attention: TreeAttention, place: int
+) -> None:
+    """As compiling asks it."""
+    given = [case().q, *case().buffers, torch.empty(2, 4, 16), torch.empty(2, 4)]
+    given[place] = given[place].to("meta")
+    with FakeTensorMode() as mode:
+        plan, layout, key = attention.operands
+        fake = [mode.from_tensor(tensor) for tensor in given]
+        (q, *kv), outputs = fake[:3], fake[3:]
+        operands = (mode.from_tensor(plan), mode.from_tensor(layout), key)
+        sentence = f"a tensor {list(given[place].shape)} is on meta; expected cpu, where the plan"
+        with refused(InputError, sentence):
+            torch.ops.deft_tvm.tree_attention_out(q, kv, *operands, *outputs)
+        if place < 3:
+            with refused(InputError, sentence):
+                torch.ops.deft_tvm.tree_attention(q, kv, *operands)
 
 
 def test_no_gradient_is_asked_for_under_no_grad(attention: TreeAttention) -> None:
@@ -137,6 +185,10 @@ def test_kv_that_is_no_tuple_of_the_buffers(attention: TreeAttention) -> None:
     k, v = case().buffers
     with refused(InputError, "kv has 1 tensors; expected 2: k, v"):
         attention.run(case().q, (k,))
+    with refused(InputError, "kv has 3 tensors; expected 2: k, v"):
+        attention.run(case().q, (k, v, v))
+    with refused(InputError, "kv has 3 tensors; expected 2: k, v"):
+        torch.ops.deft_tvm.tree_attention(case().q, [k, v, v], *attention.operands)
     with refused(InputError, "kv is one tensor; expected a tuple of tensors, such as kv.unbind()"):
         attention.run(case().q, torch.stack([k, v]))  # type: ignore[arg-type]
 
@@ -299,6 +351,9 @@ def test_logs_from_another_version_and_logs_cut_off(tmp_path: Any) -> None:
     (torch.zeros(2, 3, 4, 5), torch.zeros(2, 3), "lses has shape [2, 3]; expected [2, 3, 4]"),
     (torch.zeros(0, 3, 4, 5), torch.zeros(0, 3, 4), "outs has shape [0, 3, 4, 5]; expected [P, R"),
     (torch.zeros(2, 1, 1, 1).int(), torch.zeros(2, 1, 1), "outs has dtype torch.int32; expected a"),
+    (torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1).int(), "lses has dtype torch.int32; expected a"),
+    (torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 1), "lses has shape [2, 3, 1]; expected [2, 3, 4]"),
+    (torch.zeros(2), torch.zeros(()), "outs has shape [2]; expected [P, R, H, V] with one set"),
 ])  # fmt: skip
 def test_states_that_do_not_fit(outs: Tensor, lses: Tensor, sentence: str) -> None:
     with refused(InputError, sentence):

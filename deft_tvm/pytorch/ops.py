@@ -118,7 +118,8 @@ def attend(
     """
     try:
         return _attend(loaded, step, q, kv, out, lse)
-    except RuntimeError:
+    except (RuntimeError, InputError):
+        # What has no strides is told before the strides that it says it has.
         check_dense(q, kv, out=out, lse=lse)
         raise
 
