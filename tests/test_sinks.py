@@ -139,5 +139,26 @@ def test_refusals() -> None:
 
 def test_sinks_that_are_not_one_a_head() -> None:
     out, lse = torch.zeros(3, 4, 8), torch.zeros(3, 4)
-    with pytest.raises(InputError, match=r"sinks has shape \[5\] on cpu; expected one logit for"):
-        apply_sinks(out, lse, torch.zeros(5))
+    for sinks, described in (
+        (torch.zeros(5), "[5] on cpu"),
+        (torch.zeros(3), "[3] on cpu"),
+        (torch.zeros(4, 1), "[4, 1] on cpu"),
+        (torch.zeros(4, device="meta"), "[4] on meta"),
+    ):
+        sentence = f"sinks has shape {described}; expected one logit for each of 4 query heads"
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            apply_sinks(out, lse, sinks)
+
+
+def test_sinks_are_taken_in_where_the_states_are() -> None:
+    """A row that sees nothing, under a head without a sink and one with."""
+    out, lse = torch.zeros(1, 2, 8), torch.full((1, 2), -math.inf)
+    found = apply_sinks(out, lse, torch.tensor([-math.inf, 2.0]))
+    assert found[0] is out and found[1] is lse
+    assert not out.any() and lse.tolist() == [[-math.inf, 2.0]]
+    out, lse = torch.ones(1, 2, 8), torch.zeros(1, 2)
+    apply_sinks(out, lse, torch.tensor([-math.inf, 0.0]))
+    half, log2 = torch.tensor([[1.0, 0.5]]), torch.tensor([[0.0, math.log(2)]])
+    # A logarithm, a difference and an exponential of numbers below 1, each rounded once.
+    torch.testing.assert_close(out, half[..., None].expand(1, 2, 8), rtol=0, atol=3 * 2**-24)
+    torch.testing.assert_close(lse, log2, rtol=0, atol=2 * 2**-24)
