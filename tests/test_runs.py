@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from deft_tvm.errors import DeftError, ExactnessError, InputError, PlanError
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import Plan, make_plan
 from deft_tvm.pytorch import TreeAttention
+from deft_tvm.pytorch.watch import Asked, Watch
 from deft_tvm.pytorch.workspace import workspace
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
@@ -149,6 +151,11 @@ PACKED: dict[str, tuple[Change, Change, str]] = {
         lambda one: one[:8],
         "expected 11 numbers, none below ze",
     ),
+    "layout that goes on": (
+        Tensor.clone,
+        lambda one: torch.cat([one, one.new_zeros(1)]),
+        "expected 11 numbers, none below zero",
+    ),
     "layout strides": (
         Tensor.clone,
         lambda one: one.repeat_interleave(2)[::2],
@@ -188,6 +195,54 @@ def test_check_and_debug_watch_each_run(
         small.run(case.q, case.buffers)
 
 
+@pytest.mark.parametrize(("variables", "asked"), [
+    ({}, None),
+    ({env.DEBUG.name: "1"}, None),
+    ({env.DEBUG.name: "2"}, Asked(check=False, timed=True, told=True)),
+    ({env.CHECK.name: "1"}, Asked(check=True, timed=False, told=False)),
+    ({env.DUMP.name: "."}, Asked(check=False, timed=False, told=True)),
+])  # fmt: skip
+def test_what_the_environment_asks_of_each_run(
+    small: TreeAttention,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    variables: dict[str, str],
+    asked: Asked | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert Asked.now() == asked
+    if asked is None:
+        return
+    case = tensors(parse("sequences:count=2,tokens=9").forest, SMALL)
+    out, lse = run(small, case)
+    watch = asked.watch(SMALL, small.last_plan)
+    assert (watch is None) == (not asked.check and not asked.timed)
+    # A hundredth is far beyond what rounding explains.
+    for name, wrong in (("out", (out + 0.01, lse)), ("lse", (out, lse + 0.01))):
+        if asked.check:
+            with pytest.raises(ExactnessError, match=f"^{name} is .* from the oracle's; expected"):
+                watch.run(lambda given=wrong: given, case.q, case.buffers)
+        elif watch is not None:
+            assert watch.run(lambda given=wrong: given, case.q, case.buffers) is not None
+
+
+def test_a_run_is_told_with_its_bytes_and_its_time(
+    small: TreeAttention, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(env.DEBUG.name, "2")
+    case = tensors(parse("few_shot:prompt=30,branches=3,tokens=5").forest, SMALL)
+    found = run(small, case)
+    watch = Watch(SMALL, small.last_plan, Asked(check=False, timed=True, told=True))
+    clock = SimpleNamespace(perf_counter=iter([0.0, 2e-6]).__next__)
+    monkeypatch.setattr("deft_tvm.pytorch.watch.time", clock)
+    watch.run(lambda: found, case.q, case.buffers)
+    moved = small.traffic.tree.total
+    told = f"{small.last_plan.num_items} items, {moved} bytes, 2.0 µs, {moved / 2e3:.2f} GB/s"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_an_update_takes_no_pages_of_another_size(deterministic: bool) -> None:
     forest = Forest.from_parents([-1, 0], [9, 3])
@@ -207,11 +262,34 @@ def test_outputs_that_are_given_have_another_version_after_a_run(small: TreeAtte
     small.run(case.q, case.buffers, out, lse)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    for kept in (out, lse):
+        before = kept._version
+        small.run(case.q, case.buffers, **{"out" if kept is out else "lse": kept})
+        assert kept._version > before
+
+
+def test_outputs_of_inference_mode_have_no_version(small: TreeAttention) -> None:
+    case = tensors(parse("sequences:count=2,tokens=9").forest, SMALL)
+    wanted = run(small, case)
+    with torch.inference_mode():
+        given = [torch.full_like(tensor, torch.nan) for tensor in wanted]
+        small.run(case.q, case.buffers, *given)
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
 
 
 def test_more_partials_than_stage_2_can_count_are_refused() -> None:
     with refused(PlanError, "the plan has 40000 partials of 128 heads and 512 columns; expected"):
         workspace(torch.empty(0), 40000, 128, 512)
+
+
+def test_room_is_kept_by_heads_and_width() -> None:
+    given = torch.empty(0)
+    room, lse = workspace(given, 5, 7, 11)
+    assert room.shape == (8, 7, 11) and lse.shape == (8, 7)
+    for slots in (1, 5, 8):
+        assert workspace(given, slots, 7, 11)[0] is room
+    assert workspace(given, 5, 11, 7)[0].shape == (8, 11, 7)
+    assert workspace(given, 16, 7, 11)[0].shape == (16, 7, 11)
 
 
 def test_room_that_is_kept_holds_no_more_partials_than_there_may_be(
