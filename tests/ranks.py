@@ -12,7 +12,13 @@ import torch.distributed as dist
 
 from deft_tvm.context import context_part, divide_context
 from deft_tvm.pages import PageTable
-from deft_tvm.pytorch import TreeAttention, gather_heads, merge_ranks
+from deft_tvm.pytorch import (
+    TreeAttention,
+    apply_sinks,
+    gather_heads,
+    merge_ranks,
+    merge_states,
+)
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.tree import Forest
 from deft_tvm.workloads import Case, tensors
@@ -94,4 +100,28 @@ def take_part(job: str, folder: Path, rank: int, world: int) -> None:
     assert all(torch.equal(other, found[0]) for other in agreed), "ranks disagree"
     if rank == 0:
         torch.save(found, folder / f"{job}{world}.pt")
+    dist.destroy_process_group()
+
+
+def take_part_in_a_group(folder: Path, rank: int, world: int) -> None:
+    """Every other rank is of one group, each with a state that is a view with gaps."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/groups", rank=rank, world_size=world
+    )
+    groups = [dist.new_group([*range(first, world, 2)]) for first in range(2)]
+    random = torch.Generator().manual_seed(0)
+    outs = torch.randn(world, 5, 4, 16, generator=random)[..., ::2]
+    lses = torch.randn(world, 5, 8, generator=random)[..., ::2]
+    sinks = torch.randn(4, generator=random)
+    group, members = groups[rank % 2], [*range(rank % 2, world, 2)]
+    merged = merge_states(outs[members], lses[members])
+    with_sinks = apply_sinks(*(tensor.clone() for tensor in merged), sinks)
+    heads = torch.cat([*outs[members]], dim=1), torch.cat([*lses[members]], dim=1)
+    for found, wanted in (
+        (merge_ranks(outs[rank], lses[rank], group), merged),
+        (merge_ranks(outs[rank], lses[rank], group, sinks), with_sinks),
+        (gather_heads(outs[rank], lses[rank], group), heads),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     dist.destroy_process_group()

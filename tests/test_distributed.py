@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cases import TILES, forests, profile
 from forked import processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import FOREST, take_part, whole
+from ranks import FOREST, take_part, take_part_in_a_group, whole
 
 from deft_tvm.context import context_part, divide_context
 from deft_tvm.errors import PageError, PlanError, TreeError
@@ -29,18 +30,10 @@ GLA = AttentionSpec.gla(
 GQA = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=4, head_dim=16, page_size=4)
 
 
-def run_ranks(job: str, spec: AttentionSpec, world: int, folder: Path) -> None:
-    """The result of all ranks together is that of one process, which the oracle gives."""
-    (folder / "spec").write_text(str(spec))
-    if job == "tensor":
-        # Shards of all ranks are the same spec.
-        (folder / f"shard{world}").symlink_to(artifact(spec.shard(0, world)))
-        assert all(spec.shard(rank, world) == spec.shard(0, world) for rank in range(world))
-    else:
-        (folder / "whole").symlink_to(artifact(spec))
+def start_ranks(target: Callable[..., None], world: int, *arguments: object) -> None:
+    """So many processes, which all come to their end."""
     ranks = [
-        processes.Process(target=take_part, args=(job, folder, rank, world))
-        for rank in range(world)
+        processes.Process(target=target, args=(*arguments, rank, world)) for rank in range(world)
     ]
     try:
         for rank in ranks:
@@ -51,6 +44,18 @@ def run_ranks(job: str, spec: AttentionSpec, world: int, folder: Path) -> None:
         for rank in ranks:
             rank.kill()
     assert [rank.exitcode for rank in ranks] == [0] * world
+
+
+def run_ranks(job: str, spec: AttentionSpec, world: int, folder: Path) -> None:
+    """The result of all ranks together is that of one process, which the oracle gives."""
+    (folder / "spec").write_text(str(spec))
+    if job == "tensor":
+        # Shards of all ranks are the same spec.
+        (folder / f"shard{world}").symlink_to(artifact(spec.shard(0, world)))
+        assert all(spec.shard(rank, world) == spec.shard(0, world) for rank in range(world))
+    else:
+        (folder / "whole").symlink_to(artifact(spec))
+    start_ranks(take_part, world, job, folder)
     out, lse = torch.load(folder / f"{job}{world}.pt")
     exact = whole(spec).reference()
     bound = exact.bound()
@@ -71,6 +76,10 @@ def test_tensor_parallel(spec: AttentionSpec, world: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("spec", [GQA, GLA], ids=["gqa", "gla"])
 def test_context_parallel(spec: AttentionSpec, world: int, tmp_path: Path) -> None:
     run_ranks("context", spec, world, tmp_path)
+
+
+def test_a_group_of_ranks_has_its_own_answer(tmp_path: Path) -> None:
+    start_ranks(take_part_in_a_group, 4, tmp_path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -115,9 +124,28 @@ def test_parts_are_even() -> None:
     ]
 
 
+def test_parts_of_long_nodes() -> None:
+    """Whose tokens, times the ranks, are no number of 32 bits."""
+    forest = Forest.from_parents([-1], [2**30])
+    begin, end = divide_context(forest, 6, 8)
+    assert (begin[0], end[0]) == (6 * 2**27, 7 * 2**27)
+
+
+def test_a_part_has_no_more_nodes_than_it_needs() -> None:
+    """One more only for rows whose tokens are elsewhere, where others of their node are here."""
+    forest = Forest.from_parents([-1, 0], [10, 3], [0, 2])
+    for begin, end in (([2, 0], [6, 3]), ([0, 1], [10, 1]), ([0, 2], [10, 2])):
+        part, _ = context_part(forest, begin, end)
+        assert part.parents.tolist() == [-1, 0] and part.rows.tolist() == [0, 2]
+        assert part.lengths.tolist() == [end[0] - begin[0], end[1] - begin[1]]
+    part, _ = context_part(forest, [0, 0], [10, 1])
+    assert part.parents.tolist() == [-1, 0, 1] and part.rows.tolist() == [0, 0, 2]
+
+
 def test_refusals() -> None:
-    with pytest.raises(TreeError, match="rank is 2; expected one of 0 to 1"):
-        divide_context(FOREST, 2, 2)
+    for rank in (2, -1):
+        with pytest.raises(TreeError, match=f"rank is {rank}; expected one of 0 to 1"):
+            divide_context(FOREST, rank, 2)
     for arguments in ((0.5, 2), (0, 2.5), (0, 2, 1.5)):
         with pytest.raises(TreeError, match=r"^(rank|world|unit) is .\.5; expected an integer"):
             divide_context(FOREST, *arguments)
@@ -130,10 +158,15 @@ def test_refusals() -> None:
     zeros, lengths = np.zeros(FOREST.num_nodes, np.int32), FOREST.lengths
     with pytest.raises(TreeError, match=r"begin\[0\] is 0 and end\[0\] 71; expected a range"):
         context_part(FOREST, zeros, lengths + 1)
+    for begin, end in ((-1, 3), (5, 3)):
+        with pytest.raises(TreeError, match=rf"begin\[0\] is {begin} and end\[0\] {end}; expected"):
+            context_part(FOREST, [begin, *lengths[1:]], [end, *lengths[1:]])
     divided = lengths.copy()
     divided[1] = 11
     with pytest.raises(TreeError, match=r"end\[1\] is 11; expected 10 or less, or 13: the"):
         context_part(FOREST, zeros, divided)
+    with pytest.raises(TreeError, match=r"begin\[1\] is 11; expected 10 or less, or 13: the"):
+        context_part(FOREST, divided, lengths)
 
 
 def test_pages_of_a_part() -> None:
