@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+from collections.abc import Callable
 
 import pytest
 
@@ -32,8 +33,8 @@ def clock() -> Clock:
 
 def test_calls_take_turns_and_the_warm_up_is_not_counted(clock: Clock) -> None:
     calls = {name: lambda name=name: clock.spend(name, 1.0) for name in "ab"}
-    timings = measure(calls, budget=0, warmup=1, clock=clock)
-    assert clock.calls == ["a", "b"] * (1 + FEWEST_ROUNDS)
+    timings = measure(calls, budget=0, warmup=3, clock=clock)
+    assert clock.calls == ["a", "b"] * (3 + FEWEST_ROUNDS)
     assert list(timings) == ["a", "b"]
     assert timings["a"].seconds == (1.0,) * FEWEST_ROUNDS
 
@@ -55,6 +56,28 @@ def test_cold_measuring_walks_its_buffer_before_every_call(monkeypatch: pytest.M
     assert walked == [4096] * 2 * FEWEST_ROUNDS
 
 
+def test_a_walk_is_not_timed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deft_tvm.timing.walk", lambda size: lambda: clock.spend("walk", 5.0))
+    call = {"a": lambda: clock.spend("a", 1.0)}
+    assert set(measure(call, budget=0, cold_bytes=4096, clock=clock)["a"].seconds) == {1.0}
+
+
+def test_a_stopwatch_tells_the_time_and_cools_by_itself(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deft_tvm.timing.walk", lambda size: lambda: clock.spend("walk", 5.0))
+    watched: list[object] = []
+
+    def stopwatch(call: Callable[[], object]) -> float:
+        watched.append(call)
+        return 0.123456789
+
+    call = {"a": lambda: clock.spend("a", 1.0)}
+    timings = measure(call, budget=0, warmup=1, cold_bytes=4096, clock=clock, stopwatch=stopwatch)
+    assert watched == [call["a"]] * FEWEST_ROUNDS and clock.calls == ["a"]
+    assert set(timings["a"].seconds) == {0.12345679}, "to ten nanoseconds"
+
+
 def test_a_cold_walk_touches_all_of_a_buffer_of_that_size() -> None:
     from deft_tvm.timing import walk
 
@@ -68,6 +91,12 @@ def test_the_garbage_collector_rests_meanwhile_and_comes_back_after_an_error() -
     with pytest.raises(ZeroDivisionError):
         measure({"a": lambda: 1 / 0}, budget=0)
     assert gc.isenabled()
+    gc.disable()
+    try:
+        measure({"a": lambda: None}, budget=0)
+        assert not gc.isenabled(), "who had it off has it off"
+    finally:
+        gc.enable()
 
 
 def test_the_interval_of_the_median_is_two_order_statistics() -> None:
