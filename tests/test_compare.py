@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,20 @@ from deft_tvm.compare.comparison import Comparison, Verdict, compare
 from deft_tvm.compare.convergence import convergence
 from deft_tvm.compare.gates import Gates
 from deft_tvm.compare.sources import Source
-from deft_tvm.compare.statistics import Samples, change, holm, mean_ratio, shared
+from deft_tvm.compare.statistics import (
+    ALIKE,
+    LIMIT,
+    Samples,
+    change,
+    common_unit,
+    holm,
+    mean_ratio,
+    shared,
+)
 from deft_tvm.compare.text import markdown
 from deft_tvm.device import DeviceProfile
 from deft_tvm.errors import LogError
+from deft_tvm.limit import PRODUCT
 from deft_tvm.spec import AttentionSpec
 from deft_tvm.timing import Summary
 from deft_tvm.tuning.log import TuningLog
@@ -166,6 +177,23 @@ def test_what_most_rows_share_by_hand() -> None:
     )
     assert shared(ratios[1:], 1.06) == shared(ratios, 1.04) == 0.0
     assert shared([Summary(1.009, 1, 1)] * 9, 1.05) == 0.0
+
+
+def test_what_rows_share_by_more_than_is_excused_is_news_either_way() -> None:
+    for ratio in (1.2, 1 / 1.2):
+        rows = [Summary(ratio, ratio, ratio)] * 5
+        assert shared(rows, 1.1) == 0.0
+        left = math.copysign(math.log(1.2) - math.log1p(ALIKE), ratio - 1)
+        assert shared(rows, 1.3) == pytest.approx(left, rel=1e-12)
+
+
+def test_passes_that_do_not_fit_are_one_and_products_come_before_old_limits() -> None:
+    for passes in ((2, 0), (1, 2), ()):
+        assert Samples.of([1.0, 2.0], passes).passes == (2,)
+    both = Samples.of([1.0], beside={LIMIT: [1.0], PRODUCT: [1.0]})
+    old = Samples.of([1.0], beside={LIMIT: [1.0]})
+    assert common_unit(both, both) == PRODUCT and common_unit(both, old) == LIMIT
+    assert common_unit(old, Samples.of([1.0], beside={PRODUCT: [1.0]})) is None
 
 
 def test_the_mean_of_ratios_is_geometric() -> None:
