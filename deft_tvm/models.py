@@ -19,6 +19,7 @@ import msgspec
 
 from deft_tvm.dtypes import Dtype, Layout
 from deft_tvm.errors import SpecError
+from deft_tvm.files import from_json
 from deft_tvm.spec import AttentionSpec
 
 CONFIG = "config.json"
@@ -288,7 +289,7 @@ def _read(config: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapp
     path = Path(config)
     file = path / CONFIG if path.is_dir() else path
     try:
-        return str(file), msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        return str(file), from_json(file.read_bytes(), dict[str, Any])
     except OSError as error:
         raise SpecError(
             f"{file}: {error.strerror}; expected a model's folder, or its {CONFIG}"

@@ -405,6 +405,11 @@ def test_rates_are_kept_for_other_stages(tmp_path: Path, monkeypatch, capsys) ->
     assert json.loads(capsys.readouterr().out)["copy_bandwidth"] == 1e10
     monkeypatch.setattr(Rates, "of", lambda device: pytest.fail("measured again"))
     assert rates.rates_here(out, HERE) == KNOWN
+    (out / rates.FILE).write_bytes(b'{"device": ')
+    monkeypatch.setattr(Rates, "of", lambda device: KNOWN)
+    assert rates.rates_here(out, HERE) == KNOWN, "measured again where they are damaged"
+    monkeypatch.setattr(Rates, "of", lambda device: pytest.fail("measured again"))
+    assert rates.rates_here(out, HERE) == KNOWN
 
 
 def test_peers_that_compile_do_so_in_processes_of_their_own(ask, monkeypatch) -> None:

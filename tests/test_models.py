@@ -358,11 +358,12 @@ def test_refusals_name_the_file_and_the_field(
         (None, r"config.json: No such file or directory; expected a model's folder, or its config"),
         ("{", "config.json is no config.json: Input data was truncated"),
         ("[]", "is no config.json: Expected `object`, got `array`"),
+        ('{"model_type": "ÿ"}', "is no config.json: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_file_that_is_no_config(text: str | None, sentence: str, tmp_path: Path) -> None:
     if text is not None:
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(SpecError, match=sentence):
         specs(tmp_path / "config.json")
 

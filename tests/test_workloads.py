@@ -164,6 +164,7 @@ def test_a_step_that_was_not_recorded_is_refused(tmp_path: Path, step: int) -> N
     ("content", "message"),
     [
         ("[{", "is no file of recorded trees: Input data was truncated"),
+        ('[{"data": ' + "[" * 100_000, "is no file of recorded trees: maximum recursion depth"),
         ({}, "is no file of recorded trees: Expected `array`, got `object`"),
         ([{}], r"trees.json\[0\] has neither 'data' nor 'tree_structure'"),
         ([{"data": {"0": {"id": 0}}}], "missing required field `value`"),

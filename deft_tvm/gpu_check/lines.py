@@ -12,7 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import msgspec
 
 from deft_tvm.device import gpu_error
-from deft_tvm.files import append_line
+from deft_tvm.files import append_line, from_json
 
 Line = TypeVar("Line")
 
@@ -47,7 +47,7 @@ def _read(path: Path, kind: Any) -> list[Any]:
     found = []
     for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            found.append(msgspec.json.decode(text, type=kind))
+            found.append(from_json(text, kind))
         except msgspec.MsgspecError:
             continue
     return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from deft_tvm.cli import end_with_code
 from deft_tvm.device import DeviceProfile
-from deft_tvm.files import write_whole
+from deft_tvm.files import from_json, write_whole
 from deft_tvm.gpu_check.arguments import file_in, kind_of, parser_of, use_logs
 from deft_tvm.tuning.probe import copy_bandwidth, probe, write_profile
 
@@ -48,12 +49,14 @@ def encoded(rates: Rates) -> bytes:
 
 
 def rates_here(folder: Path | None, device: DeviceProfile) -> Rates:
-    """Of this device those that the stage has left in `folder`, else measured and left there."""
+    """Of this device those that the stage has left in `folder`, else measured and left there, also
+    where what is there is damaged."""
     path = None if folder is None else folder / FILE
     if path is not None and path.is_file():
-        known = msgspec.json.decode(path.read_bytes(), type=Rates)
-        if known.device.slug == device.slug:
-            return known
+        with suppress(msgspec.MsgspecError):
+            known = from_json(path.read_bytes(), Rates)
+            if known.device.slug == device.slug:
+                return known
     found = Rates.of(device)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import IO, Literal
 import msgspec
 
 from deft_tvm.device import DeviceProfile, Kind
-from deft_tvm.files import write_whole
+from deft_tvm.files import from_json, write_whole
 from deft_tvm.gpu_check.folder import folder_of
 from deft_tvm.gpu_check.stages import Stage
 from deft_tvm.manifest import source_commit
@@ -141,6 +141,6 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> Status:
 def _read(file: Path) -> Record | None:
     """A record; None where there is none that can be read, so that the stage is run."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Record)
+        return from_json(file.read_bytes(), Record)
     except (OSError, msgspec.MsgspecError):
         return None

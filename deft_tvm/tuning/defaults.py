@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from deft_tvm.errors import LogError
+from deft_tvm.files import from_json
 from deft_tvm.schedules import KernelTask, schedule
 from deft_tvm.tuning.log import log_roots
 
@@ -72,6 +73,6 @@ def default_decision(kernel: str, kind: str, features: Iterable[str]) -> dict[st
 @cache
 def _read(path: Path) -> tuple[Default, ...]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=tuple[Default, ...])
+        return from_json(path.read_bytes(), tuple[Default, ...])
     except msgspec.MsgspecError as error:
         raise LogError(f"{path} is no list of default decisions: {error}") from None

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from deft_tvm.errors import TreeError, WorkloadError
+from deft_tvm.files import from_json
 from deft_tvm.tree import Forest
 from deft_tvm.workloads.families import Workload
 
@@ -166,7 +167,7 @@ def load_recorded(path: str | os.PathLike[str], prompt: int = PROMPT) -> list[Re
             its nodes or choices are not a tree.
     """
     try:
-        entries = msgspec.json.decode(Path(path).read_bytes(), type=list[_Entry])
+        entries = from_json(Path(path).read_bytes(), list[_Entry])
         return [found for i, entry in enumerate(entries) for found in _read(path, i, entry, prompt)]
     except OSError as error:
         raise WorkloadError(f"{path}: {error.strerror}; expected a JSON file") from None
@@ -183,7 +184,7 @@ def _read(
     elif entry.incompleted:
         return
     elif isinstance(entry.data, msgspec.Raw):
-        nodes = msgspec.json.decode(entry.data, type=dict[str, Node])
+        nodes = from_json(bytes(entry.data), dict[str, Node])
         yield _tree(name, list(nodes.values()))
     else:
         raise WorkloadError(f"{name} has neither 'data' nor 'tree_structure'; expected one of them")
