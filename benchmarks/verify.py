@@ -24,7 +24,6 @@ from deft_tvm.pool import ROOT
 from deft_tvm.timing import Summary
 
 CONTEXT, NODES, ROUNDS = 1000, 64, 15
-GQA = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 class Step:
@@ -69,7 +68,7 @@ def dense_step(
     bench.net(torch.tensor([context]), past_key_values=cache, logits_to_keep=1)
 
     def run() -> torch.Tensor:
-        os.environ[GQA] = str(int(gqa))
+        os.environ[plain.GROUPED] = str(int(gqa))
         with plain.on_the_clock(bench.clock, bench.net):
             logits = plain.verify(bench.net, cache, draft, parents)
             plain.keep(cache, len(context), [])

@@ -99,7 +99,9 @@ def test_a_draft_verified_by_a_dense_mask_has_the_logits_of_its_paths(real: Real
         cache = DynamicCache(config=real.net.config)
         real.net(torch.tensor([real.prompt]), past_key_values=cache, logits_to_keep=1)
         logits = plain.verify(real.net, cache, draft, parents)
+        lies_at = [layer.keys.data_ptr() for layer in cache.layers]
         plain.keep(cache, len(real.prompt), [0, 2])
+        assert [layer.keys.data_ptr() for layer in cache.layers] == lies_at
         after = real.net(torch.tensor([[8]]), past_key_values=cache).logits[0, -1]
         path = torch.tensor([[*real.prompt, 5, 7, 8]])
         wanted = real.net(path).logits[0]

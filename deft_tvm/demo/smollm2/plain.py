@@ -20,6 +20,8 @@ from deft_tvm.demo.smollm2.decoded import Decoded
 from deft_tvm.pool import ROOT
 
 NAME = "sdpa_on_the_clock"
+GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
+"""The environment variable by which transformers repeats no KV heads where there is a mask."""
 
 
 @contextmanager
@@ -94,17 +96,17 @@ def verify(
 
 
 def keep(cache: DynamicCache, cached: int, path: Sequence[int]) -> None:
-    """Of a draft after the first `cached` tokens, keep those of one path."""
+    """Of a draft after the first `cached` tokens, keep those of one path; no other is copied."""
     accepted = cached + torch.tensor(path, dtype=torch.int64)
+    end = cached + len(path)
     for layer in _layers(cache):
-        layer.keys, layer.values = (
-            torch.cat([states[:, :, :cached], states[:, :, accepted.to(states.device)]], dim=2)
-            for states in (layer.keys, layer.values)
-        )
+        for states in (layer.keys, layer.values):
+            states[:, :, cached:end] = states[:, :, accepted.to(states.device)]
+        layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
 
 
 def speculated(model: Any, prompt: Sequence[int], drafter: Drafter, max_tokens: int) -> Decoded:
-    """Speculative decoding: each draft is verified by one masked call, and kept by copying."""
+    """Speculative decoding: each draft is verified by one masked call, and its path kept."""
     began = time.perf_counter()
     cache, logits = _read(model, prompt)
     found, steps = [int(logits.argmax())], 1
