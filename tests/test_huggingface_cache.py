@@ -204,6 +204,31 @@ def test_a_pass_that_fails_before_another_use_is_forgotten() -> None:
     _as_sequences(model, cache, text, _read(model, cache, more))
 
 
+def test_rows_that_only_a_failed_pass_had_are_not_there() -> None:
+    model, ids = tiny(), tokens(2, 7)
+    for use in (
+        lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(torch.tensor([True, True])),
+    ):
+        cache = new_cache(model)
+        _read(model, cache, ids)
+        hook = _failing(model.model.layers[0].mlp)
+        with pytest.raises(Interrupted):
+            _read(model, cache, tokens(4, 1))
+        hook.remove()
+        use(cache)
+        texts = ids.repeat_interleave(cache.batch_size // 2, 0)
+        more = tokens(len(texts), 1)
+        _as_sequences(model, cache, torch.cat([texts, more], 1), _read(model, cache, more))
+
+    hook = _failing(model.model.layers[0].mlp)
+    with pytest.raises(Interrupted):
+        _read(model, cache, tokens(4, 1))
+    hook.remove()
+    with pytest.raises(InputError, match=r"beam_idx\[0\] is 3; expected one of 2 rows"):
+        cache.reorder_cache(torch.tensor([3, 0]))
+
+
 def test_pages_end_where_they_must() -> None:
     model, ids = tiny(), tokens(1, 9)
     cache = new_cache(model, num_pages=2, max_pages=5)
@@ -264,7 +289,21 @@ def test_what_transformers_asks_a_cache() -> None:
             lambda c: c.batch_select_indices(torch.tensor([-1])),
             r"indices\[0\] is -1; expected one of 2 rows",
         ),
+        (
+            lambda c: c.batch_select_indices(torch.tensor([True])),
+            r"indices is bool of shape \[1\]; expected \[2\], one for each row",
+        ),
+        (
+            lambda c: c.reorder_cache(torch.tensor([[0, 1]])),
+            r"beam_idx is torch.int64 of shape \[1, 2\]; expected numbers of rows",
+        ),
+        (
+            lambda c: c.reorder_cache(torch.tensor([0.0, 1.0])),
+            r"beam_idx is torch.float32 of shape \[2\]; expected numbers of rows",
+        ),
         (lambda c: c.batch_repeat_interleave(0), "repeats is 0; expected 1 or more"),
+        (lambda c: c.batch_repeat_interleave(1.5), "repeats is 1.5; expected an integer"),
+        (lambda c: c.crop(-1.5), "tokens_to_remove is -1.5; expected an integer"),
     ],
 )
 def test_rows_and_columns_that_are_not_there(use: Any, message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from built import SMALL
-from tiny_models import PAGE_SIZE, ours, tiny, tokens
+from tiny_models import PAGE_SIZE, adapted, ours, tiny, tokens
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config
 from transformers import GPT2LMHeadModel as GPT2
@@ -235,6 +235,12 @@ def test_prefill() -> None:
     model = tiny()
     with pytest.raises(InputError, match=r"attention_mask\[0\] has padding in column 5"):
         _cache(model).prefill(model, IDS, _mask([1] * 5 + [0], [1] * 6))
+    cache = _cache(model)
+    for shape in ((1, 0), (0, 4), (5,)):
+        ids = torch.zeros(shape, dtype=torch.int64)
+        with pytest.raises(InputError, match=r"input_ids has shape \[.*\]; expected \[prompts, "):
+            cache.prefill(model, ids)
+        assert (cache.batch_size, cache.get_seq_length()) == (0, 0)
     with pytest.raises(InputError, match="num_pages is 9; expected at most max_pages=8"):
         _cache(model, num_pages=9, max_pages=8)
 
@@ -258,6 +264,18 @@ def test_steps(options: dict[str, Any], message: str) -> None:
     given = {"input_ids": tokens(1, 6), "position_ids": step.positions[None]} | options
     with ours(model), torch.no_grad(), pytest.raises(InputError, match=message):
         model(past_key_values=StepCache(model, step), **given)
+
+
+def test_steps_of_another_models_cache() -> None:
+    model, other = adapted(tiny()), adapted(tiny(num_hidden_layers=3))
+    windowed = adapted(tiny("gemma2"))
+    for cache, message in (
+        (other.new_cache(8), "step is of a cache with 3 layers; expected 2, those of the model"),
+        (windowed.new_cache(8), "sliding_window of layer 0 is None; expected 5, as deft_tvm.mod"),
+    ):
+        step = cache.step({cache.pool.root(): 3})
+        with pytest.raises(InputError, match=message):
+            model(tokens(3), step, torch.tensor([2]))
 
 
 def test_tokens_of_a_step() -> None:

@@ -93,7 +93,8 @@ def attention(
     check_asked(module, dropout, asked)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sliding_window == IN_THE_MASK:
-        sliding_window = None if spec.window is None else module.config.sliding_window
+        windowed = spec.window is not None
+        sliding_window = getattr(module.config, "sliding_window", None) if windowed else None
     check_agrees(layer, spec, scale, sliding_window, softcap, s_aux)
     latent = None if spec.rope is None else Absorbed(module, spec, query.shape[-1])
     step, rows = cache.begin(layer, query, attention_mask, asked.get("position_ids"))

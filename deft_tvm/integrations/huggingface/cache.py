@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.errors import InputError, OutOfPages
 from deft_tvm.integrations.huggingface.attention import register
 from deft_tvm.integrations.huggingface.handover import HandoverCache, config_of
@@ -114,11 +115,17 @@ class TreeCache(HandoverCache):
             attention_mask: ``[B, L]``, false for padding on the left; None: there is none.
 
         Raises:
-            InputError: there are rows already, or padding elsewhere.
+            InputError: there are rows already, no prompts or no tokens of them, or padding
+                elsewhere.
             OutOfPages: the cache may not grow so far; it is empty then.
         """
         if self.batch_size:
             raise InputError(f"the cache has {self.batch_size} rows; expected none: reset()")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise InputError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [prompts, tokens], one or "
+                "more of both"
+            )
         batch, length = input_ids.shape
         kept = kept_columns(attention_mask, (batch, length), 0)
         texts = [ids if kept is None else ids[kept[i]] for i, ids in enumerate(input_ids)]
@@ -246,9 +253,14 @@ class TreeCache(HandoverCache):
         """Keep these rows: int64[rows], or bool for each.
 
         Raises:
-            InputError: there is no such row.
+            InputError: there is no such row, or not a bool for each.
         """
         if indices.dtype is torch.bool:
+            if indices.shape != (self.batch_size,):
+                raise InputError(
+                    f"indices is bool of shape {list(indices.shape)}; expected "
+                    f"[{self.batch_size}], one for each row"
+                )
             indices = indices.nonzero()[:, 0]
         self._select(self._numbers("indices", indices))
 
@@ -258,17 +270,20 @@ class TreeCache(HandoverCache):
         Raises:
             InputError: `repeats` is less than 1.
         """
-        if repeats < 1:
+        if whole("repeats", repeats, InputError) < 1:
             raise InputError(f"repeats is {repeats}; expected 1 or more")
-        self._select([row for row in range(len(self._branches)) for _ in range(repeats)])
+        self._select([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def _numbers(self, name: str, rows: Tensor) -> list[int]:
+        if rows.dim() != 1 or rows.is_floating_point():
+            raise InputError(
+                f"{name} is {rows.dtype} of shape {list(rows.shape)}; expected numbers of rows"
+            )
         numbers: list[int] = rows.tolist()
+        there = self.batch_size
         for place, row in enumerate(numbers):
-            if not 0 <= row < len(self._branches):
-                raise InputError(
-                    f"{name}[{place}] is {row}; expected one of {len(self._branches)} rows"
-                )
+            if not 0 <= row < there:
+                raise InputError(f"{name}[{place}] is {row}; expected one of {there} rows")
         return numbers
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -280,7 +295,7 @@ class TreeCache(HandoverCache):
         Raises:
             InputError: it is above zero, or there are not so many.
         """
-        if not -self._columns <= tokens_to_remove <= 0:
+        if not -self._columns <= whole("tokens_to_remove", tokens_to_remove, InputError) <= 0:
             raise InputError(
                 f"tokens_to_remove is {tokens_to_remove}; expected {-self._columns} to 0"
             )

@@ -32,8 +32,17 @@ class StepCache(HandoverCache):
         Args:
             model: with the attention ``deft_tvm``.
             step: of a cache with the model's layers, see `HuggingFaceModel.new_cache`.
+
+        Raises:
+            InputError: the cache has more layers, or fewer.
         """
-        super().__init__(config_of(model), step.cache.layers)
+        config, layers = config_of(model), step.cache.layers
+        if len(layers) != config.num_hidden_layers:
+            raise InputError(
+                f"step is of a cache with {len(layers)} layers; expected "
+                f"{config.num_hidden_layers}, those of the model"
+            )
+        super().__init__(config, layers)
         self.step = step
 
     def begin(
