@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.errors import InputError
 
 
@@ -72,7 +73,7 @@ def best(branches: Sequence[Branch], count: int = 1) -> list[list[Branch]]:
     Raises:
         InputError: `count` is less than 1.
     """
-    if count < 1:
+    if whole("count", count, InputError) < 1:
         raise InputError(f"count is {count}; expected 1 or more results for each prompt")
     found: list[list[Branch]] = [
         [] for _ in range(max((b.prompt for b in branches), default=-1) + 1)

@@ -7,6 +7,8 @@ pages back, and only rows of new tokens run through the model.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, count
@@ -15,7 +17,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.branch import Branch, Control, Next
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.decoding.model import Model
 from deft_tvm.errors import InputError
 from deft_tvm.pytorch import PagedKVCache, Step
@@ -60,11 +64,11 @@ class Decoding:
             observe: see `Observe`; by default nobody looks.
 
         Raises:
-            InputError: a prompt is empty, or `chunk` is less than 1.
+            InputError: a prompt is empty or not of integers, or `chunk` is less than 1.
         """
-        if chunk < 1:
+        if whole("chunk", chunk, InputError) < 1:
             raise InputError(f"chunk is {chunk}; expected 1 or more rows")
-        self.prompts = [tuple(map(int, prompt)) for prompt in prompts]
+        self.prompts = [tokens_of(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
         for place, prompt in enumerate(self.prompts):
             if not prompt:
                 raise InputError(f"prompts[{place}] is empty; expected one token or more")
@@ -83,8 +87,11 @@ class Decoding:
         Raises:
             OutOfPages: the tree is as before the pass that had no room. After `cache.resize`, or
                 when others gave pages back, `run` goes on where it was.
-            InputError: the model returned something else than logits of the rows to keep.
+            InputError: nothing is live, or the model returned something else than logits of the
+                rows to keep.
         """
+        if not self.live:
+            raise InputError("live is empty; expected a branch or more to run")
         for part in self._parts():
             self._pass(part)
         return torch.stack([self._logits[branch.number] for branch in self.live])
@@ -99,21 +106,7 @@ class Decoding:
             InputError: a parent is no place among the live branches, tokens are no integers, or a
                 score is no number; nothing was changed.
         """
-        nexts = list(nexts)
-        grown: list[tuple[tuple[int, ...], float]] = []
-        for place, following in enumerate(nexts):
-            if not 0 <= following.parent < len(self.live):
-                raise InputError(
-                    f"nexts[{place}].parent is {following.parent}; expected the place of one of "
-                    f"{len(self.live)} live branches"
-                )
-            try:
-                grown.append((tuple(map(int, following.tokens)), float(following.score)))
-            except (TypeError, ValueError):
-                raise InputError(
-                    f"nexts[{place}] has tokens {following.tokens!r} and score "
-                    f"{following.score!r}; expected integers and a number"
-                ) from None
+        nexts = _checked(nexts, len(self.live))
         heirs = Counter(following.parent for following in nexts if not following.done)
         pool, parents = self.cache.pool, self.live
         # First what goes: a branch that is left alone takes the pages of both before it forks.
@@ -125,13 +118,13 @@ class Decoding:
             for place in heirs
         }
         logits, self._logits, self.live = self._logits, {}, []
-        for following, (tokens, score) in zip(nexts, grown, strict=True):
+        for following in nexts:
             parent = parents[following.parent]
             number = -1 if following.done else next(numbers[following.parent])
             branch = Branch(
                 parent.prompt,
-                parent.tokens + tokens,
-                score,
+                parent.tokens + tuple(following.tokens),
+                following.score,
                 following.state,
                 following.done,
                 number,
@@ -201,6 +194,33 @@ class Decoding:
             self._observe(step, tuple(self.live))
 
 
+def _checked(nexts: Iterable[Next], live: int) -> list[Next]:
+    """What becomes of so many branches, with Python's own numbers; see `Decoding.choose`."""
+    if not isinstance(nexts, Iterable):
+        raise InputError(f"nexts is {nexts!r}; expected a Next for each branch that goes on")
+    checked = []
+    for place, following in enumerate(nexts):
+        if not isinstance(following, Next):
+            raise InputError(f"nexts[{place}] is {following!r}; expected a Next")
+        parent = whole(f"nexts[{place}].parent", following.parent, InputError)
+        if not 0 <= parent < live:
+            raise InputError(
+                f"nexts[{place}].parent is {parent}; expected the place of one of {live} live "
+                "branches"
+            )
+        try:
+            tokens, score = tuple(map(operator.index, following.tokens)), float(following.score)
+        except (TypeError, ValueError):
+            score = math.nan
+        if math.isnan(score):
+            raise InputError(
+                f"nexts[{place}] has tokens {following.tokens!r} and score {following.score!r}; "
+                "expected integers and a number"
+            )
+        checked.append(following._replace(parent=parent, tokens=tokens, score=score))
+    return checked
+
+
 def logits_of(model: Model, tokens: Tensor, step: Step, keep: Tensor) -> Tensor:
     """What `Model` returns.
 
@@ -208,11 +228,15 @@ def logits_of(model: Model, tokens: Tensor, step: Step, keep: Tensor) -> Tensor:
         InputError: it is something else.
     """
     logits = model(tokens, step, keep)
+    if not isinstance(logits, Tensor):
+        raise InputError(f"model returned {type(logits).__name__}; expected a torch.Tensor")
     if logits.dim() != 2 or len(logits) != len(keep):
         raise InputError(
             f"model returned logits of shape {tuple(logits.shape)}; expected "
             f"({len(keep)}, vocabulary), a row for each of keep"
         )
+    if logits.numel() and not logits.max() < torch.inf:
+        raise InputError("model returned logits that are NaN or infinite; expected numbers")
     return logits
 
 
@@ -254,7 +278,7 @@ def decode(
     >>> decode(model, cache, [prompt], greedy(eos=[2], max_tokens=64))  # doctest: +SKIP
     [Branch(prompt=0, tokens=(464, 2068, 2), score=-1.25, ...)]
     """
-    if max_steps is not None and max_steps < 0:
+    if max_steps is not None and whole("max_steps", max_steps, InputError) < 0:
         raise InputError(f"max_steps is {max_steps}; expected 0 or more, or None")
     with Decoding(model, cache, prompts, chunk=chunk, observe=observe) as decoding:
         for _ in count() if max_steps is None else range(max_steps):

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.branch import Branch, Next
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.decoding.warp import Warp
 from deft_tvm.errors import InputError
 
@@ -62,12 +64,12 @@ class Sampling:
         Raises:
             InputError: a number is out of range, or there are several samples and no chance.
         """
-        if samples < 1:
+        if whole("samples", samples, InputError) < 1:
             raise InputError(f"samples is {samples}; expected 1 or more of each prompt")
-        if max_tokens is not None and max_tokens < 1:
+        if max_tokens is not None and whole("max_tokens", max_tokens, InputError) < 1:
             raise InputError(f"max_tokens is {max_tokens}; expected 1 or more, or None")
         self.samples, self.max_tokens, self.generator = samples, max_tokens, generator
-        self.eos = frozenset(eos)
+        self.eos = frozenset(tokens_of("eos", eos))
         self.warp = Warp(temperature, top_k, top_p)
         self.warp.check_several("samples", samples)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deft_tvm.decoding.branch import Branch, Control, Next
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.errors import InputError
 
 
@@ -41,9 +42,9 @@ class Shots:
             control: is asked from the step after them on.
 
         Raises:
-            InputError: there is no question, or one is empty.
+            InputError: there is no question, or one is empty or not of integers.
         """
-        self.questions = [tuple(map(int, question)) for question in questions]
+        self.questions = [tokens_of(f"questions[{i}]", each) for i, each in enumerate(questions)]
         self.control = control
         if not self.questions:
             raise InputError("questions is empty; expected one or more")
@@ -66,7 +67,8 @@ class Shots:
         """The branches as the other control sees them: `prompt` is the question's number.
 
         Args:
-            branches: what `deft_tvm.decoding.decode` returned, or live ones.
+            branches: what `deft_tvm.decoding.decode` returned, or live ones; prompts that no
+                question was put below yet are left out.
         """
         return [
             replace(
@@ -76,4 +78,5 @@ class Shots:
                 state=branch.state.state,
             )
             for branch in branches
+            if isinstance(branch.state, Shot)
         ]

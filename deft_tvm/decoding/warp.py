@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.errors import InputError
+
+COLD = 1e-6
+"""Logits divided by a lower temperature could be infinite."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Warp:
         """
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature is {self.temperature}; expected a number from 0 on")
-        if self.top_k < 0:
+        if whole("top_k", self.top_k, InputError) < 0:
             raise InputError(f"top_k is {self.top_k}; expected 0 for all tokens, or how many")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; expected more than 0 and at most 1")
@@ -63,7 +67,9 @@ class Warp:
         if self.certain:
             others = torch.full_like(scores, -torch.inf)
             return others.scatter(-1, scores.argmax(-1, keepdim=True), 0.0)
-        scores = scores / self.temperature
+        if self.temperature < COLD:
+            scores = scores - scores.amax(-1, keepdim=True)
+        scores = scores / max(self.temperature, torch.finfo(scores.dtype).tiny)
         if 0 < self.top_k < scores.shape[-1]:
             least = scores.topk(self.top_k).values[..., -1:]
             scores = scores.masked_fill(scores < least, -torch.inf)
