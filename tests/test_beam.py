@@ -124,6 +124,16 @@ def test_a_prompt_that_nothing_can_improve_is_pruned_while_others_go_on() -> Non
             "early_stopping is 'always'; expected True, False or 'never'",
         ),
         (
+            lambda: BeamSearch(2, max_tokens=1, early_stopping=1),  # type: ignore[arg-type]
+            "early_stopping is 1; expected True, False or 'never'",
+        ),
+        (
+            lambda: BeamSearch(2, max_tokens=1, length_penalty=float("nan")),
+            "length_penalty is nan; expected a finite number",
+        ),
+        (lambda: BeamSearch(1.5, max_tokens=1), "beams is 1.5; expected an integer"),  # type: ignore[arg-type]
+        (lambda: BeamSearch(2, max_tokens=2.5), "max_tokens is 2.5; expected an integer"),  # type: ignore[arg-type]
+        (
             lambda: BeamSearch(3, max_tokens=1, eos=[1, 2])([Branch(0)], torch.zeros(1, 8)),
             "beams is 3 with 2 eos and logits of 8 tokens; expected 9 or more of them",
         ),

@@ -112,6 +112,12 @@ def test_unlikely_tokens_are_not_drafted() -> None:
             InputError,
             "nodes is 2 and choices is not None; expected one of them",
         ),
+        (lambda: NGramDrafter(nodes=2.5), InputError, "nodes is 2.5; expected an integer"),
+        (
+            lambda: NGramDrafter(nodes=2, context=1.5),
+            InputError,
+            "context is 1.5; expected an integer",
+        ),
         (lambda: NGramDrafter(nodes=0), InputError, "nodes is 0; expected 1 or more"),
         (lambda: NGramDrafter(nodes=2, context=0), InputError, "context is 0; expected 1 or more"),
         (

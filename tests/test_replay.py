@@ -128,6 +128,7 @@ BARE = RecordedTree("a tree", (Node(0, 3, 1, 3, []), Node(1, 4, 4, 7, [])), (-1,
         (lambda: Replay(TREE, first=0), "first is 0 and last is 4; expected steps from 1 to 4"),
         (lambda: Replay(TREE, first=3, last=2), "first is 3 and last is 2; expected steps from 1"),
         (lambda: Replay(TREE, last=5), "first is 1 and last is 5; expected steps from 1 to 4"),
+        (lambda: Replay(TREE, last=1.5), "last is 1.5; expected an integer"),  # type: ignore[arg-type]
         (lambda: Replay(LATE), "node 1 begins in step 2; expected 1, the step after its parent's"),
         (lambda: Replay(BARE), "prompt has 0 tokens before step 1; expected 1 or more"),
     ],

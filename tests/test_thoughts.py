@@ -159,7 +159,8 @@ def test_thoughts_below_questions() -> None:
 
 def _thoughts(**changes: Any) -> Thoughts:
     arguments: dict[str, Any] = {"proposals": 2, "keep": 1, "depth": 1, "max_tokens": 1}
-    return Thoughts(lambda branches: [1.0], **{**arguments, **changes})
+    evaluate = changes.pop("evaluate", lambda branches: [1.0])
+    return Thoughts(evaluate, **{**arguments, **changes})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,17 @@ def _thoughts(**changes: Any) -> Thoughts:
         *(
             (lambda name=name: _thoughts(**{name: 0}), f"{name} is 0; expected 1 or more")
             for name in ("proposals", "keep", "depth", "max_tokens")
+        ),
+        (lambda: _thoughts(depth=1.5), "depth is 1.5; expected an integer"),
+        (lambda: _thoughts(stop=3), "stop is 3; expected a collection of integers"),
+        *(
+            (
+                lambda values=values: decode(
+                    over_tokens(TABLE), TokenCache(), [[1]], _thoughts(evaluate=lambda _: values)
+                ),
+                r"evaluate returned .*; expected numbers, one for each thought",
+            )
+            for values in (None, [1.0, None], [float("nan"), 1.0])
         ),
         (lambda: _thoughts(temperature=0), "proposals is 2 with temperature 0, which makes them"),
         (lambda: _thoughts(top_p=2.0), "top_p is 2.0; expected more than 0 and at most 1"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.branch import Branch, Next
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.errors import InputError
 
 Scores = tuple[float, ...]
@@ -48,16 +51,18 @@ class BeamSearch:
         Raises:
             InputError: an argument is out of range.
         """
-        if beams < 1:
+        if whole("beams", beams, InputError) < 1:
             raise InputError(f"beams is {beams}; expected 1 or more")
-        if max_tokens < 1:
+        if whole("max_tokens", max_tokens, InputError) < 1:
             raise InputError(f"max_tokens is {max_tokens}; expected 1 or more")
-        if early_stopping not in (True, False, "never"):
+        if not math.isfinite(length_penalty):
+            raise InputError(f"length_penalty is {length_penalty}; expected a finite number")
+        if not isinstance(early_stopping, bool) and early_stopping != "never":
             raise InputError(
                 f"early_stopping is {early_stopping!r}; expected True, False or 'never'"
             )
         self.beams, self.max_tokens = beams, max_tokens
-        self.eos = frozenset(eos)
+        self.eos = frozenset(tokens_of("eos", eos))
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         # A beam may end in as many ways as there are `eos`: enough candidates are left that go on.
         self.candidates = max(2, 1 + len(self.eos)) * beams

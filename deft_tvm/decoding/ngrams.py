@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.drafts import Draft
 from deft_tvm.errors import InputError
 from deft_tvm.pool import ROOT
@@ -57,9 +58,9 @@ class NGramDrafter:
                 f"nodes is {nodes} and choices is {'not ' if choices is not None else ''}None; "
                 "expected one of them"
             )
-        if nodes is not None and nodes < 1:
+        if nodes is not None and whole("nodes", nodes, InputError) < 1:
             raise InputError(f"nodes is {nodes}; expected 1 or more")
-        if context < 1:
+        if whole("context", context, InputError) < 1:
             raise InputError(f"context is {context}; expected 1 or more tokens")
         if not 0 <= least < 1:
             raise InputError(f"least is {least}; expected a probability less than 1")

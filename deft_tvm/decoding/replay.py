@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.branch import Branch, Next
 from deft_tvm.errors import InputError
 
@@ -72,6 +73,8 @@ class Replay:
         self._nodes, self._parents = tuple(tree.nodes), tuple(tree.parents)
         steps = max(node.end for node in self._nodes)
         self.first, self.last = first, steps if last is None else last
+        for name, step in (("first", self.first), ("last", self.last)):
+            whole(name, step, InputError)
         if not 1 <= self.first <= self.last <= steps:
             raise InputError(
                 f"first is {first} and last is {self.last}; expected steps from 1 to {steps}, "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.branch import Branch, Next
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.decoding.warp import Warp
 from deft_tvm.errors import InputError
 
@@ -84,13 +87,13 @@ class Thoughts:
             ("depth", depth),
             ("max_tokens", max_tokens),
         ):
-            if number < 1:
+            if whole(name, number, InputError) < 1:
                 raise InputError(f"{name} is {number}; expected 1 or more")
         self.evaluate = evaluate
         self.proposals, self.keep, self.depth = proposals, keep, depth
         self.max_tokens = max_tokens
-        self.eos = frozenset(eos)
-        self.stop = self.eos | frozenset(stop)
+        self.eos = frozenset(tokens_of("eos", eos))
+        self.stop = self.eos | frozenset(tokens_of("stop", stop))
         self.lead, self.generator = lead, generator
         self.warp = Warp(temperature, top_k, top_p)
         self.warp.check_several("proposals", proposals)
@@ -99,7 +102,7 @@ class Thoughts:
         """See `deft_tvm.decoding.Control`.
 
         Raises:
-            InputError: `evaluate` did not return a value for each thought.
+            InputError: `evaluate` did not return a number for each thought.
         """
         groups: dict[int, list[int]] = {}
         for place, branch in enumerate(live):
@@ -126,12 +129,7 @@ class Thoughts:
 
     def _evaluated(self, branches: list[tuple[int, Branch]]) -> list[Next]:
         """The best thoughts end, or have others below them."""
-        values = list(self.evaluate([branch for _, branch in branches]))
-        if len(values) != len(branches):
-            raise InputError(
-                f"evaluate returned {len(values)} values; expected {len(branches)}, one for each "
-                "thought"
-            )
+        values = _numbers(self.evaluate([branch for _, branch in branches]), len(branches))
         ranked = sorted(range(len(values)), key=lambda i: -values[i])[: self.keep]
         nexts = []
         for (place, branch), value in ((branches[i], values[i]) for i in ranked):
@@ -171,3 +169,18 @@ class Thoughts:
             state = Thought(thought.depth, thought.begin, complete)
             nexts[place] = following._replace(tokens=(token,), state=state)
         return nexts
+
+
+def _numbers(values: Sequence[float], count: int) -> list[float]:
+    """What `evaluate` returned for so many thoughts; of NaN none is the higher."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = [math.nan]
+    if any(map(math.isnan, numbers)):
+        raise InputError(f"evaluate returned {values!r}; expected numbers, one for each thought")
+    if len(numbers) != count:
+        raise InputError(
+            f"evaluate returned {len(numbers)} values; expected {count}, one for each thought"
+        )
+    return numbers
