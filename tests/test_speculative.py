@@ -332,6 +332,31 @@ def test_a_draft_from_the_models_own_distribution_is_kept_whole() -> None:
         assert accept(draft, logits).path == [0, 1]
 
 
+def test_what_comes_after_the_end_is_not_accepted_and_what_has_ended_holds_no_page() -> None:
+    model, prompts = over_tokens(TABLE), [[1, 2], [3, 4]]
+    texts = [decode(model, TokenCache(), [p], greedy(max_tokens=20))[0].tokens for p in prompts]
+
+    def right(tokens: Sequence[int]) -> Draft:
+        (text,) = (t for p, t in zip(prompts, texts, strict=True) if tuple(p) == tokens[:2])
+        return Draft.chain(text[len(tokens) - 2 :][:8])
+
+    for length in (2, 5, 9):
+        (found,) = speculate(model, TokenCache(), prompts[:1], right, max_tokens=length)
+        assert found.tokens == texts[0][:length]
+        assert (found.passes, found.drafted, found.accepted) == (2, 8, length - 1)
+
+    eos = texts[0][0]
+    held: list[list[int]] = []
+    assert eos not in texts[1][:2]
+    speculate(
+        *(model, TokenCache(), prompts, right),
+        max_tokens=2,
+        eos=[eos],
+        observe=lambda step, live: held.append(step.cache.pool.branches),  # type: ignore[attr-defined]
+    )
+    assert list(map(len, held)) == [2, 1]
+
+
 # --- refusals --------------------------------------------------------------------------------
 
 
@@ -350,6 +375,29 @@ def _speculate(**changes: Any) -> Any:
             lambda: _speculate(accept=lambda draft, logits: Accepted([1, 0], 2)),
             PageError,
             r"path\[1\] is 2; expected a token of the draft below 0",
+        ),
+        (lambda: _speculate(max_tokens=2.5), InputError, "max_tokens is 2.5; expected an integer"),
+        (lambda: _speculate(eos=3), InputError, "eos is 3; expected a collection of integers"),
+        (
+            lambda: _speculate(drafter=lambda tokens: None),
+            InputError,
+            "drafter returned NoneType; expected a Draft",
+        ),
+        (
+            lambda: _speculate(
+                drafter=lambda tokens: Draft([1], [-1], torch.ones(1, 2) / 2), accept=Lossless()
+            ),
+            InputError,
+            r"probabilities of the draft are of 2 tokens; expected 8, as the model's logits",
+        ),
+        (lambda: Draft([1.5], [-1]), InputError, r"tokens is \[1.5\]; expected a collection"),
+        *(
+            (
+                lambda row=row: Draft([1], [-1], torch.tensor([row])),
+                InputError,
+                r"probabilities\[0\] has the sum .* as the lowest; expected 1, and none below 0",
+            )
+            for row in ([1.0, 2.0], [-0.5, 1.5], [float("nan"), 1.0])
         ),
         (lambda: Draft([1, 2], [-1]), InputError, "parents has 1 entries; expected 2, as tokens"),
         (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deft_tvm.decoding.drafts import Draft
 from deft_tvm.decoding.warp import Warp
+from deft_tvm.errors import InputError
 from deft_tvm.pool import ROOT
 
 
@@ -76,7 +77,17 @@ class Lossless:
         self.warp, self.generator = Warp(temperature, top_k, top_p), generator
 
     def __call__(self, draft: Draft, logits: Tensor) -> Accepted:
-        """See `Accept`."""
+        """See `Accept`.
+
+        Raises:
+            InputError: the draft's distributions are over another vocabulary.
+        """
+        given = draft.probabilities
+        if given is not None and given.shape[1] != logits.shape[1]:
+            raise InputError(
+                f"probabilities of the draft are of {given.shape[1]} tokens; expected "
+                f"{logits.shape[1]}, as the model's logits"
+            )
         path: list[int] = []
         last = ROOT
         while True:

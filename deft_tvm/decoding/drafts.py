@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.errors import InputError
 from deft_tvm.pool import ROOT
+
+SUM_ERROR = 2**-7
+"""What the sum of a distribution may miss of 1: twice the rounding of its elements to bfloat16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +35,11 @@ class Draft:
 
     def __post_init__(self) -> None:
         """Raises:
-        InputError: the arrays do not fit each other, a parent is no earlier token, or a token was
-            drawn from a distribution that does not have it.
+        InputError: tokens are no integers, the arrays do not fit each other, a parent is no earlier
+            token, or a token was drawn from what is no distribution or does not have it.
         """
         for name in ("tokens", "parents"):  # of a tensor each would be a tensor, equal to none
-            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+            object.__setattr__(self, name, tokens_of(name, getattr(self, name)))
         count = len(self.tokens)
         if len(self.parents) != count:
             raise InputError(
@@ -52,6 +57,14 @@ class Draft:
                 f"probabilities has shape {tuple(self.probabilities.shape)}; expected ({count}, "
                 "vocabulary), a distribution for each token"
             )
+        sums = self.probabilities.sum(-1, dtype=torch.float32)
+        lowest = self.probabilities.amin(-1)
+        for token, (total, low) in enumerate(zip(sums.tolist(), lowest.tolist(), strict=True)):
+            if not (low >= 0 and abs(total - 1) <= SUM_ERROR):
+                raise InputError(
+                    f"probabilities[{token}] has the sum {total:.4g} and {low:.4g} as the lowest; "
+                    "expected 1, and none below 0"
+                )
         for token, value in enumerate(self.tokens):
             chance = float(self.probabilities[token, value])
             if not chance > 0:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from deft_tvm.arrays import whole
 from deft_tvm.decoding.accept import Accept, match
 from deft_tvm.decoding.branch import Branch
 from deft_tvm.decoding.drafts import Draft, Drafter
+from deft_tvm.decoding.given import tokens_of
 from deft_tvm.decoding.loop import Decoding, Observe, logits_of
 from deft_tvm.decoding.model import Model
 from deft_tvm.errors import InputError
@@ -96,26 +98,43 @@ def speculate(
         For each prompt what follows it, and how often the model ran for that.
 
     Raises:
-        InputError: a prompt is empty, `max_tokens` or `chunk` is out of range, or the model
-            returned something that does not fit.
+        InputError: a prompt is empty, `max_tokens` or `chunk` is out of range, or the model or the
+            drafter returned something that does not fit.
         OutOfPages: the cache has too few pages; drafts need theirs until they are verified.
     """
-    if max_tokens < 1:
+    if whole("max_tokens", max_tokens, InputError) < 1:
         raise InputError(f"max_tokens is {max_tokens}; expected 1 or more")
+    eos = frozenset(tokens_of("eos", eos))
     with Decoding(model, cache, prompts, chunk=chunk, observe=observe) as decoding:
         first = decoding.run().unsqueeze(1) if decoding.live else ()
         sequences = [
             _Sequence(branch.prompt, branch.number, prompt, [accept(Draft(), logits).token])
             for branch, prompt, logits in zip(decoding.live, decoding.prompts, first, strict=True)
         ]
-        while going := [s for s in sequences if not s.has_ended(eos, max_tokens)]:
-            drafts = [drafter((*sequence.prompt, *sequence.tokens)) for sequence in going]
+        going = _going_on(cache, sequences, eos, max_tokens)
+        while going:
+            drafts = [_draft(drafter, sequence) for sequence in going]
             _verify(model, cache, going, drafts, accept, observe)
             for sequence in going:
                 _cut(sequence, eos, max_tokens)
-                if sequence.has_ended(eos, max_tokens):
-                    cache.pool.prune(sequence.branch)
+            going = _going_on(cache, going, eos, max_tokens)
         return [sequence.result() for sequence in sequences]
+
+
+def _going_on(
+    cache: PagedKVCache, sequences: list[_Sequence], eos: Collection[int], max_tokens: int
+) -> list[_Sequence]:
+    """Those that have not ended; of the others nothing stays cached."""
+    ended = {s.branch for s in sequences if s.has_ended(eos, max_tokens)}
+    cache.pool.prune(*ended)
+    return [s for s in sequences if s.branch not in ended]
+
+
+def _draft(drafter: Drafter, sequence: _Sequence) -> Draft:
+    draft = drafter((*sequence.prompt, *sequence.tokens))
+    if not isinstance(draft, Draft):
+        raise InputError(f"drafter returned {type(draft).__name__}; expected a Draft")
+    return draft
 
 
 @torch.no_grad()
@@ -150,4 +169,7 @@ def _verify(
 def _cut(sequence: _Sequence, eos: Collection[int], max_tokens: int) -> None:
     """Nothing follows the first token that ends a sequence."""
     ends = (place + 1 for place, token in enumerate(sequence.tokens) if token in eos)
-    del sequence.tokens[min(next(ends, max_tokens), max_tokens) :]
+    length = min(next(ends, max_tokens), max_tokens)
+    # The last token of a pass is the model's own, those before it are of the draft.
+    sequence.accepted -= max(0, len(sequence.tokens) - length - 1)
+    del sequence.tokens[length:]
