@@ -78,6 +78,7 @@ def test_rows_are_reordered_and_no_element_moves() -> None:
     # Row 1 is nobody's any more, and its pages are free.
     pages = cache.paged.pool.num_pages - cache.paged.pool.num_free
     assert pages == 2 * cache.paged.pages_for(10)
+    assert sorted(cache.branches) == sorted(cache.paged.pool.branches)
     logits = _read(model, cache, new)
     _as_sequences(model, cache, torch.cat([ids[order], new], 1), logits)
 
@@ -103,6 +104,28 @@ def test_a_batch_of_more_rows_continues_each_several_times() -> None:
     logits = _read(model, cache, new)
     text = torch.cat([ids.repeat_interleave(3, 0), new], 1)
     _as_sequences(model, cache, text, logits)
+
+
+def test_rows_with_padding_are_continued_several_times() -> None:
+    model, ids, new = tiny(), tokens(2, 6), tokens(4, 1, seed=3)
+    mask = torch.tensor([[0] * 2 + [1] * 4, [1] * 6])
+    cache = new_cache(model)
+    _read(model, cache, ids, attention_mask=mask)
+    longer = torch.cat([mask.repeat_interleave(2, 0), torch.ones_like(new)], 1)
+    found = _read(model, cache, new, attention_mask=longer)
+    assert [cache.paged.pool.length(b) for b in cache.branches] == [5, 5, 7, 7]
+    texts = [torch.cat([ids[row // 2][mask[row // 2] > 0], new[row]]) for row in range(4)]
+    wanted = torch.stack([sequence_logits(model, text)[-1] for text in texts])
+    assert (found[:, -1] - wanted).abs().max() <= explained(model, texts)
+
+
+def test_no_rows_are_an_empty_cache() -> None:
+    model, ids = tiny(), tokens(2, 6)
+    cache = new_cache(model)
+    first = _read(model, cache, ids)
+    cache.batch_select_indices(torch.empty(0, dtype=torch.int64))
+    assert (cache.batch_size, cache.get_seq_length(), cache.paged.bytes_in_use) == (0, 0, 0)
+    assert torch.equal(_read(model, cache, ids), first)
 
 
 @pytest.mark.parametrize("removed", [0, 2, 7, 11])
@@ -137,6 +160,12 @@ def test_reset_frees_all_pages() -> None:
     cache.reset()
     assert (cache.batch_size, cache.get_seq_length(), cache.paged.bytes_in_use) == (0, 0, 0)
     assert torch.equal(_read(model, cache, ids), first)
+    hook = _failing(model.model.layers[0].mlp)
+    with pytest.raises(Interrupted):
+        _read(model, cache, ids[:, :1])
+    hook.remove()
+    cache.reset()
+    assert cache.batch_size == 0 and not list(cache.paged.pool.branches)
 
 
 def test_prompts_of_one_token_leave_nothing_to_prefill() -> None:
@@ -241,10 +270,12 @@ def test_pages_end_where_they_must() -> None:
     _as_sequences(model, cache, torch.cat([ids, more], 1), _read(model, cache, more))
     assert cache.paged.pool.num_free == 5 - cache.paged.pages_for(14) == 1
 
+    assert new_cache(model, num_pages=2, max_pages=2).max_pages == 2
     empty = new_cache(model, num_pages=1, max_pages=2)
     with pytest.raises(OutOfPages, match="num_pages=2"):
         empty.prefill(model, ids.repeat(1, 2))
     assert (empty.batch_size, empty.paged.pool.num_free) == (0, 2)
+    assert not list(empty.paged.pool.branches)
     with pytest.raises(OutOfPages, match="num_pages=2"):
         _read(model, empty, ids)
     assert (empty.batch_size, empty.paged.pool.num_free) == (0, 2)
