@@ -101,6 +101,8 @@ def test_unlikely_tokens_are_not_drafted() -> None:
     assert 1 <= len(draft.tokens) < 50
     assert all(_reached(text, path, 3) >= 0.9 for path in _paths(draft))
     assert NGramDrafter(nodes=50, least=0.99)([1, 2]).tokens == ()
+    # Half of a text that never goes on from its end is likely enough, if half is asked for.
+    assert NGramDrafter(nodes=50, least=0.5)([1, 2]).tokens == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,16 @@ def test_unlikely_tokens_are_not_drafted() -> None:
             lambda: NGramDrafter(nodes=2, least=1.0),
             InputError,
             "least is 1.0; expected a probability less than 1",
+        ),
+        (
+            lambda: NGramDrafter(nodes=2, least=-0.1),
+            InputError,
+            "least is -0.1; expected a probability less than 1",
+        ),
+        (
+            lambda: NGramDrafter(choices=[(0,), ()]),
+            TreeError,
+            r"choices\[1\] is \(\); expected every path once, none of them empty",
         ),
         (
             lambda: NGramDrafter(choices=[(0,), (0, -1)]),
