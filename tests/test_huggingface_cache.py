@@ -302,6 +302,7 @@ def test_what_transformers_asks_a_cache() -> None:
     assert cache.get_mask_sizes(4, 1) == (7, 0)
     assert cache.get_max_length() == cache.layers[0].get_max_length() == -1
     assert [layer.get_seq_length() for layer in cache.layers] == [3, 3]
+    assert cache.layers[1].get_mask_sizes(4) == (7, 0)
     assert (cache.is_compileable, cache.is_croppable) == (False, True)
     assert cache.is_sliding == [False, False]
     assert repr(cache).startswith("TreeCache(rows=2, columns=3, PagedKVCache(layers=2")
@@ -361,6 +362,10 @@ def test_batches_that_do_not_go_on() -> None:
         (
             {"ids": tokens(2, 1), "attention_mask": torch.tensor([[0] + [1] * 6, [1] * 7])},
             r"attention_mask\[0\] has 5 tokens in the first 6 columns; expected 4",
+        ),
+        (
+            {"ids": tokens(2, 1), "attention_mask": torch.tensor([[0] * 3 + [1] * 4, [1] * 7])},
+            r"attention_mask\[0\] has 3 tokens in the first 6 columns; expected 4",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -20,7 +20,10 @@ from transformers.masking_utils import create_causal_mask
 
 from deft_tvm.errors import DeftError, InputError, SpecError
 from deft_tvm.integrations.huggingface import HuggingFaceModel, StepCache, TreeCache, register
+from deft_tvm.integrations.huggingface.attention import padding
 from deft_tvm.integrations.huggingface.checks import check_asked
+from deft_tvm.integrations.huggingface.handover import take_note
+from deft_tvm.integrations.huggingface.rows import kept_columns
 from deft_tvm.pytorch import Step, TreeAttention
 from deft_tvm.spec import AttentionSpec
 
@@ -170,10 +173,20 @@ def test_gradients() -> None:
     model = tiny()
     with ours(model), pytest.raises(InputError, match="q requires grad, and there is no backward"):
         model(IDS, past_key_values=_cache(model))
+    model.requires_grad_(False)
+    for number, name in enumerate(("k_proj", "v_proj")):
+        weight = getattr(model.model.layers[0].self_attn, name).weight.requires_grad_()
+        with ours(model), pytest.raises(InputError, match=rf"kv\[{number}\] requires grad"):
+            model(IDS, past_key_values=_cache(model))
+        weight.requires_grad_(False)
 
 
 def test_masks_of_other_kinds() -> None:
     model = tiny()
+    with pytest.raises(InputError, match="attention is masked by more than causality"):
+        padding(use_vmap=True)
+    with pytest.raises(InputError, match=r"attention_mask has shape \[3, 6\]; expected \[2, 6\]"):
+        kept_columns(torch.ones(3, 6), (2, 6), 0)
     embedded = model.model.embed_tokens(IDS)
     message = "packed sequences, blocks, both directions or a function"
     with ours(model):
@@ -202,6 +215,24 @@ def test_caches_of_others(family: str) -> None:
     for cache in (None, DynamicCache(config=model.config)):
         with pytest.raises(InputError, match=message):
             _call(model, cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])
+def test_what_a_cache_hands_over_is_for_one_layer_once(family: str) -> None:
+    model = tiny(family)
+    cache, new = _cache(model), (torch.zeros(2, 2, 6, 16), torch.ones(2, 2, 6, 16))
+    message = "is no cache of deft_tvm; expected a TreeCache"
+    with ours(model):
+        for layer in range(2):
+            key, _ = cache.layers[layer].update(*new)
+            note = take_note(layer, key)
+            assert note.layer == layer and note.new[0] is new[0] and note.new[1] is new[1]
+            with pytest.raises(InputError, match=f"layer {layer} {message}"):
+                take_note(layer, key)
+        for other, given in ((0, key), (1, key[:1])):
+            cache.update(*new, 1)
+            with pytest.raises(InputError, match=f"layer {other} {message}"):
+                take_note(other, given)
 
 
 def test_attention_of_others() -> None:
