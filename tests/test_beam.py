@@ -114,6 +114,35 @@ def test_a_prompt_that_nothing_can_improve_is_pruned_while_others_go_on() -> Non
     assert [len(branch.tokens) for branch in best(branches, 2)[0]] == [1, 2]
 
 
+def test_as_few_tokens_as_candidates_and_logits_of_16_bits() -> None:
+    """Scores are sums in float32, whatever logits are."""
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
+    search = BeamSearch(3, max_tokens=4, eos=[1, 2])
+    assert search.candidates == 9
+    found = search([Branch(0)], logits)
+    assert len(found) >= 3 and found == search([Branch(0)], logits.float())
+
+
+@pytest.mark.parametrize(
+    ("penalty", "kept", "goes_on"),
+    [
+        (-1.0, -3.5, True),
+        (-1.0, -1.5, False),
+        (1.0, -0.2, True),
+        (0.0, -1.1, True),
+        (0.0, -1, False),
+    ],
+)
+def test_never_asks_what_a_beam_could_be_at_the_length_that_favours_it(
+    penalty: float, kept: float, goes_on: bool
+) -> None:
+    """Two tokens of ten, a logarithm of -1: times 2 now, over 10 at the end, or as it is."""
+    search = BeamSearch(1, max_tokens=10, eos=[0], length_penalty=penalty, early_stopping="never")
+    beam = Branch(0, tokens=(1,), score=-1.0, state=(kept,))
+    found = search([beam], torch.tensor([[0.0, 200.0]]))
+    assert found == ([Next(0, (1,), -1.0, state=(kept,))] if goes_on else [])
+
+
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
