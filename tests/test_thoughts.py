@@ -10,6 +10,7 @@ import torch
 from decoded import TokenCache, over_tokens, random_logits
 
 from deft_tvm.decoding import Branch, Shots, Thought, Thoughts, best, decode, greedy
+from deft_tvm.decoding.warp import Warp
 from deft_tvm.errors import InputError
 
 TABLE = random_logits(10, seed=4, spread=1.0)
@@ -97,6 +98,21 @@ def test_results_have_their_values_and_the_cache_is_left_as_it_was() -> None:
     assert search.cache.pool.num_free == 300
 
 
+def test_a_thought_that_grows_has_the_value_of_the_one_above_it() -> None:
+    seen = {
+        (branch.score, _value(Branch(0, branch.tokens[: branch.state.begin])))
+        for _, live in Search().steps
+        for branch in live
+        if branch.state is not None
+    }
+    assert len(seen) > 2 and all(score == above for score, above in seen)
+
+
+def test_tokens_are_drawn_as_was_asked() -> None:
+    asked = {"temperature": 0.5, "top_k": 3, "top_p": 0.9}
+    assert _thoughts(**asked).warp == Warp(**asked)
+
+
 def test_complete_thoughts_wait_without_a_row() -> None:
     search = Search()
     before: dict[int, Branch] = {}
@@ -157,9 +173,9 @@ def test_thoughts_below_questions() -> None:
     assert all(branch.state == Thought(2, 3, True) for branch in answers)
 
 
-def _thoughts(**changes: Any) -> Thoughts:
+def _thoughts(values: int = 1, **changes: Any) -> Thoughts:
     arguments: dict[str, Any] = {"proposals": 2, "keep": 1, "depth": 1, "max_tokens": 1}
-    evaluate = changes.pop("evaluate", lambda branches: [1.0])
+    evaluate = changes.pop("evaluate", lambda branches: [1.0] * values)
     return Thoughts(evaluate, **{**arguments, **changes})
 
 
@@ -186,6 +202,10 @@ def _thoughts(**changes: Any) -> Thoughts:
         (
             lambda: decode(over_tokens(TABLE), TokenCache(), [[1]], _thoughts()),
             "evaluate returned 1 values; expected 2, one for each thought",
+        ),
+        (
+            lambda: decode(over_tokens(TABLE), TokenCache(), [[1]], _thoughts(values=3)),
+            "evaluate returned 3 values; expected 2, one for each thought",
         ),
     ],
 )

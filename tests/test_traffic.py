@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from deft_tvm.pages import PageTable
 from deft_tvm.plan import GROUPINGS, Traffic, make_plan, traffic
+from deft_tvm.plan.traffic import row_tokens
 from deft_tvm.spec import AttentionSpec, CacheBuffer, Region, TileShape
 from deft_tvm.tree import Forest
 
@@ -105,6 +106,19 @@ def test_a_forest_without_rows_moves_nothing() -> None:
     counted = traffic_of(Forest.from_parents([-1], [10], [0]))
     assert counted.tree.kv == counted.sequence.total == counted.flops == 0
     assert counted.kv_saved_percent == 0
+    assert str(counted).endswith("GFLOP: 0.000, 100% of what the tiles compute")
+
+
+def test_tokens_in_a_window_are_those_of_each_row_in_the_callers_order() -> None:
+    """The first node is the leaf, so that its rows come last in depth-first order."""
+    forest = Forest.from_parents([1, -1, 1], [3, 5, 0], [2, 1, 1])
+    assert forest.row_order.tolist() == [2, 0, 1, 3]
+    assert row_tokens(forest, None).tolist() == [7, 8, 5, 5]
+    assert row_tokens(forest, 6).tolist() == [6, 6, 5, 5]
+    assert row_tokens(forest, 2).tolist() == [2, 2, 2, 2]
+    bidirectional = Forest.from_parents([1, -1], [3, 5], [2, 1], [True, False])
+    assert row_tokens(bidirectional, None).tolist() == [8, 8, 5]
+    assert row_tokens(bidirectional, 4).tolist() == [5, 4, 4], "later tokens of the node, too"
 
 
 def test_table() -> None:
