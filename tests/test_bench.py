@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -18,12 +19,13 @@ from deft_tvm.bench.record import SCHEMA, Record
 from deft_tvm.bench.step import MERGE, OURS, PARTIAL, PLAN, RUN, outputs, parts
 from deft_tvm.check import check
 from deft_tvm.errors import InputError, LogError
-from deft_tvm.limit import PRODUCT, READ, READ_BYTES, Limit
+from deft_tvm.limit import PRODUCT, PRODUCT_SIZE, READ, READ_BYTES, Limit
 from deft_tvm.peers import QUICK, peer
 from deft_tvm.plan import GROUPINGS
 from deft_tvm.pytorch import load
 from deft_tvm.spec import AttentionSpec
-from deft_tvm.timing import Timing
+from deft_tvm.timing import Summary, Timing
+from deft_tvm.tree import Forest
 from deft_tvm.workloads import parse, tensors
 
 
@@ -106,6 +108,27 @@ def test_the_limit_is_the_slower_of_bytes_and_products() -> None:
 def test_the_limit_reads_what_a_window_leaves() -> None:
     spec = AttentionSpec.gqa(num_q_heads=8, num_kv_heads=2, head_dim=64, window=10)
     assert Limit.of(parse("long:tokens=1000").forest, spec).num_bytes == 10 * 2 * 2 * 64 * 4
+
+
+def test_a_limit_is_of_the_tokens_that_rows_see() -> None:
+    """The row at position 12 sees three of its node and one before them; of the others nobody."""
+    spec = AttentionSpec.gqa(num_q_heads=4, num_kv_heads=2, head_dim=16, window=4)
+    forest = Forest.from_parents([-1, 0, 0], [10, 3, 7], [0, 1, 0])
+    limit = Limit.of(forest, spec)
+    assert limit == Limit(num_bytes=4 * 2 * 2 * 16 * 4, flops=4 * 2 * (16 + 16) * 4)
+    whole = Limit.of(forest, replace(spec, window=None))
+    assert (whole.num_bytes, whole.flops) == (limit.num_bytes * 13 / 4, limit.flops * 13 / 4)
+
+
+def test_a_limit_is_the_longer_of_reading_and_multiplying_in_each_round() -> None:
+    limit = Limit(num_bytes=READ_BYTES // 2, flops=4 * PRODUCT_SIZE**3)
+    timings = {
+        READ: Timing((8.0, 8.0, 2.0)),
+        PRODUCT: Timing((1.0, 3.0, 4.0)),
+        "ours": Timing((8.0, 8.0, 8.0)),
+    }
+    assert limit.rounds(timings) == (4.0, 6.0, 8.0)
+    assert limit.share(timings, "ours") == Summary(0.75, 0.5, 1.0)
 
 
 def test_the_core_set_covers_everything_twice_in_forty_cells() -> None:

@@ -372,6 +372,7 @@ def test_best_are_results_by_score_for_each_prompt() -> None:
     found = [[branch.tokens for branch in group] for group in best(branches, 2)]
     assert found == [[(3,), (5,)], [], [(1,)]]
     assert best([], 2) == []
+    assert best([*branches, Branch(4)], 1)[3:] == [[], []], "for prompts without a result too"
 
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-39, 1e-46])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoded import TokenCache, over_tokens, random_logits
@@ -99,6 +100,13 @@ def _decode(**changes: Any) -> Any:
 def test_refusals(refused: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         refused()
+
+
+def test_prompts_are_integers_whatever_they_came_in() -> None:
+    for prompt in (torch.tensor([1, 2, 3]), np.array([1, 2, 3])):
+        with Decoding(over_tokens(TABLE), TokenCache(), [prompt]) as decoding:
+            assert all(type(token) is int for token in decoding.prompts[0])
+            assert decoding.prompts == [(1, 2, 3)]
 
 
 @pytest.mark.parametrize(

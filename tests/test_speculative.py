@@ -299,6 +299,7 @@ def test_the_statistic_sees_a_rule_that_is_not_lossless() -> None:
     assert _surprise(_samples(Drawn(7, [2, 2]), accept), exact) > 0
 
 
+@settings(deadline=None)
 @given(
     weights=st.lists(
         st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=6
