@@ -79,7 +79,7 @@ def assert_exact(case: Case, attention: TreeAttention) -> None:
     assert found.holds, found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     forest=forests(),
     grouping=st.sampled_from(GROUPINGS),

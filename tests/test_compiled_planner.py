@@ -85,7 +85,7 @@ def large(seed: int, nodes: int, deepest: int) -> Forest:
     return Forest.from_parents(parents, lengths, rows)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(compiled.GROUPINGS))
 def test_random_forests_get_the_same_plan(case, device, tiles, grouping) -> None:
     made = recipe(case.spec, tiles, device, grouping)

@@ -82,7 +82,7 @@ def test_a_group_of_ranks_has_its_own_answer(tmp_path: Path) -> None:
     start_ranks(take_part_in_a_group, 4, tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(forests(), st.integers(1, 5), st.sampled_from((1, 4)))
 def test_every_token_is_seen_by_the_same_rows_in_one_part(
     forest: Forest, world: int, unit: int

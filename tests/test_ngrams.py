@@ -50,7 +50,7 @@ def _reached(text: Sequence[int], path: Sequence[int], context: int) -> float:
 texts = st.lists(st.integers(0, 4), min_size=1, max_size=25)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=texts, nodes=st.integers(1, 12), context=st.integers(1, 4))
 def test_best_first_drafts_are_the_likeliest_paths(
     text: list[int], nodes: int, context: int
@@ -65,7 +65,7 @@ def test_best_first_drafts_are_the_likeliest_paths(
     assert likeliest <= reached[-1] * (1 + 1e-12)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=texts, context=st.integers(1, 4))
 def test_choices_are_ranks_of_continuations(text: list[int], context: int) -> None:
     choices = [(0,), (1,), (0, 0), (0, 2), (2,), (0, 0, 1), (2, 0)]

@@ -49,7 +49,7 @@ def assert_exact(case: Case, plan: Plan) -> None:
     np.testing.assert_allclose(done.lse, lse, **CLOSE)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from((None, 1, 3, 8)), st.data())
 def test_every_grouping_is_exact(case, device, tiles, chunk, data) -> None:
     grouping = data.draw(st.sampled_from(GROUPINGS))
@@ -59,7 +59,7 @@ def test_every_grouping_is_exact(case, device, tiles, chunk, data) -> None:
     assert_exact(case, plan)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), profiles(), st.sampled_from(TILES), st.randoms(use_true_random=False))
 def test_any_joins_and_merges_are_exact(case, device, tiles, random) -> None:
     def anyhow(clusters, _):
@@ -71,7 +71,7 @@ def test_any_joins_and_merges_are_exact(case, device, tiles, random) -> None:
     assert_exact(case, plan)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(forests(), profiles(), st.sampled_from(GROUPINGS), st.data())
 def test_update_is_a_plan_made_afresh(forest, device, grouping, data) -> None:
     number = forest.num_nodes

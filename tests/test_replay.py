@@ -74,7 +74,7 @@ def _replay(tree: RecordedTree, model: Any, cache: Any, **steps: int) -> tuple[l
     return compared, decode(model, cache, [prompt], replay, observe=observe)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tree=trees(), page_size=st.sampled_from([1, 4]))
 def test_all_steps(tree: RecordedTree, page_size: int) -> None:
     cache = TokenCache(400, page_size)
@@ -85,7 +85,7 @@ def test_all_steps(tree: RecordedTree, page_size: int) -> None:
     assert cache.pool.num_free == 400
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tree=trees(), data=st.data())
 def test_a_range_of_steps(tree: RecordedTree, data: st.DataObject) -> None:
     first = data.draw(st.integers(1, tree.steps))

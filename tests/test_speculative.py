@@ -67,7 +67,7 @@ class Noisy:
         return Draft(made, parents)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     right=st.sampled_from([0.0, 0.5, 0.9]),
@@ -299,7 +299,6 @@ def test_the_statistic_sees_a_rule_that_is_not_lossless() -> None:
     assert _surprise(_samples(Drawn(7, [2, 2]), accept), exact) > 0
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(
         st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=6

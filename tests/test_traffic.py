@@ -33,7 +33,7 @@ def element_bytes(spec: AttentionSpec) -> dict[str, int]:
     return sizes | {"partials": 4, "indices": 4}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), profiles(), st.sampled_from(TILES), st.sampled_from(GROUPINGS))
 def test_counts_are_what_an_execution_reads(case, device, tiles, grouping) -> None:
     plan = make_plan(case.forest, case.pages, case.spec, tiles, device, grouping)
@@ -48,7 +48,7 @@ def test_counts_are_what_an_execution_reads(case, device, tiles, grouping) -> No
     assert counted.tile_flops == reads["tile_flops"] >= reads["flops"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(cases())
 def test_sequence_based_decoding_reads_what_each_row_sees(case) -> None:
     tiles, seen = TILES[0], int(case.mask().sum())
