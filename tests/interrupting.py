@@ -1,6 +1,7 @@
 """A command whose process gets SIGINT where it calls a function: ``FUNCTION BECOMES ARGUMENTS…``.
 
-BECOMES says what is made of KeyboardInterrupt there: itself, another error, or nothing.
+BECOMES says what is made of KeyboardInterrupt there: itself, another error, or nothing. Where tests
+run in the background of a shell, SIGINT is ignored, and so it would be here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def interrupt(name: str, becomes: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     function, what, *arguments = sys.argv[1:]
-    interrupt(function, what)
+    if function:
+        interrupt(function, what)
     main(arguments)

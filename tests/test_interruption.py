@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from deft_tvm.exit_codes import INTERRUPTED
 from deft_tvm.tuning.log import TuningLog
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = str(Path(__file__).with_name("interrupting.py"))
 IN_A_PASS = "deft_tvm.schedules.cpu.lowering.is_buffer_var"
 IN_THE_SEARCH = "deft_tvm.tuning.space.apply_rules"
 LIMIT = 240
@@ -37,8 +39,7 @@ def interrupted(
     environment: dict[str, str], function: str, becomes: str, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     """A command that is interrupted in a function."""
-    script = str(Path(__file__).with_name("interrupting.py"))
-    command = (sys.executable, script, function, becomes, *arguments)
+    command = (sys.executable, SCRIPT, function, becomes, *arguments)
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
 
 
@@ -91,10 +92,9 @@ def test_a_tuning_stops_at_any_moment(
     environment: dict[str, str], tmp_path: Path, lines: int
 ) -> None:
     """After so many lines of what it tells; those that say of a trial come when it is kept."""
-    code = "from deft_tvm.cli import main; import sys; main(sys.argv[1:])"
     options = ("--spec", str(TINY), "--trials", "4", "--apart", "0")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "tune", WORKLOAD, *options],
+        [sys.executable, SCRIPT, "", NOTHING, "tune", WORKLOAD, *options],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -110,6 +110,14 @@ def test_a_tuning_stops_at_any_moment(
     assert sum(kept) >= sum(": ok, best" in line for line in said)
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_only_what_is_watched_notes_an_interruption() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interruption.watched():
