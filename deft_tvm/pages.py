@@ -77,7 +77,7 @@ class PageTable:
             PageError: an argument is out of range or does not fit the others. Whether the tokens
                 of a forest fit is a matter of `check`.
         """
-        self.page_size = whole("page_size", page_size, PageError)
+        self.page_size = page_size = whole("page_size", page_size, PageError)
         if page_size < 1 or page_size & (page_size - 1):
             raise PageError(f"page_size is {page_size}; expected a power of two")
         self.page_indices = int32_array("page_indices", page_indices, None, PageError)

@@ -70,18 +70,26 @@ def write_log(folder: Path, spec: AttentionSpec, trial: int = 0) -> TuningLog:
     return log
 
 
+@pytest.fixture
+def two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The device's logs, in the order in which they are looked for."""
+    roots = [tmp_path / "a", tmp_path / "b"]
+    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: roots)
+    return [root / DeviceProfile.detect().slug for root in roots]
+
+
 def test_build_all_takes_every_log_of_the_device(
     tmp_path: Path,
     builder: Builder,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    two_folders: list[Path],
 ) -> None:
-    here = DeviceProfile.detect().slug
-    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path / "a", tmp_path / "b"])
-    write_log(tmp_path / "a" / here, SPEC, trial=3)
-    write_log(tmp_path / "b" / here, SPEC, trial=4)
-    write_log(tmp_path / "b" / here, OTHER, trial=5)
-    write_log(tmp_path / "b" / "another-device", AttentionSpec.parse("gqa:hq=1,hkv=1,d=16"))
+    first, second = two_folders
+    here = second.name
+    write_log(first, SPEC, trial=3)
+    write_log(second, SPEC, trial=4)
+    write_log(second, OTHER, trial=5)
+    write_log(second.with_name("another-device"), AttentionSpec.parse("gqa:hq=1,hkv=1,d=16"))
     ran = Ran(capsys, "build", "--all", "--out", str(tmp_path / "out"))
     assert ran.code == 0
     assert builder.made == {
@@ -98,17 +106,14 @@ def test_build_all_takes_every_log_of_the_device(
 
 
 def test_a_tuning_that_was_stopped_hides_no_log_that_was_finished(
-    tmp_path: Path,
-    builder: Builder,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    builder: Builder, capsys: pytest.CaptureFixture[str], two_folders: list[Path]
 ) -> None:
-    here = DeviceProfile.detect().slug
-    monkeypatch.setattr("deft_tvm.tuning.log.log_roots", lambda: [tmp_path / "a", tmp_path / "b"])
-    (tmp_path / "a" / here / SPEC.slug).mkdir(parents=True)
-    stopped = TuningLog(tmp_path / "a" / here / SPEC.slug)
+    first, second = two_folders
+    here = second.name
+    (first / SPEC.slug).mkdir(parents=True)
+    stopped = TuningLog(first / SPEC.slug)
     stopped.path.write_bytes(b'{"type":"ru')
-    finished = write_log(tmp_path / "b" / here, SPEC, trial=4)
+    finished = write_log(second, SPEC, trial=4)
     for _ in range(2):
         assert Ran(capsys, "build", "--all").code == 0
         assert builder.made == {SPEC: f"{here} trial 4, {TIME}"}

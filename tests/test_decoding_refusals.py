@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoded import TokenCache, over_tokens, random_logits
+from decoded import TokenCache, over_tokens
+from test_decoding import TABLE, VOCABULARY
 from torch import Tensor
 
 from deft_tvm.decoding import (
@@ -23,10 +24,6 @@ from deft_tvm.decoding import (
     greedy,
 )
 from deft_tvm.errors import InputError
-
-PROMPTS = [[5, 9, 1, 7, 3, 3, 8], [2, 4], [11]]
-VOCABULARY = 12
-TABLE = random_logits(VOCABULARY)
 
 
 def _decode(**changes: Any) -> Any:

@@ -18,7 +18,7 @@ class Ledger:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = whole("page_size", page_size, PageError)
+        self.page_size = page_size = whole("page_size", page_size, PageError)
         if page_size < 1 or page_size & (page_size - 1):
             raise PageError(f"page_size is {page_size}; expected a power of two")
         self.references: list[int] = []

@@ -151,12 +151,10 @@ class PagedKVCache:
             PageError: there is no such branch.
             InputError: there is no such layer.
         """
-        self._check_layer(layer)
+        spec = self._spec_of(layer)
         self.settle()
         places = self._places(self.pool.slots(branch))
-        return tuple(
-            _by_token(self.layers[layer], tensor)[places] for tensor in self.buffers[layer]
-        )
+        return tuple(_by_token(spec, tensor)[places] for tensor in self.buffers[layer])
 
     def defragment(self) -> None:
         """Bring the pages in use to the front, a path's pages one after another."""
@@ -205,9 +203,10 @@ class PagedKVCache:
     def _scales_of(self, heads: int) -> Tensor:
         return torch.full((heads,), self.scale, dtype=torch.float32, device=self.device)
 
-    def _check_layer(self, layer: int) -> None:
+    def _spec_of(self, layer: int) -> AttentionSpec:
         if layer not in range(len(self.layers)):
             raise InputError(f"layer is {layer!r}; expected 0 to {len(self.layers) - 1}")
+        return self.layers[layer]
 
     def _by_token(self) -> Iterable[Tensor]:
         for spec, layer in zip(self.layers, self.buffers, strict=True):
@@ -271,8 +270,7 @@ class Step:
         Raises:
             InputError: there is no such layer, or a tensor does not fit or requires grad.
         """
-        self.cache._check_layer(layer)
-        spec, buffers = self.cache.layers[layer], self.cache.buffers[layer]
+        spec, buffers = self.cache._spec_of(layer), self.cache.buffers[layer]
         if len(new) != len(buffers):
             names = ", ".join(buffer.name for buffer in spec.buffers)
             raise InputError(f"new has {len(new)} tensors; expected one for each of {names}")
@@ -299,8 +297,7 @@ class Step:
 
     def run(self, layer: int, q: Tensor, *, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`TreeAttention.run` over what is cached in one layer; it raises the same errors."""
-        self.cache._check_layer(layer)
-        cache, spec = self.cache, self.cache.layers[layer]
+        cache, spec = self.cache, self.cache._spec_of(layer)
         attention = cache.attention[spec]
         # A later step may have planned already.
         if not torch.compiler.is_compiling() and attention.last_plan is not self.plans[spec]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deft_tvm.errors import InputError, PlanError
 from deft_tvm.plan import Plan
-from deft_tvm.pytorch.gradients import input_name, refuse_gradient
+from deft_tvm.pytorch.gradients import named, refuse_gradient
 from deft_tvm.pytorch.loaded import Loaded
 from deft_tvm.pytorch.plan_tensors import PlanTensors
 from deft_tvm.spec import AttentionSpec, TileShape
@@ -61,12 +61,9 @@ def check_types(
     if isinstance(kv, Tensor) or not isinstance(kv, Sequence):
         given = "one tensor" if isinstance(kv, Tensor) else type(kv).__name__
         raise InputError(f"kv is {given}; expected a tuple of tensors, such as kv.unbind()")
-    for i, tensor in enumerate((q, *kv)):
+    for name, tensor in named(q, kv, sinks=sinks, **outputs):
         if not isinstance(tensor, Tensor):
-            raise InputError(f"{input_name(i)} is {type(tensor).__name__}; expected a torch.Tensor")
-    for name, other in (("sinks", sinks), *outputs.items()):
-        if other is not None and not isinstance(other, Tensor):
-            raise InputError(f"{name} is {type(other).__name__}; expected a torch.Tensor")
+            raise InputError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
         refuse_gradient("sinks")
     if len(kv) != len(spec.buffers) + len(spec.scaled):
@@ -156,10 +153,7 @@ def check_dense(q: Tensor, kv: Sequence[Tensor], **outputs: Tensor | None) -> No
     Raises:
         InputError: one is sparse, nested or quantized.
     """
-    inputs = {input_name(i): tensor for i, tensor in enumerate((q, *kv))}
-    for name, tensor in {**inputs, **outputs}.items():
-        if tensor is None:
-            continue
+    for name, tensor in named(q, kv, **outputs):
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             what = "nested" if tensor.is_nested else _short(tensor.layout)
             what = _short(tensor.dtype) if tensor.is_quantized else what

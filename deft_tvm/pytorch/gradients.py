@@ -46,15 +46,21 @@ def input_name(index: int) -> str:
     return f"kv[{index - 1}]" if index else "q"
 
 
+def named(q: Tensor, kv: Sequence[Tensor], **others: Tensor | None) -> list[tuple[str, Tensor]]:
+    """The tensors of a call and what they are called; of `others` those that are given."""
+    inputs = [(input_name(i), tensor) for i, tensor in enumerate((q, *kv))]
+    return inputs + [(name, tensor) for name, tensor in others.items() if tensor is not None]
+
+
 def check_no_tangent(q: Tensor, kv: Sequence[Tensor]) -> None:
     """Refuse tensors whose derivative forwards would silently be lost.
 
     Raises:
         InputError: an input has a tangent.
     """
-    for i, tensor in enumerate((q, *kv)):
+    for name, tensor in named(q, kv):
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise InputError(
-                f"{input_name(i)} has a tangent, and there is no derivative forwards; expected "
-                f"{input_name(i)}.detach()"
+                f"{name} has a tangent, and there is no derivative forwards; expected "
+                f"{name}.detach()"
             )
